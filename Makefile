@@ -1,0 +1,42 @@
+# What people do with ibeton, one target each. `make` alone lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+RUN    ?= runs/first
+DATA   ?=
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
+
+setup: $(VENV)/installed  ## make .venv with everything that the machine allows
+
+$(VENV)/installed: setup.py constraints.txt install.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh install.sh
+	@touch $@
+
+ffcv: setup      ## try again to install ffcv (needs root or sudo for system packages)
+	@VENV="$(VENV)" sh install.sh ffcv
+
+doctor: setup    ## what is installed, what is missing, and the command that mends it
+	@$(PY) -m pipeline.doctor
+
+train: setup     ## a whole small run: photos, .beton, training, k-NN (DATA=folder for your own)
+	@PY="$(PY)" RUN="$(RUN)" DATA="$(DATA)" sh first_run.sh
+
+test: setup      ## the fast tests
+	@$(PY) -m pytest -q
+
+test-all: setup  ## all tests, the slow ones too
+	@$(PY) -m pytest -q -m 'slow or not slow'
+
+lint: setup      ## formatting, imports, types
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+bench: setup     ## what is measured so far
+	@$(PY) benchmarks/masks.py
+
+clean:           ## remove runs and caches, keep .venv
+	rm -rf runs data/drawn .pytest_cache .ruff_cache .mypy_cache
+
+.PHONY: help setup ffcv doctor train test test-all lint bench clean
+.DEFAULT_GOAL := help

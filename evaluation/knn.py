@@ -1,0 +1,292 @@
+"""Weighted k-NN on frozen features: the quickest figure of merit of a backbone.
+
+As published (after Wu et al., "Unsupervised feature learning via non-parametric instance
+discrimination", CVPR 2018): cosine similarity, the k nearest training photos vote for their class
+with exp(similarity / temperature).
+
+    python -m evaluation.knn --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val FOLDER_OR_BETON
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from evaluation.features import PhotoSet, extract_features
+from options import Parser, fill
+
+KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+TRAIN_CHUNK, TEST_CHUNK = 16_384, 64  # similarities at a time: 4 MiB, which a CPU's cache holds
+PIXELS = 32  # side of the images whose raw pixels are compared
+VOTES = 1 << 22  # votes at a time, photos x classes: 32 MiB
+
+Accuracy = tuple[float, float]  # top-1 and top-5 in percent
+
+
+def find_neighbours(
+    train: Tensor, test: Tensor, k: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Return the k most similar training photos of each test photo: similarity float32 [m, k],
+    falling, and index int64 [m, k], on the CPU; n columns where n is less than k.
+
+    train [n, C], test [m, C]: float32, normalised. Of equally similar photos the first ones win, on
+    any device: similarity and index are packed into one integer, so that no two are equal. Memory
+    beside both inputs is bounded. Raises ValueError for shapes or values that cannot be compared.
+    """
+    if train.dim() != 2 or test.dim() != 2 or train.shape[1] != test.shape[1] or not len(train):
+        raise ValueError(
+            f"features are {list(train.shape)} and {list(test.shape)}; "
+            "give [n, C] and [m, C], of one width and n at least 1"
+        )
+    if k < 1:
+        raise ValueError(f"k is {k}; a vote needs at least 1 neighbour")
+    if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
+        raise ValueError("features hold NaN or infinity; the backbone is broken or has diverged")
+    test = test.to(device)
+    best = torch.empty(len(test), 0, dtype=torch.int64, device=device)  # keys [m, k]
+    for first in range(0, len(train), TRAIN_CHUNK):
+        chunk = train[first : first + TRAIN_CHUNK].to(device)
+        width = min(k, best.shape[1] + len(chunk))
+        found = torch.empty(len(test), width, dtype=torch.int64, device=device)
+        for row in range(0, len(test), TEST_CHUNK):
+            rows = slice(row, row + TEST_CHUNK)
+            keys = _pack(test[rows] @ chunk.T, first)
+            found[rows] = torch.cat([best[rows], keys], dim=1).topk(width, dim=1).values
+        best = found
+    return _unpack(best.cpu())
+
+
+def _pack(similarity: Tensor, first: int) -> Tensor:
+    """Return keys int64 [b, n], in the order of similarity, then of falling index."""
+    bits = (similarity + 0.0).view(torch.int32)  # adding 0 makes -0 to 0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # floats' order, as integers
+    index = torch.arange(first, first + similarity.shape[1], device=similarity.device)
+    return (rising << 32) | (0xFFFFFFFF - index)
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    rising = (keys >> 32).int()
+    similarity = torch.where(rising < 0, rising ^ 0x7FFFFFFF, rising).view(torch.float32)
+    return similarity, 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def vote(
+    similarity: Tensor,  # float32 [m, k], falling
+    neighbour_labels: Tensor,  # int64 [m, k]
+    labels: Tensor,  # int64 [m]
+    temperature: float,
+    num_classes: int,
+) -> Accuracy:
+    """Return top-1 and top-5 accuracy in percent of the neighbours' weighted vote.
+
+    Of classes with equally many votes the lower number comes first. A class without any vote is
+    never right: where fewer than five classes get votes, the published top-5 counts the classes
+    that its sort happens to put next, so this one is the lower bound of it.
+    """
+    if temperature <= 0:
+        raise ValueError(f"--temperature is {temperature}; it must be above 0")
+    # Common factors cancel, and weights from the nearest's 1 downwards cannot overflow.
+    weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+    classes = torch.arange(num_classes)
+    top1 = top5 = 0
+    step = max(1, VOTES // num_classes)
+    for start in range(0, len(labels), step):
+        rows = slice(start, start + step)
+        target = labels[rows, None]  # [b, 1]
+        votes = torch.zeros(len(target), num_classes, dtype=torch.float64)
+        votes.scatter_add_(1, neighbour_labels[rows], weights[rows])
+        own = votes.gather(1, target)
+        ahead = (votes > own) | ((votes == own) & (classes < target))
+        place = torch.where(own[:, 0] > 0, ahead.sum(1), num_classes + 5)
+        top1 += int((place < 1).sum())
+        top5 += int((place < 5).sum())
+    return 100 * top1 / len(labels), 100 * top5 / len(labels)
+
+
+def knn_classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int,
+    temperature: float = TEMPERATURE,
+    num_classes: int | None = None,
+) -> Accuracy:
+    """Return top-1 and top-5 accuracy in percent.
+
+    Features float32 [n, C] and [m, C], normalised; labels int64 [n] and [m], below `num_classes`
+    (default: as many as the labels need). Any number of photos and classes; k above n means n.
+    """
+    sets = (train_features, train_labels, test_features, test_labels)
+    return classify_by_k(*sets, [k], temperature, num_classes)[k]
+
+
+def classify_by_k(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[int, Accuracy]:
+    """`knn_classify` for several k at the price of the largest: {k: (top1, top5)}.
+
+    Raises ValueError for empty sets, shapes that do not fit, or labels that are no class numbers.
+    """
+    if len(train_labels) != len(train_features) or len(test_labels) != len(test_features):
+        raise ValueError(
+            f"{len(train_features)} and {len(test_features)} features have {len(train_labels)} and "
+            f"{len(test_labels)} labels; give one label a feature"
+        )
+    if not ks or not len(test_labels) or not len(train_labels):
+        raise ValueError("k-NN needs at least one k, one training photo and one test photo")
+    largest = 1 + int(max(train_labels.max(), test_labels.max()))
+    num_classes = largest if num_classes is None else num_classes
+    if min(train_labels.min(), test_labels.min()) < 0 or largest > num_classes:
+        raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, the number of classes less 1")
+    if min(ks) < 1:
+        raise ValueError(f"--k holds {min(ks)}; a vote needs at least 1 neighbour")
+    similarity, index = find_neighbours(train_features, test_features, max(ks), device)
+    labels = train_labels[index]
+    return {
+        k: vote(similarity[:, :k], labels[:, :k], test_labels, temperature, num_classes) for k in ks
+    }
+
+
+def evaluate_knn(
+    backbone: nn.Module,
+    train: str | Path | PhotoSet,
+    val: str | Path | PhotoSet,
+    image_size: int = 224,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    centred: bool = False,
+) -> dict[int, Accuracy]:
+    """Return {k: (top-1, top-5)} in percent of a backbone, which is on `device` and left as it was.
+
+    train, val: photo folder, tar or .beton file; classes are matched by name where both sets name
+    them. `centred` takes the training set's mean off every feature. It makes no collective call:
+    in a distributed run rank 0 calls it, with the bare backbone, while the others wait.
+    """
+    train_set = train if isinstance(train, PhotoSet) else PhotoSet(train, image_size)
+    val_set = val if isinstance(val, PhotoSet) else PhotoSet(val, image_size, train_set.classes)
+    features, labels = extract_features(backbone, train_set, device, batch_size, workers)
+    val_features, val_labels = extract_features(backbone, val_set, device, batch_size, workers)
+    if centred:
+        mean = features.mean(dim=0)
+        features, val_features = features - mean, val_features - mean
+    return classify_by_k(
+        F.normalize(features, dim=1),
+        labels,
+        F.normalize(val_features, dim=1),
+        val_labels,
+        ks,
+        temperature,
+        max(train_set.num_classes, val_set.num_classes),
+        device,
+    )
+
+
+class RawPixels(nn.Module):
+    """The images themselves as features: [B, 3, S, S] -> tokens [B, 1, 3 x S x S]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1).unsqueeze(1)
+
+
+def untrained_backbone(config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """Return the checkpoint's teacher backbone as it is before training, from a fixed seed."""
+    from model.config import ModelConfig
+    from model.ibot import build_network
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_network(fill(ModelConfig, config), is_student=False).backbone
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m evaluation.knn", description="weighted k-NN accuracy of a checkpoint"
+    )
+    parser.add_argument("--checkpoint", required=True, help="checkpoint that train.py wrote")
+    parser.add_argument(
+        "--train", required=True, help="photo folder, tar or .beton: the neighbours"
+    )
+    parser.add_argument("--val", required=True, help="photo folder, tar or .beton: the questions")
+    parser.add_argument("--network", choices=("teacher", "student"), default="teacher")
+    parser.add_argument("--k", type=int, nargs="+", default=KS, help="neighbours that vote")
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes")
+    parser.add_argument(
+        "--image-size", type=int, help="side of a view (as the model was built for)"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--untrained", action="store_true", help="also before any training")
+    parser.add_argument(
+        "--pixels", action="store_true", help=f"also raw {PIXELS} x {PIXELS} pixels"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line asks for; "results" holds {features: {k: (top1, top5)}}."""
+    from model.checkpoint import load_backbone
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {args.device}: no CUDA device is usable here; give --device cpu"
+        )
+    if args.batch_size < 1 or args.workers < 0:
+        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+    backbone, config = load_backbone(args.checkpoint, args.network)
+    image_size = args.image_size or config["image_size"]
+    rows: list[tuple[str, nn.Module, int, bool]] = [(args.network, backbone, image_size, False)]
+    if args.untrained:
+        rows.append(("untrained", untrained_backbone(config), image_size, False))
+    if args.pixels:
+        rows.append(("raw pixels", RawPixels(), min(PIXELS, image_size), True))
+    results = {}
+    for name, network, size, centred in rows:
+        sets = (args.train, args.val, size, args.k, args.temperature, args.batch_size, args.workers)
+        results[name] = evaluate_knn(network.to(args.device), *sets, args.device, centred)
+    given = ("checkpoint", "train", "val", "temperature")
+    return {**{n: getattr(args, n) for n in given}, "image_size": image_size, "results": results}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        report = run(args)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    table = Table(title=f"k-NN, {args.val} by {args.train}")
+    table.add_column("features")
+    for heading in ("k", "top-1 %", "top-5 %"):
+        table.add_column(heading, justify="right")
+    for name, by_k in report["results"].items():
+        for k, (top1, top5) in by_k.items():
+            table.add_row(name, str(k), f"{top1:.2f}", f"{top5:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

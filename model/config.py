@@ -1,0 +1,138 @@
+"""Settings of the model side: one dataclass, from which the command line is made too."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that carries its help text."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+# name -> (embed_dim, depth, num_heads), as published
+ARCHITECTURES = {
+    "vit_t": (192, 12, 3),
+    "vit_s": (384, 12, 6),
+    "vit_b": (768, 12, 12),
+    "vit_l": (1024, 24, 16),
+}
+HEAD_NORMS = ("none", "ln", "bn")
+ACTIVATIONS = ("gelu", "relu")
+
+
+@dataclass
+class ModelConfig:
+    """Backbone, head and loss. Defaults are the published ViT-S/16 recipe of 800 epochs."""
+
+    arch: str = option("vit_s", "backbone", tuple(ARCHITECTURES))
+    embed_dim: int = option(0, "backbone width C (0: as the architecture says)")
+    depth: int = option(0, "backbone blocks (0: as the architecture says)")
+    num_heads: int = option(0, "attention heads (0: as the architecture says)")
+    mlp_ratio: float = option(4.0, "width of a block's MLP over C")
+    qkv_bias: bool = option(True, "biases of query, key and value")
+    patch_size: int = option(16, "side of a patch in pixels")
+    image_size: int = option(224, "side in pixels that the position table is made for")
+    in_chans: int = option(3, "channels of an image")
+    drop_path: float = option(0.1, "stochastic depth of the student's last block")
+    layer_scale: float = option(0.0, "initial layer scale (0: no layer scale)")
+    mean_pool: bool = option(False, "class output is the normed mean of the patch tokens")
+
+    out_dim: int = option(8192, "prototypes K of the class token")
+    patch_out_dim: int = option(8192, "prototypes of patches; out_dim if either head is shared")
+    shared_head: bool = option(True, "student: one last layer for class token and patches")
+    shared_head_teacher: bool = option(True, "teacher: one last layer for class token and patches")
+    norm_last_layer: bool = option(False, "keep the prototypes' norms at one")
+    norm_in_head: str = option("none", "norm after the head's hidden layers", HEAD_NORMS)
+    act: str = option("gelu", "activation in the head", ACTIVATIONS)
+    hidden_dim: int = option(2048, "width of the head's hidden layers")
+    bottleneck_dim: int = option(256, "width before the prototypes")
+    head_layers: int = option(3, "layers of the head before the prototypes")
+
+    global_crops_number: int = option(2, "global views an image")
+    local_crops_number: int = option(10, "local views an image")
+    warmup_teacher_temp: float = option(0.04, "class temperature of the teacher at the start")
+    teacher_temp: float = option(0.07, "class temperature of the teacher after the warm-up")
+    warmup_teacher_patch_temp: float = option(0.04, "patch temperature of the teacher at the start")
+    teacher_patch_temp: float = option(0.07, "patch temperature of the teacher after the warm-up")
+    warmup_teacher_temp_epochs: int = option(30, "epochs of the temperatures' warm-up")
+    student_temp: float = option(0.1, "temperature of the student")
+    center_momentum: float = option(0.9, "momentum of the class center")
+    center_momentum2: float = option(0.9, "momentum of the patch center")
+    lambda1: float = option(1.0, "weight of the class loss")
+    lambda2: float = option(1.0, "weight of the patch loss")
+    pred_start_epoch: int = option(0, "epoch from which views are masked")
+    epochs: int = option(800, "length of the run in epochs")
+
+    def backbone_shape(self) -> tuple[int, int, int]:
+        """(embed_dim, depth, num_heads): the architecture's, where nothing else is given."""
+        self._known("arch", tuple(ARCHITECTURES))
+        embed_dim, depth, num_heads = ARCHITECTURES[self.arch]
+        return self.embed_dim or embed_dim, self.depth or depth, self.num_heads or num_heads
+
+    def patch_prototypes(self) -> int:
+        """Prototypes of patches: those of the class token as soon as one of the heads is shared."""
+        shared = self.shared_head or self.shared_head_teacher
+        return self.out_dim if shared else self.patch_out_dim
+
+    def check(self) -> None:
+        """Raise ValueError, naming the option, for values that cannot work."""
+        self._known("arch", tuple(ARCHITECTURES))
+        self._known("norm_in_head", HEAD_NORMS)
+        self._known("act", ACTIVATIONS)
+        self._check_ranges()
+        embed_dim, _, num_heads = self.backbone_shape()
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"--embed-dim {embed_dim} is not a multiple of --num-heads {num_heads}:"
+                " every head takes an equal share"
+            )
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f"--image-size {self.image_size} is not a multiple of --patch-size"
+                f" {self.patch_size}: choose a patch size that divides it"
+            )
+        if self.shared_head and not self.shared_head_teacher:
+            raise ValueError(
+                "--shared-head with an unshared teacher: the teacher's patch layer would never"
+                " be updated; share the teacher's head too"
+            )
+        if self.global_crops_number + self.local_crops_number < 2:
+            raise ValueError(
+                "--global-crops-number 1 with --local-crops-number 0 leaves no pair of views"
+                " to compare: give at least two views"
+            )
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            **dict.fromkeys(("embed_dim", "depth", "num_heads", "local_crops_number"), 0),
+            **dict.fromkeys(("warmup_teacher_temp_epochs", "pred_start_epoch", "layer_scale"), 0),
+            **dict.fromkeys(("patch_size", "image_size", "in_chans", "out_dim", "hidden_dim"), 1),
+            **dict.fromkeys(("patch_out_dim", "bottleneck_dim", "head_layers", "epochs"), 1),
+            "global_crops_number": 1,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least {least}")
+        for name in ("drop_path", "center_momentum", "center_momentum2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be in [0, 1)")
+        positive = ("teacher_temp", "warmup_teacher_temp", "teacher_patch_temp", "student_temp")
+        for name in (*positive, "warmup_teacher_patch_temp", "mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+        if self.warmup_teacher_temp_epochs + self.pred_start_epoch > self.epochs:
+            raise ValueError(
+                f"--warmup-teacher-temp-epochs {self.warmup_teacher_temp_epochs} after"
+                f" --pred-start-epoch {self.pred_start_epoch} does not fit in --epochs"
+                f" {self.epochs}: shorten the warm-up or train longer"
+            )
+
+    def _known(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(
+                f"{_flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

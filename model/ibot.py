@@ -1,0 +1,136 @@
+"""Student, teacher and loss: a batch in, a loss out, and the teacher's moving average."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.config import ModelConfig
+from model.head import IBOTHead
+from model.loss import IBOTLoss
+from model.network import Logits, Network
+from model.vit import VisionTransformer
+
+
+class IBOT(nn.Module):
+    """The student learns from the teacher, which is the student's exponential moving average.
+
+    `student_call` is what runs the student: itself, or its DDP wrapper after `wrap_ddp`. It is no
+    registered submodule, so state dicts keep `student.*`, `teacher.*`, `loss.*`.
+    """
+
+    student_call: Callable[..., Logits]
+
+    def __init__(self, student: Network, teacher: Network, loss: IBOTLoss) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.loss = loss
+        self.__dict__["student_call"] = student
+        self.teacher.requires_grad_(False)
+        self.copy_student_to_teacher()
+
+    def copy_student_to_teacher(self) -> None:
+        """Start the teacher from the student. A shared teacher of an unshared student takes first
+        `last_layer`, then `last_layer2` into its one tensor, as published: the latter stays."""
+        state = self.student.state_dict()
+        state.pop("backbone.masked_embed", None)
+        self.teacher.load_state_dict(state)
+
+    def wrap_ddp(self, device: torch.device) -> None:
+        """Average the student's gradients over ranks from now on. Networks must be on `device`, and
+        the process group initialised. Batch norms in the head take statistics over all ranks.
+        Raises ValueError for batch norms on a CPU, where PyTorch cannot synchronise them."""
+        if self.student.head.couples_tokens():
+            if device.type != "cuda":
+                raise ValueError(
+                    "--norm-in-head bn with several processes needs CUDA devices: use ln or none"
+                )
+            self.student.head.sync_batch_norm()
+            self.teacher.head.sync_batch_norm()
+        device_ids = [device] if device.type == "cuda" else None
+        self.__dict__["student_call"] = DistributedDataParallel(self.student, device_ids)
+
+    def forward(
+        self,
+        global_crops: Tensor,  # [V, B, 3, S, S]
+        local_crops: Tensor | None,  # [L, B, 3, s, s]
+        masks: Tensor,  # bool [V, B, h, w], True = masked for the student
+        epoch: int,
+    ) -> dict[str, Tensor]:
+        """Terms of the loss, see `IBOTLoss.forward`. The teacher sees global views, unmasked."""
+        with torch.no_grad():
+            teacher_cls, teacher_patch, _ = self.teacher(global_crops)
+        student_cls, student_patch, student_local_cls = self.student_call(
+            global_crops, local_crops, masks
+        )
+        return self.loss(
+            student_cls, student_patch, student_local_cls, teacher_cls, teacher_patch, masks, epoch
+        )
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, after the optimiser's step, for
+        the parameters that both have by name; buffers stay (published code)."""
+        student = dict(self.student.named_parameters())
+        teacher = {name: p for name, p in self.teacher.named_parameters() if name in student}
+        matching: list[Tensor] = [student[name] for name in teacher]
+        torch._foreach_lerp_(list(teacher.values()), matching, 1 - momentum)
+
+
+def build_network(config: ModelConfig, is_student: bool) -> Network:
+    """The student, with mask token and stochastic depth, or the teacher, with neither."""
+    embed_dim, depth, num_heads = config.backbone_shape()
+    backbone = VisionTransformer(
+        embed_dim,
+        depth,
+        num_heads,
+        patch_size=config.patch_size,
+        image_size=config.image_size,
+        in_chans=config.in_chans,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+        drop_path=config.drop_path if is_student else 0.0,
+        layer_scale=config.layer_scale,
+        mean_pool=config.mean_pool,
+        masked_im_modeling=is_student,
+    )
+    head = IBOTHead(
+        embed_dim,
+        config.out_dim,
+        config.patch_prototypes(),
+        shared=config.shared_head if is_student else config.shared_head_teacher,
+        norm_last_layer=config.norm_last_layer,
+        norm_in_head=config.norm_in_head,
+        act=config.act,
+        hidden_dim=config.hidden_dim,
+        bottleneck_dim=config.bottleneck_dim,
+        layers=config.head_layers,
+    )
+    return Network(backbone, head)
+
+
+def build(config: ModelConfig) -> IBOT:
+    """The whole model on the CPU (or torch's default device), freshly initialised from torch's
+    random state. Raises ValueError, naming the option, for settings that cannot work."""
+    config.check()
+    loss = IBOTLoss(
+        config.out_dim,
+        config.patch_prototypes(),
+        config.global_crops_number,
+        config.local_crops_number,
+        config.epochs,
+        warmup_teacher_temp=config.warmup_teacher_temp,
+        teacher_temp=config.teacher_temp,
+        warmup_teacher_patch_temp=config.warmup_teacher_patch_temp,
+        teacher_patch_temp=config.teacher_patch_temp,
+        warmup_teacher_temp_epochs=config.warmup_teacher_temp_epochs,
+        student_temp=config.student_temp,
+        center_momentum=config.center_momentum,
+        center_momentum2=config.center_momentum2,
+        lambda1=config.lambda1,
+        lambda2=config.lambda2,
+        pred_start_epoch=config.pred_start_epoch,
+    )
+    return IBOT(build_network(config, True), build_network(config, False), loss)

@@ -1,0 +1,117 @@
+"""Optimisers over the published parameter groups, and what happens to gradients before a step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: decayed, and not (biases and all 1-D tensors).
+
+    Tokens, position table and the prototypes' g have more than one dimension, so they decay
+    (published code, `get_params_groups`). Only the first group follows the schedule of decay.
+    """
+    decayed: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            bias_like = name.endswith(".bias") or parameter.dim() == 1
+            (not_decayed if bias_like else decayed).append(parameter)
+    return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+
+
+def build_optimizer(student: nn.Module, name: str = "adamw") -> Optimizer:
+    """Optimiser of the student. Learning rate and decay are 0 until `training_step` sets them.
+    Raises ValueError for an unknown name."""
+    groups = parameter_groups(student)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    if name == "lars":
+        return LARS(groups)
+    raise ValueError(f"--optimizer {name}: expected one of {', '.join(OPTIMIZERS)}")
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose step is scaled, tensor by tensor, to `eta` times the weights' norm
+    (You et al. 2017, algorithm 1). 1-D tensors are neither decayed nor scaled (published code)."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; parameters without gradient are left alone."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+        return loss
+
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        update = parameter.grad
+        assert update is not None
+        if parameter.dim() > 1:
+            update = update.add(parameter, alpha=group["weight_decay"])
+            weight_norm, update_norm = parameter.norm(), update.norm()
+            trust = group["eta"] * weight_norm / update_norm
+            # A zero tensor or a zero gradient has no ratio: the step is then taken as it is.
+            update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0)
+        state = self.state[parameter]
+        if "mu" not in state:
+            state["mu"] = torch.zeros_like(parameter)
+        state["mu"].mul_(group["momentum"]).add_(update)
+        parameter.add_(state["mu"], alpha=-group["lr"])
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale each gradient, by itself, to an L2 norm of at most `max_norm`; 0 only measures.
+
+    Returns the norms before clipping, [number of gradients], in the order given, on the device:
+    nothing waits for it. There is no global norm (published code, `clip_gradients`).
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        raise ValueError("no gradients to clip: call backward first")
+    norms = list(torch._foreach_norm(gradients))
+    if max_norm > 0:
+        scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        torch._foreach_mul_(gradients, scales)
+    return torch.stack(norms)
+
+
+def cancel_last_layer_gradients(student: nn.Module, epoch: int, freeze_epochs: int) -> None:
+    """In the first `freeze_epochs` epochs, drop the gradients of both last layers, g and v.
+
+    Dropped is None, not zero: the optimiser then skips them wholly, decay, moments and step count
+    included (published code, `cancel_gradients_last_layer`).
+    """
+    if epoch < freeze_epochs:
+        for name, parameter in student.named_parameters():
+            if "last_layer" in name:
+                parameter.grad = None

@@ -1,0 +1,43 @@
+"""What a loader hands to the model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One batch on the training device. B images, V global and L local views, square crops.
+
+    Crops are normalised by the configured mean and standard deviation. Views come first, so that
+    `flatten(0, 1)` gives the view-major order in which the published loss wants its logits.
+    """
+
+    global_crops: Tensor  # float [V, B, 3, S, S]
+    local_crops: Tensor  # float [L, B, 3, s, s]
+    masks: Tensor  # bool [V, B, S / patch, S / patch], True = masked for the student
+    labels: Tensor  # int64 [B], -1 where the photo has none; on the CPU
+    indices: Tensor  # int64 [B], place of the photo in the data set; on the CPU
+
+
+@dataclass
+class Crops:
+    """Finished views of one batch before normalisation, on the CPU, sample first.
+
+    The arrays may be slots that the loader reuses: consume them before asking for the next batch.
+    """
+
+    global_crops: Tensor  # uint8 [B, V, S, S, 3]
+    local_crops: Tensor  # uint8 [B, L, s, s, 3]
+    indices: Tensor  # int64 [B]
+
+
+def normalised(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, V, S, S, 3] -> float32 [V, B, 3, S, S] on the device of `mean`; mean and std are
+    float32 [3] on the 0..1 scale. The result is fresh memory, so the input may be reused."""
+    crops = crops.to(mean.device).permute(1, 0, 4, 2, 3)
+    scale = (1 / (255 * std)).view(3, 1, 1)
+    shift = (-mean / std).view(3, 1, 1)
+    out = torch.empty(crops.shape, dtype=torch.float32, device=mean.device)
+    return torch.mul(crops, scale, out=out).add_(shift)

@@ -1,0 +1,104 @@
+"""What is installed, what is missing, the command that mends it, and which loader will be used.
+
+    python -m pipeline.doctor
+
+Runs with nothing but Python, as it is asked when something is broken. Exit status 1 where training
+cannot start.
+"""
+
+import importlib
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+_REINSTALL = "make setup"
+_MEND_FFCV = "make ffcv"
+_MEND_DALI = "pip install -c constraints.txt -e '.[dali]'"
+
+# module -> the command that installs it, and whether nothing works without it
+_PACKAGES = {
+    "torch": (_REINSTALL, True),
+    "torchvision": (_REINSTALL, True),
+    "numpy": (_REINSTALL, True),
+    "numba": (_REINSTALL, True),
+    "PIL": (_REINSTALL, True),
+    "timm": (_REINSTALL, True),
+    "rich": (_REINSTALL, True),
+    "tensorboard": (_REINSTALL, True),
+    "matplotlib": (_REINSTALL, True),
+    "ffcv": (_MEND_FFCV, False),
+    "nvidia.dali": (_MEND_DALI, False),
+    "sklearn": (_REINSTALL, False),
+    "pytest": (_REINSTALL, False),
+}
+
+
+@dataclass
+class Finding:
+    """One line of the report; `mend` is empty where all is well."""
+
+    name: str
+    state: str
+    mend: str = ""
+    fatal: bool = False
+
+
+def check_package(module: str) -> Finding:
+    """Import `module` for real: an installed package whose libraries are missing is not usable."""
+    mend, needed = _PACKAGES[module]
+    try:
+        version = getattr(importlib.import_module(module), "__version__", "installed")
+    except Exception as error:  # a broken package may raise anything
+        reason = "missing" if isinstance(error, ModuleNotFoundError) else f"broken ({error})"
+        return Finding(module, reason, mend, fatal=needed)
+    if module == "ffcv":  # its __version__ says 0.0.3rc1 in every release
+        version = importlib.import_module("importlib.metadata").version("ffcv")
+    return Finding(module, str(version))
+
+
+def check_device() -> Finding:
+    """The accelerator, and whether this torch has kernels for it."""
+    try:
+        import torch
+    except Exception:
+        return Finding("device", "unknown without torch", _REINSTALL, fatal=True)
+    if not torch.cuda.is_available():
+        return Finding(
+            "device", f"CPU, {len(os.sched_getaffinity(0))} cores (no usable CUDA device)"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})"
+    # Machine code runs on every later minor version of its major one.
+    built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if not any(arch // 10 == major and arch % 10 <= minor for arch in built):
+        mend = "pip install 'torch<2.11'" if major == 7 else "pip install --upgrade torch"
+        return Finding("device", f"{name}: torch {torch.__version__} has no kernels for it", mend)
+    return Finding("device", name)
+
+
+def loader_line(findings: dict[str, Finding]) -> str:
+    """Which loader training will use, in one line."""
+    if findings["ffcv"].mend:
+        return f"pil for everything, about half as fast; to get ffcv: {_MEND_FFCV}"
+    return "ffcv for .beton files, pil for photo folders"
+
+
+def main() -> int:
+    """Print the report; 1 where something that training needs is missing."""
+    python = platform.python_version()
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    mend = "" if supported else "make setup PYTHON=python3.12 VENV=.venv312"
+    findings = {"python": Finding("python", python, mend, fatal=not supported)}
+    findings |= {module: check_package(module) for module in _PACKAGES}
+    findings["device"] = check_device()
+    for finding in findings.values():
+        mark = "-" if finding.mend else "+"
+        cure = f"   -> {finding.mend}" if finding.mend else ""
+        print(f" {mark} {finding.name:<12} {finding.state}{cure}")
+    print(f"loader: {loader_line(findings)}")
+    return 1 if any(finding.fatal for finding in findings.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The one door to the data: `build_loader` gives finished batches on the training device."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.batch import Batch, Crops, normalised
+from pipeline.config import PipelineConfig
+from pipeline.masks import MaskConfig, draw_masks
+from pipeline.order import epoch_order, rank_batches, steps_per_epoch
+from pipeline.photos import is_beton, open_photos
+from pipeline.replace import Replacements
+
+FFCV_MISSING = (
+    "ffcv is not installed (`make ffcv` installs it; `python -m pipeline.doctor` explains)"
+)
+
+
+class Cutter(Protocol):
+    """What makes the crops: FfcvCrops or PilCrops."""
+
+    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]: ...
+
+    def close(self) -> None: ...
+
+
+def choose_loader(config: PipelineConfig) -> tuple[str, str]:
+    """The loader for `config`, 'ffcv' or 'pil', and why, in one line.
+
+    Raises ValueError where --loader ffcv is asked for and cannot be had.
+    """
+    beton, ffcv = is_beton(config.data), importlib.util.find_spec("ffcv") is not None
+    if config.loader == "pil":
+        return "pil", "pil, as asked for"
+    if beton and ffcv:
+        return "ffcv", "ffcv: each photo is decoded once"
+    if config.loader == "ffcv":
+        if not beton:
+            raise ValueError(
+                f"--loader ffcv reads .beton files and {config.data} is none;"
+                f" make one: python -m pipeline.convert {config.data} photos.beton"
+            )
+        raise ValueError(f"--loader ffcv: {FFCV_MISSING}")
+    if beton:
+        return "pil", f"pil, about half as fast as ffcv: {FFCV_MISSING}"
+    return "pil", (
+        "pil, the slow one, as the photos are not in a .beton file;"
+        f" faster: python -m pipeline.convert {config.data} photos.beton"
+    )
+
+
+class Loader:
+    """Finished batches of one rank; every rank draws from the same epoch order.
+
+    The same (seed, epoch, sample index) gives the same crops and masks with any loader, worker
+    count, batch size and rank.
+    """
+
+    def __init__(
+        self, config: PipelineConfig, device: torch.device, rank: int, world_size: int
+    ) -> None:
+        config.check()
+        self.masks = MaskConfig(
+            shape=config.pred_shape,
+            ratio=config.pred_ratio,
+            ratio_var=config.pred_ratio_var,
+            start_epoch=config.pred_start_epoch,
+        )
+        self.photos = open_photos(config.data)
+        self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
+        self.kind, self.reason = choose_loader(config)
+        self._config, self._device = config, device
+        self._rank, self._world_size = rank, world_size
+        self._mean = torch.tensor(config.mean, device=device)
+        self._std = torch.tensor(config.std, device=device)
+        views = config.views()
+        self._replacements = Replacements(self.photos, views, config.seed)
+        workers = config.workers or len(os.sched_getaffinity(0))
+        shared = (config.data, views, config.global_crops_number)
+        ahead = (config.seed, config.batches_ahead, self._replacements)
+        self._cutter: Cutter
+        if self.kind == "ffcv":
+            from pipeline.ffcv_loader import FfcvCrops  # an optional package
+
+            self._cutter = FfcvCrops(*shared, config.batch_size, workers, *ahead)
+        else:
+            from pipeline.pil_loader import PilCrops
+
+            self._cutter = PilCrops(*shared, workers, *ahead)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Photos that could not be decoded so far: index -> name and reason."""
+        return self._replacements.unreadable
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from step `first_step` on, each on the device."""
+        config = self._config
+        order = epoch_order(len(self.photos), config.seed, epoch)
+        batches = rank_batches(order, config.batch_size, self._rank, self._world_size, first_step)
+        for wanted, crops in zip(batches, self._cutter.batches(epoch, batches.copy()), strict=True):
+            yield self._finish(epoch, wanted, crops)
+
+    def _finish(self, epoch: int, wanted: np.ndarray, crops: Crops) -> Batch:
+        config = self._config
+        cells = config.global_crops_size // config.patch_size
+        masks = draw_masks(
+            self.masks, config.seed, epoch, wanted, config.global_crops_number, (cells, cells)
+        )
+        used = crops.indices.clone()
+        return Batch(
+            global_crops=normalised(crops.global_crops, self._mean, self._std),
+            local_crops=normalised(crops.local_crops, self._mean, self._std),
+            masks=torch.from_numpy(masks).to(self._device, non_blocking=True),
+            labels=torch.from_numpy(self.photos.labels[used.numpy()]),
+            indices=used,
+        )
+
+    def close(self) -> None:
+        """End threads and worker processes."""
+        self._cutter.close()
+
+
+def build_loader(
+    config: PipelineConfig,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """Open the data and start the loader that `config` asks for.
+
+    Raises ValueError or FileNotFoundError with a sentence that names the option or the file.
+    """
+    return Loader(config, torch.device(device), rank, world_size)

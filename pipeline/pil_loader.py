@@ -1,0 +1,118 @@
+"""The published recipe: Pillow and torchvision in worker processes, one photo at a time.
+
+Slow by nature (twelve separate crops and a dozen passes each), and needing nothing but Pillow: the
+yardstick for the other loaders, and the one that is there when they are not.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.batch import Crops
+from pipeline.draws import ViewSpec, draw_views
+from pipeline.photos import Photos, open_photos
+from pipeline.pil_views import cut_views_reference
+from pipeline.replace import Replacements
+
+Sample = tuple[np.ndarray, np.ndarray, int, dict[int, str]]
+
+
+class _Views(Dataset):
+    """Sample (epoch, index) -> its views; each worker opens the photos for itself."""
+
+    def __init__(self, path: str, views: list[ViewSpec], global_views: int, seed: int) -> None:
+        self._path = path
+        self._views = views
+        self._global_views = global_views
+        self._seed = seed
+        self._replacements: Replacements | None = None
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        if self._replacements is None:
+            photos: Photos = open_photos(self._path)
+            self._replacements = Replacements(photos, self._views, self._seed)
+        used, pixels = self._replacements.readable(index)
+        draws = draw_views(self._views, self._seed, epoch, index, *pixels.shape[:2])
+        views = cut_views_reference(
+            Image.fromarray(pixels), draws, [view.size for view in self._views]
+        )
+        unreadable = dict(self._replacements.unreadable) if used != index else {}
+        return (
+            _stack(views[: self._global_views]),
+            _stack(views[self._global_views :]),
+            used,
+            unreadable,
+        )
+
+
+def _stack(views: list[np.ndarray]) -> np.ndarray:
+    return np.stack(views) if views else np.empty((0, 1, 1, 3), np.uint8)
+
+
+def _collate(samples: list[Sample]) -> tuple[Crops, dict[int, str]]:
+    global_crops, local_crops, used, unreadable = zip(*samples, strict=True)
+    crops = Crops(
+        torch.from_numpy(np.stack(global_crops)),
+        torch.from_numpy(np.stack(local_crops)),
+        torch.tensor(used, dtype=torch.int64),
+    )
+    return crops, {index: reason for part in unreadable for index, reason in part.items()}
+
+
+class _Keys:
+    """Batches of (epoch, index); set anew before each epoch, as the workers outlive epochs."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class PilCrops:
+    """Crops of a folder, a tar or a .beton file, cut by Pillow in worker processes."""
+
+    def __init__(
+        self,
+        path: str,
+        views: list[ViewSpec],
+        global_views: int,
+        workers: int,
+        seed: int,
+        batches_ahead: int,
+        replacements: Replacements,
+    ) -> None:
+        self._keys = _Keys()
+        self._replacements = replacements
+        self._loader = DataLoader(
+            _Views(path, views, global_views, seed),
+            batch_sampler=self._keys,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_collate,
+            persistent_workers=True,
+            prefetch_factor=batches_ahead,
+            # numba's thread pools do not survive a fork.
+            multiprocessing_context="forkserver",
+        )
+
+    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
+        """Crops of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`."""
+        self._keys.batches = [[(epoch, int(index)) for index in batch] for batch in batches]
+        for crops, unreadable in self._loader:
+            for index, reason in unreadable.items():
+                self._replacements.note(index, reason)
+            yield crops
+
+    def close(self) -> None:
+        """End the worker processes."""
+        iterator = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None

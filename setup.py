@@ -1,0 +1,36 @@
+"""Installation: `make setup` does all of it; `pip install -e .[eval,dev]` is the same by hand.
+
+Ranges stand here, the tested versions in constraints.txt. torch 2.10 is the newest PyPI release that
+carries V100 (sm_70) kernels, so it is what constraints.txt pins; newer ones work on newer GPUs.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ibeton",
+    version="0.1.0",
+    description="Fast, exact pre-training of iBOT vision backbones on the machines people have",
+    license="MIT",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["pipeline*", "model*", "evaluation*", "training*"]),
+    py_modules=["train", "options"],
+    install_requires=[
+        "torch>=2.8",
+        "torchvision>=0.23",
+        "timm>=1.0",
+        "numpy>=2.0",
+        "numba>=0.61",
+        "pillow>=11",
+        "rich>=13",
+        "tensorboard>=2.17",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        # ffcv builds against OpenCV and libturbojpeg and imports distutils, which setuptools supplies
+        # from Python 3.12 on.
+        "ffcv": ["ffcv==1.0.2", "setuptools<81"],
+        "dali": ["nvidia-dali-cuda120>=1.44; platform_system == 'Linux'"],
+        "eval": ["scikit-learn>=1.5", "scipy>=1.13"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "scipy>=1.13"],
+    },
+)

@@ -1,0 +1,178 @@
+"""The loss against the published one: values, gradients, centers, temperatures, two ranks."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from model.loss import IBOTLoss
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+CASES = ("k_small", "k_large", "late_mim", "two_dims_lambda", "no_local", "three_globals")
+PUBLISHED_NAMES = {
+    "nepochs": "epochs",
+    "ngcrops": "global_views",
+    "nlcrops": "local_views",
+    "warmup_teacher_temp2": "warmup_teacher_patch_temp",
+    "teacher_temp2": "teacher_patch_temp",
+    "mim_start_epoch": "pred_start_epoch",
+}
+LOGITS = ("student_cls", "student_patch", "student_local_cls", "teacher_cls", "teacher_patch")
+
+
+def build_loss(arrays, case):
+    prefix = f"{case}/ctor/"
+    options = {key[len(prefix) :]: v.item() for key, v in arrays.items() if key.startswith(prefix)}
+    return IBOTLoss(**{PUBLISHED_NAMES.get(name, name): v for name, v in options.items()})
+
+
+def steps_of(arrays, case):
+    """The tensors of each step of a case, by name."""
+    count = sum(key.startswith(f"{case}/step") and key.endswith("/epoch") for key in arrays)
+    for i in range(count):
+        prefix = f"{case}/step{i}/"
+        yield {
+            key[len(prefix) :]: torch.from_numpy(np.array(value))
+            for key, value in arrays.items()
+            if key.startswith(prefix)
+        }
+
+
+def run(loss, step, dtype=torch.float32):
+    """(terms, leaf logits) of one step."""
+    logits = {name: step[name].to(dtype, copy=True) for name in LOGITS if name in step}
+    for name in logits:
+        logits[name].requires_grad_(name.startswith("student"))
+    terms = loss(
+        logits["student_cls"],
+        logits["student_patch"],
+        logits.get("student_local_cls"),
+        logits["teacher_cls"],
+        logits["teacher_patch"],
+        step["masks"],
+        int(step["epoch"]),
+    )
+    return terms, logits
+
+
+@pytest.fixture
+def arrays(reference):
+    return reference("loss")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_gradients_and_centers(arrays, assert_near, case):
+    loss = build_loss(arrays, case)
+    steps = list(steps_of(arrays, case))
+    assert len(steps) >= 2
+    for i, step in enumerate(steps):
+        if i == 0:
+            assert list(loss.state_dict()) == ["center", "center2"]
+            loss.center.copy_(step["center_before"])
+            loss.center2.copy_(step["center2_before"])
+        terms, logits = run(loss, step)
+        for name, key in (("cls", "loss_cls"), ("patch", "loss_patch"), ("loss", "loss")):
+            assert_near(terms[name], step[key], what=f"step {i} {name}")
+        terms["loss"].backward()
+        for name, leaf in logits.items():
+            if name.startswith("student"):
+                assert_near(leaf.grad, step[f"grad_{name}"], what=f"step {i} {name}")
+            else:
+                assert leaf.grad is None
+        assert_near(loss.center, step["center_after"], what=f"step {i} center")
+        assert_near(loss.center2, step["center2_after"], what=f"step {i} center2")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_temperature_schedules(arrays, case):
+    loss = build_loss(arrays, case)
+    np.testing.assert_allclose(loss.teacher_temps, arrays[f"{case}/teacher_temp_schedule"], 1e-12)
+    patch = arrays[f"{case}/teacher_patch_temp_schedule"]
+    np.testing.assert_allclose(loss.teacher_patch_temps, patch, 1e-12)
+
+
+def test_without_masks_the_patch_loss_is_zero_but_its_center_moves(arrays):
+    loss = build_loss(arrays, "k_small")
+    step = next(steps_of(arrays, "k_small"))
+    step["masks"] = torch.zeros_like(step["masks"])
+    terms, logits = run(loss, step)
+    terms["loss"].backward()
+    assert terms["patch"] == 0
+    assert not logits["student_patch"].grad.any()
+    assert loss.center2.abs().min() > 0
+
+
+def test_half_precision_logits_are_computed_in_float32(arrays):
+    step = next(steps_of(arrays, "k_small"))  # multiples of 1/64 below 32 are exact in fp16
+    assert torch.equal(step["student_patch"].half().float(), step["student_patch"])
+    in_half, _ = run(build_loss(arrays, "k_small"), step, torch.float16)
+    in_full, _ = run(build_loss(arrays, "k_small"), step)
+    assert in_half["loss"].dtype == torch.float32
+    assert torch.equal(in_half["loss"], in_full["loss"])
+
+
+def test_entropy_of_equal_teacher_logits_is_that_of_a_uniform_choice(arrays):
+    step = next(steps_of(arrays, "k_small"))
+    step["teacher_cls"] = torch.zeros_like(step["teacher_cls"])
+    terms, _ = run(build_loss(arrays, "k_small"), step)
+    assert terms["teacher_entropy"].item() == pytest.approx(math.log(64), rel=1e-6)
+
+
+def test_accuracy_compares_first_teacher_view_with_second_student_view(arrays):
+    step = next(steps_of(arrays, "k_small"))
+    batch = len(step["student_cls"]) // 2
+    step["student_cls"][batch:] = step["teacher_cls"][:batch]
+    terms, _ = run(build_loss(arrays, "k_small"), step)
+    assert terms["acc"] == 1
+    step["student_cls"][batch] = -step["student_cls"][batch]
+    terms, _ = run(build_loss(arrays, "k_small"), step)
+    assert terms["acc"].item() == pytest.approx(1 - 1 / batch)
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One real process of two: every number against the reference, on this rank's own logits."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    with np.load(REFERENCE / "loss_two_processes.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    loss = IBOTLoss(64, 64, 2, 4, epochs=100, teacher_temp=0.07)
+    steps = list(steps_of(arrays, f"rank{rank}"))
+    assert len(steps) == 3
+    for step in steps:
+        terms, _ = run(loss, step)
+        for name, key in (("cls", "loss_cls"), ("patch", "loss_patch"), ("loss", "loss")):
+            torch.testing.assert_close(terms[name].detach(), step[key], rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss.center, step["center_after"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss.center2, step["center2_after"], rtol=1e-5, atol=1e-6)
+    Path(folder, f"done{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_centers_but_not_losses(tmp_path):
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    assert sorted(path.name for path in tmp_path.glob("done*")) == ["done0", "done1"]
+
+
+def test_misfits_are_refused(arrays):
+    loss = build_loss(arrays, "k_small")
+    step = next(steps_of(arrays, "k_small"))
+    with pytest.raises(ValueError, match="epoch 100 is outside the schedule of --epochs 100"):
+        run(loss, {**step, "epoch": torch.tensor(100)})
+    with pytest.raises(ValueError, match="27 local class logits for 3 images"):
+        run(loss, {**step, "student_local_cls": step["student_local_cls"][:27]})
+    with pytest.raises(ValueError, match="5 class logits are not 2 views"):
+        run(loss, {**step, "student_cls": step["student_cls"][:5]})
+    with pytest.raises(ValueError, match="expected the same shape"):
+        run(loss, {**step, "teacher_patch": step["teacher_patch"][:, :3]})
+    with pytest.raises(ValueError, match="one value a patch"):
+        run(loss, {**step, "masks": step["masks"][:3]})
+    assert not loss.center.any()
+
+
+def test_a_loss_without_pairs_of_views_is_refused():
+    with pytest.raises(ValueError, match="1 global and 0 local views"):
+        IBOTLoss(8, 8, 1, 0, epochs=100)

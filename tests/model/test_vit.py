@@ -1,0 +1,166 @@
+"""The backbone against the published one, and its refusals."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.vit import VisionTransformer, drop_path
+
+
+def scalar_of(tokens):
+    """S of the reference: outputs weighted by a ramp from -1 to 1."""
+    return (tokens.flatten() * torch.linspace(-1, 1, tokens.numel())).sum()
+
+
+def load_vit(arrays, under, **options):
+    model = VisionTransformer(
+        int(arrays["embed_dim"]), int(arrays["depth"]), int(arrays["num_heads"]), **options
+    )
+    model.load_state_dict(under(arrays, "state/"))
+    return model
+
+
+@pytest.fixture
+def arrays(reference):
+    return reference("vit")
+
+
+@pytest.fixture
+def vit(arrays, under):
+    return load_vit(arrays, under, masked_im_modeling=True)
+
+
+@pytest.mark.parametrize("size", ["224", "96", "160", "96x160"])
+def test_tokens_without_masks(arrays, vit, assert_near, size):
+    x = torch.from_numpy(arrays[f"x{size}"])
+    assert_near(vit(x), arrays[f"tokens{size}"])
+
+
+@pytest.mark.parametrize("size", ["224", "96"])
+def test_tokens_with_masks(arrays, vit, assert_near, size):
+    x, masks = torch.from_numpy(arrays[f"x{size}"]), torch.from_numpy(arrays[f"mask{size}"])
+    assert_near(vit(x, masks), arrays[f"tokens{size}_masked"])
+
+
+def test_tokens_in_float64(arrays, vit, assert_near):
+    tokens = vit.double()(torch.from_numpy(arrays["x96"]).double())
+    assert_near(tokens, arrays["tokens96_f64"], 1e-12)
+
+
+def test_tokens_with_everything_masked(arrays, vit, assert_near):
+    x = torch.from_numpy(arrays["x224"][:1])
+    everything = torch.ones(1, 14, 14, dtype=torch.bool)
+    assert_near(vit(x, everything), arrays["tokens224_fullmask"])
+
+
+def test_class_token_comes_first(arrays, vit, assert_near):
+    assert_near(vit(torch.from_numpy(arrays["x224"]))[:, 0], arrays["cls224"])
+
+
+@pytest.mark.parametrize("size", ["224", "96"])
+def test_gradients_through_masked_forward(arrays, vit, assert_near, size):
+    x, masks = torch.from_numpy(arrays[f"x{size}"]), torch.from_numpy(arrays[f"mask{size}"])
+    scalar_of(vit(x, masks)).backward()
+    gradients = {name: p.grad for name, p in vit.named_parameters()}
+    assert list(gradients) == list(arrays["grad_names"])
+    norms = arrays["grad_norm" if size == "224" else "grad96_norm"]
+    for name, norm in zip(arrays["grad_names"], norms, strict=True):
+        assert_near(gradients[name].norm(), norm, what=name)
+    prefix = "grad/" if size == "224" else "grad96/"
+    watched = [key for key in arrays if key.startswith(prefix)]
+    assert watched
+    for key in watched:
+        assert_near(gradients[key[len(prefix) :]], arrays[key], what=key)
+
+
+@pytest.mark.parametrize(
+    "size", ["96x96", "128x128", "160x160", "256x256", "384x384", "96x160", "224x192"]
+)
+def test_position_interpolation(arrays, vit, assert_near, size):
+    height, width = map(int, size.split("x"))
+    assert_near(vit.position_embedding(height, width), arrays[f"pos_embed_{size}"])
+
+
+def test_position_table_itself_at_its_own_size(vit):
+    assert vit.position_embedding(224, 224) is vit.pos_embed
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_intermediate_layers(arrays, vit, assert_near, n):
+    expected = [arrays[f"intermediate96_n4/{k}"] for k in range(3)][-n:]
+    outputs = vit.get_intermediate_layers(torch.from_numpy(arrays["x96"]), n)
+    assert len(outputs) == len(expected)
+    for output, tokens in zip(outputs, expected, strict=True):
+        assert_near(output, tokens)
+
+
+def test_last_attention(arrays, vit, assert_near):
+    small = vit.get_last_selfattention(torch.from_numpy(arrays["x96"]))
+    large = vit.get_last_selfattention(torch.from_numpy(arrays["x224"]))
+    assert_near(small, arrays["last_selfattention96"])
+    assert_near(large[:, :, 0], arrays["last_selfattention224_cls"])
+
+
+def test_layer_scale_and_mean_pooling(reference, under, assert_near):
+    arrays = reference("vit_variants")
+    vit = load_vit(arrays, under, layer_scale=0.1, mean_pool=True)
+    assert list(vit.state_dict()) == list(under(arrays, "state/"))
+    tokens = vit(torch.from_numpy(arrays["x96"]))
+    assert_near(tokens, arrays["tokens96"])
+    assert_near(tokens[:, 0], arrays["cls96"])
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    out = drop_path(torch.ones(20_000, 2, 3), 0.25, training=True)
+    values = out.flatten(1)
+    assert ((values == 0).all(1) | (values == 1 / 0.75).all(1)).all()
+    assert abs(values.mean() - 1) < 0.02
+
+
+def test_drop_path_rests_in_evaluation(arrays, under, assert_near):
+    vit = load_vit(arrays, under, masked_im_modeling=True, drop_path=0.9).eval()
+    assert [block.drop_path_rate for block in vit.blocks] == pytest.approx([0, 0.45, 0.9])
+    assert_near(vit(torch.from_numpy(arrays["x96"])), arrays["tokens96"])
+
+
+def test_image_that_patches_do_not_tile_is_refused(vit):
+    with pytest.raises(ValueError, match="96 x 100 pixels are not a whole number of 16"):
+        vit(torch.zeros(1, 3, 96, 100))
+
+
+def test_wrong_channels_are_refused(vit):
+    with pytest.raises(ValueError, match=r"\[1, 4, 96, 96\]: expected \[B, 3, H, W\]"):
+        vit(torch.zeros(1, 4, 96, 96))
+
+
+@pytest.mark.parametrize("masks", [torch.zeros(1, 6, 5).bool(), torch.zeros(1, 6, 6)])
+def test_wrong_masks_are_refused(vit, masks):
+    with pytest.raises(ValueError, match=r"expected bool \[1, 6, 6\]"):
+        vit(torch.zeros(1, 3, 96, 96), masks)
+
+
+def test_masks_for_a_backbone_without_mask_token_are_refused():
+    vit = VisionTransformer(32, 1, 2)
+    with pytest.raises(ValueError, match="only a student"):
+        vit(torch.zeros(1, 3, 96, 96), torch.zeros(1, 6, 6, dtype=torch.bool))
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="image size 224 is no multiple of patch size 15"):
+        VisionTransformer(32, 1, 2, patch_size=15)
+    with pytest.raises(ValueError, match="width 32 is not a multiple of 3"):
+        VisionTransformer(32, 1, 3)
+    with pytest.raises(ValueError, match="n = 0"):
+        VisionTransformer(32, 1, 2).get_intermediate_layers(torch.zeros(1, 3, 32, 32), 0)
+
+
+@pytest.mark.parametrize(("patch", "size"), [(8, 64), (14, 98), (5, 25)])
+def test_any_patch_size(patch, size):
+    vit = VisionTransformer(32, 1, 2, patch_size=patch, image_size=size)
+    assert vit(torch.zeros(2, 3, size, 2 * size)).shape == (2, 1 + 2 * (size // patch) ** 2, 32)
+
+
+def test_position_gradient_is_not_lost_in_interpolation(arrays, vit):
+    scalar_of(vit(torch.from_numpy(arrays["x96"]))).backward()
+    assert np.count_nonzero(vit.pos_embed.grad.abs().sum(-1)) == 197
