@@ -1,13 +1,8 @@
 """Settings of the model side: one dataclass, from which the command line is made too."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that carries its help text."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
+from options import flag, option
 
 # name -> (embed_dim, depth, num_heads), as published
 ARCHITECTURES = {
@@ -112,14 +107,14 @@ class ModelConfig:
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least {least}")
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be at least {least}")
         for name in ("drop_path", "center_momentum", "center_momentum2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be in [0, 1)")
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be in [0, 1)")
         positive = ("teacher_temp", "warmup_teacher_temp", "teacher_patch_temp", "student_temp")
         for name in (*positive, "warmup_teacher_patch_temp", "mlp_ratio"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be above 0")
         if self.warmup_teacher_temp_epochs + self.pred_start_epoch > self.epochs:
             raise ValueError(
                 f"--warmup-teacher-temp-epochs {self.warmup_teacher_temp_epochs} after"
@@ -130,9 +125,5 @@ class ModelConfig:
     def _known(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
             raise ValueError(
-                f"{_flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
+                f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -86,7 +86,7 @@ class IBOTLoss(nn.Module):
         `teacher_entropy` (nats, of the class targets) and `acc` (share of images whose first
         teacher view and second student view agree on the likeliest prototype).
 
-        Computes in float32 at least, whatever the dtype of the logits, and moves the centers. Raises
+        Computes in float32 at least, whatever the dtype of the logits; moves the centers. Raises
         ValueError for shapes that do not fit together or an epoch beyond the schedule.
         """
         self._check(student_cls, student_patch, student_local_cls, teacher_patch, masks, epoch)

@@ -21,6 +21,7 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
+from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 
 from pipeline.batch import Crops
@@ -81,7 +82,7 @@ class DecodeAndCut(Operation):
                 else:
                     pixels = data.reshape(height, width, 3)
                 if status[i, 0] == 0:
-                    draws = np.zeros(len(specs), DRAW)
+                    draws = np.empty(len(specs), DRAW)  # zeros would not compile in parallel
                     draw_sample(specs, seed, epoch, index, height, width, draws)
                     cut_views(pixels, draws, global_crops[i], local_crops[i])
             return memory
@@ -130,7 +131,7 @@ class _Epoch(EpochIterator):
                 break
             except Empty:
                 if self.failure is not None:
-                    raise RuntimeError(f"the ffcv loader failed: {self.failure}") from self.failure
+                    raise RuntimeError(f"the ffcv loader failed: {self.failure!r}") from self.failure
                 if not self.is_alive():
                     raise RuntimeError("the ffcv loader's thread died without a word") from None
         if item is None:
@@ -160,6 +161,7 @@ class FfcvCrops:
         batches_ahead: int,
         replacements: Replacements,
     ) -> None:
+        decoder = DecodeAndCut(views, global_views, seed)
         threads = torch.get_num_threads()
         self._loader = FfcvLoader(
             path,
@@ -167,7 +169,7 @@ class FfcvCrops:
             num_workers=min(workers, numba.config.NUMBA_NUM_THREADS),
             os_cache=True,
             seed=seed,
-            pipelines={"image": [DecodeAndCut(views, global_views, seed)], "label": None},
+            pipelines={"image": PipelineSpec("image", decoder), "label": None},
             batches_ahead=batches_ahead,
         )
         torch.set_num_threads(threads)  # FFCV sets its own number for the whole process

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.beton import BetonReader
-from pipeline.decode import decode_photo
+from pipeline.decode import UnreadablePhoto, decode_photo
 from pipeline.sources import open_source
 
 
@@ -37,7 +37,11 @@ class FolderPhotos:
         return len(self._source.photos)
 
     def pixels(self, index: int) -> np.ndarray:
-        return decode_photo(self._source.read_bytes(self._source.photos[index]))
+        try:
+            data = self._source.read_bytes(self._source.photos[index])
+        except OSError as error:  # gone, or unreadable, since it was listed
+            raise UnreadablePhoto(str(error)) from error
+        return decode_photo(data)
 
     def name(self, index: int) -> str:
         return self._source.photos[index].name

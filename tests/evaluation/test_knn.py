@@ -1,6 +1,11 @@
-"""k-NN: the published figures, any number of photos and classes, and photos through a real backbone."""
+"""k-NN: the published figures, any number of photos and classes, photos through a real backbone."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,18 @@ from torchvision import transforms
 
 from evaluation import knn
 from evaluation.features import MEAN, STD, PhotoSet, extract_features
-from evaluation.knn import KS, RawPixels, evaluate_knn, find_neighbours, knn_classify, vote
+from evaluation.knn import (
+    KS,
+    RawPixels,
+    classify_by_k,
+    evaluate_knn,
+    find_neighbours,
+    knn_classify,
+    vote,
+)
+from model.checkpoint import load_backbone, model_state, save_checkpoint
+from model.config import ModelConfig
+from model.ibot import build
 from model.vit import VisionTransformer
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +53,21 @@ def small_chunks(monkeypatch):
 def test_accuracies_are_the_published_ones(name, classes):
     sets = published_set(name)
     num_classes = int(PUBLISHED[f"{name}/num_classes"]) if classes == "own" else classes
-    for i, k in enumerate(PUBLISHED[f"{name}/k"].tolist()):
-        for j, temperature in enumerate(PUBLISHED[f"{name}/T"].tolist()):
-            top1, top5 = knn_classify(*sets, k, temperature, num_classes)
+    for j, temperature in enumerate(PUBLISHED[f"{name}/T"].tolist()):
+        ks = PUBLISHED[f"{name}/k"].tolist()
+        by_k = classify_by_k(*sets, ks, temperature, num_classes)
+        for i, (top1, top5) in enumerate(by_k.values()):
             assert top1 == pytest.approx(PUBLISHED[f"{name}/top1"][i, j], abs=1e-9)
             low, high = PUBLISHED[f"{name}/top5_bounds"][i, j]
             assert low - 1e-9 <= top5 <= high + 1e-9
             if low == high:
                 assert top5 == pytest.approx(PUBLISHED[f"{name}/top5"][i, j], abs=1e-9)
+
+
+def test_one_k_alone_gives_the_figures_of_several_at_once():
+    sets = published_set("set1")
+    by_k = classify_by_k(*sets, [1, 20, 100])
+    assert by_k == {k: knn_classify(*sets, k) for k in (1, 20, 100)}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -65,7 +88,7 @@ def test_small_chunks_give_the_same_figures(name, small_chunks):
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_equally_similar_photos_go_by_their_order(k, small_chunks):
-    photo = F.normalize(torch.randn(1, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    photo = torch.eye(6)[:1]
     _, index = find_neighbours(photo.repeat(300, 1), photo.repeat(20, 1), k)
     assert torch.equal(index, torch.arange(k).repeat(20, 1))
 
@@ -238,7 +261,7 @@ def test_classes_are_matched_by_name(folders, tmp_path):
 
 def test_classes_that_training_lacks_are_named(folders, tmp_path):
     val = write_photos(tmp_path / "val", {"red": COLOURS["red"], "violet": (200, 40, 200)}, 1)
-    with pytest.raises(ValueError, match="1 classes that the training set lacks .violet"):
+    with pytest.raises(ValueError, match="1 classes that the training set lacks"):
         evaluate_knn(RawPixels(), folders[0], val, 16)
 
 
@@ -251,3 +274,58 @@ def test_photos_without_classes_are_refused(tmp_path):
 def test_a_missing_set_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         PhotoSet(tmp_path / "nowhere", 16)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(1)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
+    head = {"out_dim": 16, "patch_out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8}
+    config = ModelConfig(**sizes, **head)
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    save_checkpoint(path, model_state(build(config)) | {"config": asdict(config)})
+    return path
+
+
+def command_line(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evaluation.knn", *map(str, args), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_prints_and_writes_every_figure(checkpoint, folders, tmp_path):
+    sets = ("--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1])
+    also = ("--untrained", "--pixels", "--json", tmp_path / "knn.json")
+    done = command_line(*sets, "--k", 5, 10, "--workers", 0, *also)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "knn.json").read_text())
+    assert report["image_size"] == 32
+    assert list(report["results"]) == ["teacher", "untrained", "raw pixels"]
+    for name, by_k in report["results"].items():
+        assert list(by_k) == ["5", "10"]
+        assert name in done.stdout
+        for top1, top5 in by_k.values():
+            assert f"{top1:.2f}" in done.stdout
+            assert 0 <= top1 <= top5 <= 100
+
+
+def test_the_untrained_backbone_is_seeded_and_differs_from_the_checkpoint(checkpoint):
+    backbone, config = load_backbone(checkpoint)
+    state = torch.random.get_rng_state()
+    one, two = knn.untrained_backbone(config), knn.untrained_backbone(config)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name])
+    assert not torch.equal(one.pos_embed, backbone.pos_embed)
+
+
+@pytest.mark.parametrize("missing", ["--checkpoint", "--train", "--val"])
+def test_a_missing_path_is_one_sentence_and_exit_status_2(checkpoint, folders, missing, capsys):
+    args = {"--checkpoint": checkpoint, "--train": folders[0], "--val": folders[1]}
+    args |= {missing: "/nowhere/at/all", "--workers": 0, "--device": "cpu"}
+    with pytest.raises(SystemExit) as stopped:
+        knn.main([str(part) for pair in args.items() for part in pair])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "/nowhere/at/all" in said
+    assert len(said.strip().splitlines()) == 1

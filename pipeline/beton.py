@@ -1,0 +1,271 @@
+"""The .beton file format (FFCV's version 2), read and written without FFCV.
+
+    header            version, fields, page size, number of samples, where the allocation table is
+    two fields        `image` (RGBImageField, type 2) and `label` (IntField, type 1)
+    metadata          24 bytes a sample: mode, width, height, pointer to the data; label
+    data              JPEG bytes or raw pixels, from the first page on; none crosses a page's edge
+    allocation table  (sample, pointer, size), up to the end of the file
+
+Beside `photos.beton` the converter leaves `photos.beton.json` with what the format has no room for:
+class names, source, options, counts, unreadable photos and checksums. A .beton without it is whole.
+"""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pipeline.decode import UnreadablePhoto, decode_photo
+
+VERSION = 2
+JPG, RAW = 0, 1  # modes of a stored photo
+MAX_SIDE = 65535  # width and height are uint16
+MIN_PAGE = 1 << 21  # FFCV's least, 2 MiB
+FIRST_PAGE = 1 << 23  # FFCV's default, 8 MiB
+MAX_PHOTO = 1 << 31  # bytes; a page is a power of two that fits uint32
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+_FIELDS = [(2, b"image"), (1, b"label")]
+_METADATA_START = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the JSON beside a .beton file stands: photos.beton -> photos.beton.json."""
+    return Path(f"{path}.json")
+
+
+class BetonReader:
+    """A .beton file with the fields `image` and `label`, memory-mapped.
+
+    labels: int64 [n], -1 where unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or
+    RAW. sizes: uint64 [n], stored bytes. classes: names from the JSON beside the file, or [].
+
+    Raises FileNotFoundError, and ValueError for a file that is no .beton, has another version or
+    other fields, is cut short, or stands beside the JSON of another file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist or is no file;"
+                " make it: python -m pipeline.convert SRC DST.beton"
+            )
+        if self.path.stat().st_size < _METADATA_START:
+            raise ValueError(f"{path} is no .beton file: it is too small")
+        # A plain view: slices of a np.memmap are slow to make.
+        self._data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        header = self._data[: HEADER.itemsize].view(HEADER)[0]
+        self._check_header(header)
+        self.num_samples, self.page_size = int(header["num_samples"]), int(header["page_size"])
+        samples, table = self._tables(int(header["alloc_table_ptr"]))
+        self.labels = samples["label"].astype(np.int64)
+        self.modes = samples["image"]["mode"].copy()
+        self.widths = samples["image"]["width"].copy()
+        self.heights = samples["image"]["height"].copy()
+        self._pointers = samples["image"]["data_ptr"].copy()
+        self.sizes = self._sizes(table)
+        self.sidecar = self._read_sidecar()
+        self.classes: list[str] = list(self.sidecar.get("classes", []))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def name(self, index: int) -> str:
+        """What to call the photo in a message."""
+        return f"photo {index} of {self.path}"
+
+    def photo_bytes(self, index: int) -> memoryview:
+        """The stored bytes, JPEG or raw pixels by `modes[index]`, not copied."""
+        begin = int(self._pointers[index])
+        return self._data[begin : begin + int(self.sizes[index])].data
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3]; raises UnreadablePhoto, also for a size other than the one noted."""
+        data = self.photo_bytes(index)
+        shape = (int(self.heights[index]), int(self.widths[index]), 3)
+        if self.modes[index] == RAW:
+            if len(data) != np.prod(shape):
+                raise UnreadablePhoto(f"{len(data)} bytes of raw pixels do not make {shape}")
+            return np.frombuffer(data, np.uint8).reshape(shape).copy()
+        if self.modes[index] != JPG:
+            raise UnreadablePhoto(f"mode {self.modes[index]} is neither jpg (0) nor raw (1)")
+        pixels = decode_photo(data)
+        if pixels.shape != shape:
+            raise UnreadablePhoto(f"decodes to {pixels.shape}, the file says {shape}")
+        return pixels
+
+    def _check_header(self, header: np.void) -> None:
+        page = int(header["page_size"])
+        if page < MIN_PAGE or page & (page - 1) or not header["num_fields"]:
+            raise ValueError(f"{self.path} is no .beton file: its header makes no sense")
+        if header["version"] != VERSION:
+            raise ValueError(
+                f"{self.path} is a .beton of version {header['version']}, version {VERSION} is"
+                " read; convert the photos anew"
+            )
+        end = HEADER.itemsize + int(header["num_fields"]) * FIELD.itemsize
+        if end > len(self._data):
+            raise ValueError(f"{self.path} is cut short inside its field list")
+        fields = self._data[HEADER.itemsize : end].view(FIELD)
+        found = [(int(f["type_id"]), bytes(f["name"])) for f in fields]
+        if found != _FIELDS:
+            named = ", ".join(f"{name.decode('ascii', 'replace')} (type {t})" for t, name in found)
+            raise ValueError(
+                f"{self.path} has the fields {named}; expected image (RGBImageField, type 2) and"
+                " label (IntField, type 1), in this order"
+            )
+
+    def _tables(self, table_start: int) -> tuple[np.ndarray, np.ndarray]:
+        """The metadata and the allocation table."""
+        data_start = _METADATA_START + self.num_samples * SAMPLE.itemsize
+        rest = len(self._data) - table_start
+        samples = self.num_samples
+        if table_start < data_start or rest < samples * ALLOCATION.itemsize:
+            raise ValueError(
+                f"{self.path} is cut short or was never finished: {len(self._data):,} bytes do not"
+                f" hold {samples:,} samples and their table; convert the photos anew"
+            )
+        table = self._data[table_start : len(self._data) - rest % ALLOCATION.itemsize]
+        metadata = self._data[_METADATA_START:data_start]
+        return metadata.view(SAMPLE), table.view(ALLOCATION)
+
+    def _sizes(self, table: np.ndarray) -> np.ndarray:
+        """Stored bytes of each sample, uint64 [n]: its pointer, looked up in the table."""
+        if not self.num_samples:
+            return np.zeros(0, np.uint64)
+        pointers = table["ptr"]
+        order = np.argsort(pointers, kind="stable")  # FFCV's own writer leaves them unordered
+        place = np.searchsorted(pointers, self._pointers, sorter=order)
+        entry = table[order[np.minimum(place, len(order) - 1)]]
+        beyond = entry["ptr"] + entry["size"] > np.uint64(len(self._data))
+        wrong = np.flatnonzero((entry["ptr"] != self._pointers) | beyond)
+        if len(wrong):
+            raise ValueError(
+                f"{self.path} is damaged: the data of {len(wrong):,} samples, the first of them"
+                f" {wrong[0]}, is not where its table says; convert the photos anew"
+            )
+        return entry["size"].copy()
+
+    def _read_sidecar(self) -> dict[str, Any]:
+        path = sidecar_path(self.path)
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            size = content["file_bytes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not what the converter writes; remove it") from error
+        if size != len(self._data):
+            raise ValueError(
+                f"{path} describes a file of {size:,} bytes, {self.path} has"
+                f" {len(self._data):,}; remove it, or put back the .beton it was written with"
+            )
+        return content
+
+
+class BetonWriter:
+    """Writes a .beton file that appears under its name only when it is whole.
+
+    `most`: no more samples than this will come; room for their metadata is kept before the data.
+    Use as a context manager: append, then `seal` and `publish`; without those nothing is left.
+
+    Pages are 8 MiB and grow to the power of two that holds the largest photo. What lies inside a
+    small page lies inside the larger one around it, so the data need not move. FFCV's process
+    cache holds whole pages in memory: for it, `--max-resolution` keeps raw photos small.
+    """
+
+    def __init__(self, path: str | Path, most: int) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self.page_size = FIRST_PAGE
+        self.count = 0
+        self._samples = np.zeros(most, SAMPLE)
+        self._table = np.zeros(most, ALLOCATION)
+        self._end = _aligned(_METADATA_START + self._samples.nbytes, FIRST_PAGE)
+        self._file = open(self.partial, "xb")  # noqa: SIM115  (closed by seal or __exit__)
+
+    def __enter__(self) -> "BetonWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def append(
+        self, label: int, mode: int, width: int, height: int, data: bytes | memoryview
+    ) -> None:
+        """Add one sample. Raises ValueError for a size or a mode that the format cannot hold."""
+        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+            raise ValueError(f"{width} x {height} pixels: a side must be 1 to {MAX_SIDE}")
+        if mode not in (JPG, RAW) or (mode == RAW and len(data) != width * height * 3):
+            raise ValueError(f"mode {mode} with {len(data)} bytes for {width} x {height} pixels")
+        if not 0 < len(data) <= MAX_PHOTO:
+            raise ValueError(f"{len(data):,} bytes: a photo must have 1 to {MAX_PHOTO:,}")
+        while len(data) > self.page_size:
+            self.page_size *= 2
+        if self._end % self.page_size + len(data) > self.page_size:
+            self._end = _aligned(self._end, self.page_size)
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._samples[self.count] = ((mode, width, height, self._end), label)
+        self._table[self.count] = (self.count, self._end, len(data))
+        self._end += len(data)
+        self.count += 1
+
+    def seal(self) -> Path:
+        """Write tables and header and push all to disk; returns the whole file's passing name."""
+        table_start = _aligned(self._end, 8)
+        self._file.seek(table_start)
+        self._file.write(self._table[: self.count].tobytes())
+        header = (VERSION, len(_FIELDS), self.page_size, self.count, table_start)
+        fields = [(type_id, name, b"") for type_id, name in _FIELDS]
+        self._file.seek(0)
+        self._file.write(np.array(header, HEADER).tobytes())
+        self._file.write(np.array(fields, FIELD).tobytes())
+        self._file.write(self._samples[: self.count].tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self.partial
+
+    def publish(self, sidecar: dict[str, Any]) -> None:
+        """Give the sealed file its name, and the JSON beside it.
+
+        The old JSON goes first and the new one comes last, so that none describes another file.
+        """
+        beside = sidecar_path(self.path)
+        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
+        content = {**sidecar, "file_bytes": self.partial.stat().st_size}
+        try:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            beside.unlink(missing_ok=True)
+            os.replace(self.partial, self.path)
+            os.replace(partial, beside)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _aligned(position: int, page: int) -> int:
+    return -(-position // page) * page

@@ -1,0 +1,73 @@
+"""Bytes of a photo -> RGB pixels, strictly: a photo that is not whole raises, it never turns grey.
+
+Decoding follows the published recipe, Pillow's `convert("RGB")`: alpha is dropped, EXIF orientation
+and colour profiles are ignored. The one exception is 16-bit grey, which Pillow would clip to white.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 256_000_000  # 768 MB of RGB; photos of 20 or 100 megapixels are far below
+
+# Pillow refuses above twice this and would warn from 89 megapixels on.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+_GREY16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class UnreadablePhoto(ValueError):
+    """A photo that cannot be decoded; its message is the reason."""
+
+
+def load_photo(data: bytes | memoryview) -> Image.Image:
+    """Decode all of `data` (any format Pillow knows, by content) in the photo's own mode.
+
+    Raises UnreadablePhoto for what is no photo, is cut short or has more than MAX_PIXELS pixels.
+    """
+    if not len(data):
+        raise UnreadablePhoto("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UnreadablePhoto(f"{width} x {height} pixels, the limit is {MAX_PIXELS:,}")
+        image.load()
+    except UnreadablePhoto:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UnreadablePhoto("not an image format that Pillow knows") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
+        raise UnreadablePhoto(str(error) or type(error).__name__) from error
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` in mode RGB, 8 bits a channel; 16-bit grey is scaled by 1/257, rounded.
+
+    Raises UnreadablePhoto for grey beyond 16 bits and for floating-point pixels.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode in _GREY16:
+        grey = np.asarray(image).astype(np.int64)  # [H, W]
+        if grey.min() < 0 or grey.max() > 65535:
+            raise UnreadablePhoto(f"grey values {grey.min()}..{grey.max()} do not fit 16 bits")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UnreadablePhoto("floating-point pixels, whose range is unknown")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UnreadablePhoto(f"mode {image.mode} does not convert to RGB: {error}") from error
+
+
+def decode_photo(data: bytes | memoryview) -> np.ndarray:
+    """Decode the bytes of a photo to uint8 [H, W, 3], RGB.
+
+    Raises UnreadablePhoto with the reason.
+    """
+    return np.array(to_rgb(load_photo(data)))

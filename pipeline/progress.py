@@ -1,0 +1,62 @@
+"""How far, how fast, how long still: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_LINE_EVERY_S = 30.0
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show progress over `total` photos on stderr; yields `advance(count)`."""
+    if sys.stderr.isatty():
+        with _bar(what, total) as advance:
+            yield advance
+    else:
+        yield _lines(what, total)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:.0f} photos/s")
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda count: shown.advance(task, count)
+
+
+def _lines(what: str, total: int) -> Callable[[int], None]:
+    started = said = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal said, done
+        done += count
+        now = time.monotonic()
+        if now - said >= _LINE_EVERY_S:
+            said, rate = now, done / (now - started)
+            left = (total - done) / rate
+            print(
+                f"{what} {done:,} of {total:,} photos, {rate:.0f} photos/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return advance

@@ -1,0 +1,45 @@
+"""Small sets of real JPEG files, drawn once a session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pipeline.convert import convert
+
+COUNT = 48
+
+
+def smooth_photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Coarse noise, enlarged: has edges, gradients and colour at every place."""
+    coarse = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 JPEGs of four classes and many sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        folder = root / f"class{i % 4}"
+        folder.mkdir(exist_ok=True)
+        width, height = (int(side) for side in rng.integers(40, 260, 2))
+        smooth_photo(rng, width, height).save(folder / f"{i:03d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same photos as a .beton file, bytes untouched."""
+    path = tmp_path_factory.mktemp("beton") / "photos.beton"
+    convert(photo_folder, path, workers=1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def raw_beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same photos as pixels."""
+    path = tmp_path_factory.mktemp("raw") / "photos.beton"
+    convert(photo_folder, path, write_mode="raw", workers=1)
+    return path

@@ -1,0 +1,260 @@
+"""The loaders as a run sees them: real files, real threads, real worker processes."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import Batch, PipelineConfig, build_loader
+from pipeline.batch import normalised
+from pipeline.beton import BetonReader
+from pipeline.draws import draw_views
+from pipeline.pil_views import cut_views_reference
+
+ffcv = pytest.importorskip("ffcv", reason="ffcv is not installed: make ffcv")
+
+SMALL = PipelineConfig(
+    batch_size=8,
+    workers=1,
+    seed=3,
+    local_crops_number=3,
+    global_crops_size=64,
+    local_crops_size=32,
+    patch_size=8,
+)
+
+
+def batches_of(path: Path, epoch: int = 0, first_step: int = 0, **changes: Any) -> list[Batch]:
+    loader = build_loader(replace(SMALL, data=str(path), **changes))
+    try:
+        return list(loader.epoch(epoch, first_step))
+    finally:
+        loader.close()
+
+
+def by_sample(batches: list[Batch]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """index -> (global crops, local crops, masks, label) of that sample."""
+    samples = {}
+    for batch in batches:
+        for i, index in enumerate(batch.indices.tolist()):
+            assert index not in samples, "a sample came twice in one epoch"
+            samples[index] = (
+                batch.global_crops[:, i],
+                batch.local_crops[:, i],
+                batch.masks[:, i],
+                batch.labels[i],
+            )
+    return samples
+
+
+def assert_same_samples(one: list[Batch], other: list[Batch]) -> None:
+    first, second = by_sample(one), by_sample(other)
+    assert first.keys() == second.keys()
+    for index in first:
+        for a, b in zip(first[index], second[index], strict=True):
+            assert torch.equal(a, b), f"sample {index} differs"
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "pil"])
+def test_every_sample_comes_once_an_epoch_with_its_label(beton: Path, kind: str) -> None:
+    batches = batches_of(beton, loader=kind)
+    samples = by_sample(batches)
+    assert sorted(samples) == list(range(48))
+    labels = BetonReader(beton).labels
+    assert all(int(sample[3]) == labels[index] for index, sample in samples.items())
+    batch = batches[0]
+    assert batch.global_crops.shape == (2, 8, 3, 64, 64)
+    assert batch.local_crops.shape == (3, 8, 3, 32, 32)
+    assert batch.masks.shape == (2, 8, 8, 8)
+    assert batch.masks.dtype == torch.bool
+    assert batch.global_crops.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "pil"])
+def test_workers_and_batch_size_change_no_sample(beton: Path, kind: str) -> None:
+    one = batches_of(beton, epoch=2, loader=kind, workers=1, batch_size=8)
+    other = batches_of(beton, epoch=2, loader=kind, workers=2, batch_size=16)
+    assert_same_samples(one, other)
+    order, wide = (torch.cat([batch.indices for batch in run]) for run in (one, other))
+    assert torch.equal(order, wide)
+
+
+def test_other_epochs_and_seeds_give_other_crops_and_orders(beton: Path) -> None:
+    base = batches_of(beton)
+    for changed in (batches_of(beton, epoch=1), batches_of(beton, seed=4)):
+        assert not torch.equal(base[0].indices, changed[0].indices)
+        first, second = by_sample(base), by_sample(changed)
+        assert not any(torch.equal(first[i][0], second[i][0]) for i in first)
+
+
+def test_ffcv_crops_are_pillows_on_the_same_pixels(raw_beton: Path) -> None:
+    config = replace(SMALL, data=str(raw_beton))
+    views, reader = config.views(), BetonReader(raw_beton)
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    for index, sample in by_sample(batches_of(raw_beton, epoch=1)).items():
+        pixels = reader.pixels(index)
+        draws = draw_views(views, config.seed, 1, index, *pixels.shape[:2])
+        crops = cut_views_reference(Image.fromarray(pixels), draws, [view.size for view in views])
+        for ours, theirs in (
+            (sample[0], np.stack(crops[:2])),
+            (sample[1], np.stack(crops[2:])),
+        ):
+            expected = normalised(torch.from_numpy(theirs[None]), mean, std)[:, 0]
+            assert torch.equal(ours, expected)
+
+
+def test_pil_and_ffcv_loaders_agree(beton: Path, raw_beton: Path) -> None:
+    assert_same_samples(batches_of(raw_beton, loader="pil"), batches_of(raw_beton, loader="ffcv"))
+    # From JPEG bytes they differ by the decoder: Pillow's is exact, ffcv asks for the fast DCT.
+    scale = 255 * torch.tensor(SMALL.std).view(3, 1, 1)
+    ours, theirs = (by_sample(batches_of(beton, loader=kind)) for kind in ("ffcv", "pil"))
+    for index in ours:
+        for view in (0, 1):
+            difference = ((ours[index][view] - theirs[index][view]) * scale).abs()
+            assert difference.mean() < 1.5
+        assert torch.equal(ours[index][2], theirs[index][2])
+
+
+def test_a_folder_gives_what_its_beton_gives(photo_folder: Path, beton: Path) -> None:
+    assert_same_samples(batches_of(photo_folder, loader="pil"), batches_of(beton, loader="pil"))
+
+
+def test_two_ranks_share_each_global_batch(beton: Path) -> None:
+    whole = batches_of(beton, batch_size=16)
+    halves = []
+    for rank in (0, 1):
+        loader = build_loader(replace(SMALL, data=str(beton)), rank=rank, world_size=2)
+        halves.append(list(loader.epoch(0)))
+        loader.close()
+    assert len(whole) == len(halves[0]) == len(halves[1])
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(batch.indices, torch.cat([first.indices, second.indices]))
+        assert torch.equal(
+            batch.global_crops, torch.cat([first.global_crops, second.global_crops], dim=1)
+        )
+        assert torch.equal(batch.masks, torch.cat([first.masks, second.masks], dim=1))
+
+
+def test_an_epoch_can_be_entered_in_its_middle(beton: Path) -> None:
+    whole, rest = batches_of(beton, epoch=5), batches_of(beton, epoch=5, first_step=4)
+    assert len(rest) == len(whole) - 4
+    for a, b in zip(whole[4:], rest, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.global_crops, b.global_crops)
+
+
+def test_epochs_left_early_leave_no_thread(beton: Path) -> None:
+    loader = build_loader(replace(SMALL, data=str(beton), batches_ahead=1))
+    next(iter(loader.epoch(0)))
+    before = threading.active_count()
+    for epoch in range(6):
+        next(iter(loader.epoch(epoch)))
+    loader.close()
+    assert threading.active_count() <= before
+
+
+@pytest.fixture
+def damaged(beton: Path, tmp_path: Path) -> tuple[Path, int]:
+    """A .beton in which one JPEG lost its second half, and that photo's index."""
+    path, index = tmp_path / "damaged.beton", 17
+    shutil.copy(beton, path)
+    reader = BetonReader(beton)
+    data = bytes(reader.photo_bytes(index))
+    content = path.read_bytes()
+    at = content.index(data)
+    half = len(data) // 2
+    path.write_bytes(content[: at + half] + b"\0" * (len(data) - half) + content[at + len(data) :])
+    return path, index
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "pil"])
+def test_a_damaged_photo_is_named_and_replaced(
+    damaged: tuple[Path, int], beton: Path, kind: str
+) -> None:
+    path, bad = damaged
+    loader = build_loader(replace(SMALL, data=str(path), loader=kind))
+    batches = list(loader.epoch(0))
+    loader.close()
+    assert list(loader.unreadable) == [bad]
+    used = [i for batch in batches for i in batch.indices.tolist()]
+    assert bad not in used
+    assert used.count(bad + 1) == 2
+    sound = by_sample(batches_of(beton, loader=kind))
+    for batch in batches:
+        for i, index in enumerate(batch.indices.tolist()):
+            if index not in (bad, bad + 1):
+                assert torch.equal(batch.global_crops[:, i], sound[index][0])
+
+
+def test_an_error_in_the_ffcv_thread_reaches_the_training_process(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.ffcv_loader import _Epoch
+
+    def broken(self: Any, number: int, *rest: Any) -> Any:
+        if number == 2:
+            raise OSError("the disk went away")
+        return original(self, number, *rest)
+
+    original = _Epoch.run_pipeline
+    monkeypatch.setattr(_Epoch, "run_pipeline", broken)
+    with pytest.raises(RuntimeError, match="the disk went away"):
+        batches_of(beton)
+
+
+def test_an_ffcv_thread_that_vanishes_is_an_error(
+    beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.ffcv_loader import _Epoch
+
+    monkeypatch.setattr(_Epoch, "run", lambda self: None)
+    with pytest.raises(RuntimeError, match="died"):
+        batches_of(beton)
+
+
+def test_a_killed_worker_process_is_an_error_within_seconds(beton: Path) -> None:
+    loader = build_loader(replace(SMALL, data=str(beton), loader="pil", workers=2))
+    batches = loader.epoch(0)
+    next(batches)
+    workers = loader._cutter._loader._iterator._workers  # type: ignore[attr-defined]
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"worker|exited"):
+        list(batches)
+    assert time.monotonic() - started < 30
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "--data is missing"),
+        ({"data": "/nowhere/photos.beton"}, "/nowhere/photos.beton"),
+        ({"data": "/nowhere/photos"}, "/nowhere/photos"),
+        ({"global_crops_size": 60}, "--global-crops-size 60"),
+        ({"local_crops_size": 4}, "--local-crops-size 4"),
+        ({"batch_size": 100}, "--batch-size 100"),
+        ({"loader": "dali9"}, "--loader dali9"),
+        ({"pred_ratio": (0.3,)}, "ratio"),
+        ({"local_crops_scale": (0.3, 0.1)}, "--local-crops-scale"),
+    ],
+)
+def test_bad_settings_are_named(beton: Path, changes: dict[str, Any], message: str) -> None:
+    config = replace(SMALL, **{"data": str(beton), **changes})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build_loader(config)
+
+
+def test_ffcv_says_how_to_convert_a_folder(photo_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"pipeline\.convert"):
+        build_loader(replace(SMALL, data=str(photo_folder), loader="ffcv"))
