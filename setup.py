@@ -1,7 +1,7 @@
 """Installation: `make setup` does all of it; `pip install -e .[eval,dev]` is the same by hand.
 
-Ranges stand here, the tested versions in constraints.txt. torch 2.10 is the newest PyPI release that
-carries V100 (sm_70) kernels, so it is what constraints.txt pins; newer ones work on newer GPUs.
+Ranges stand here, the tested versions in constraints.txt. torch 2.10 is the newest PyPI release
+that carries V100 (sm_70) kernels, so constraints.txt pins it; newer ones work on newer GPUs.
 """
 
 from setuptools import find_packages, setup
@@ -26,8 +26,8 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        # ffcv builds against OpenCV and libturbojpeg and imports distutils, which setuptools supplies
-        # from Python 3.12 on.
+        # ffcv builds against OpenCV and libturbojpeg and imports distutils, which setuptools
+        # supplies from Python 3.12 on.
         "ffcv": ["ffcv==1.0.2", "setuptools<81"],
         "dali": ["nvidia-dali-cuda120>=1.44; platform_system == 'Linux'"],
         "eval": ["scikit-learn>=1.5", "scipy>=1.13"],

@@ -7,6 +7,8 @@ Photos become batches (pipeline), a batch becomes a loss (model), and this file 
 """
 
 import dataclasses
+import datetime
+import itertools
 import json
 import os
 import sys
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from evaluation.features import PhotoSet
 from evaluation.knn import evaluate_knn
 from model import IBOT, build, training_step
 from model.checkpoint import (
@@ -33,11 +36,11 @@ from model.schedules import cosine_schedule
 from pipeline import Batch, Loader, build_loader
 from training.config import Config, parse
 from training.curves import plot_curves
+from training.metrics import LateMetrics
 from training.run_log import RunLog
 
 CHECKPOINT = "checkpoint.pt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
-LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm")
 
 
 @dataclasses.dataclass
@@ -59,6 +62,10 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.run.output_dir)
 
+    @property
+    def global_batch(self) -> int:
+        return self.config.pipeline.batch_size * self.world_size
+
 
 def join_processes(name: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; under torchrun, joins the group."""
@@ -72,7 +79,9 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while rank 0 saves and evaluates.
+    patience = datetime.timedelta(hours=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -86,6 +95,9 @@ def prepare(config: Config) -> Run:
         precision = "fp16" if device.type == "cuda" else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    if config.run.eval_every:  # a wrong path should show now, not an epoch later
+        memory = PhotoSet(config.run.eval_train)
+        PhotoSet(config.run.eval_val, classes=memory.classes)
     torch.manual_seed(config.pipeline.seed)  # the same weights on every rank
     ibot = build(config.model).to(device)
     optimizer = build_optimizer(ibot.student, config.run.optimizer)
@@ -113,7 +125,7 @@ def resume(run: Run) -> None:
     content = load_checkpoint(path)
     check_same_model(path, content["config"], run.config.resolved())
     saved = (content["steps_per_epoch"], content["global_batch"])
-    now = (run.loader.steps_per_epoch, run.config.pipeline.batch_size * run.world_size)
+    now = (run.loader.steps_per_epoch, run.global_batch)
     if saved != now:
         raise ValueError(
             f"checkpoint {path} has {saved[0]} steps an epoch of {saved[1]} images, this run"
@@ -128,7 +140,9 @@ def resume(run: Run) -> None:
 
 def save(run: Run) -> None:
     """Write the checkpoint; at every --keep-every epochs one that stays, too. The RNG's state is
-    (seed, step): every draw is a function of the two, see `seed_step`."""
+    (seed, step): every draw is a function of the two, see `seed_step`. Rank 0 writes."""
+    if run.rank:
+        return
     config, per_epoch = run.config, run.loader.steps_per_epoch
     content = {
         **model_state(run.ibot),
@@ -138,7 +152,7 @@ def save(run: Run) -> None:
         "epoch": run.step // per_epoch,  # the next one
         "rng": {"seed": config.pipeline.seed, "step": run.step},
         "steps_per_epoch": per_epoch,
-        "global_batch": config.pipeline.batch_size * run.world_size,
+        "global_batch": run.global_batch,
         "config": config.resolved(),
     }
     save_checkpoint(run.folder / CHECKPOINT, content)
@@ -155,28 +169,27 @@ def seed_step(run: Run) -> None:
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that the step stood still for it."""
+    """Each batch with the seconds that the training stood still for it."""
     while True:
-        started = time.perf_counter()
+        asked = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             return
-        yield batch, time.perf_counter() - started
+        yield batch, time.perf_counter() - asked
 
 
-def mean_over_ranks(metrics: dict[str, torch.Tensor], world_size: int) -> torch.Tensor:
-    """The LOGGED metrics as one tensor, averaged over ranks; nothing waits for it."""
-    values = torch.stack([metrics[name].float() for name in LOGGED])
-    if world_size > 1:
-        dist.all_reduce(values)
-        values /= world_size
-    return values
+def is_due(run: Run, last: int) -> bool:
+    """Whether the run, as far as it has come, is to be evaluated."""
+    every, per_epoch = run.config.run.eval_every, run.loader.steps_per_epoch
+    if not every or run.step % per_epoch:
+        return False
+    return run.step == last or (run.step // per_epoch) % every == 0
 
 
 def evaluate(run: Run, log: RunLog | None) -> None:
-    """k-NN of the teacher, on rank 0."""
-    if log is not None:
-        options = run.config.run
+    """k-NN of the teacher, on rank 0, unless a run that was killed had come that far."""
+    if log is not None and run.step not in log.scores():
+        options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
         top1, top5 = evaluate_knn(
             run.ibot.teacher.backbone,
             options.eval_train,
@@ -185,112 +198,93 @@ def evaluate(run: Run, log: RunLog | None) -> None:
             ks=[options.eval_k],
             device=run.device,
         )[options.eval_k]
-        epoch = run.step // run.loader.steps_per_epoch
-        log.record(
-            {"step": run.step, "epoch": epoch, "knn_top1": top1, "knn_top5": top5}
-            | {"knn_k": options.eval_k}
-        )
+        scores = {"knn_top1": top1, "knn_top5": top5, "knn_k": options.eval_k}
+        log.record({"step": run.step, "epoch": epoch} | scores)
         log.say(f"epoch {epoch}: k-NN top-1 {top1:.2f} %  top-5 {top5:.2f} %  (k {options.eval_k})")
+        plot_curves(run.folder)
     if run.world_size > 1:
         dist.barrier()
 
 
-def train(run: Run, log: RunLog | None) -> None:
-    """The loop. Metrics are read a step late, so that the host never waits for the device."""
+def rates(run: Run) -> list[dict[str, float]]:
+    """Learning rate, weight decay and teacher momentum of every step of the whole run."""
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
-    total = options.epochs * per_epoch
-    last = min(total, options.stop_after) if options.stop_after else total
-    images = run.config.pipeline.batch_size * run.world_size
-    lr = cosine_schedule(
-        options.lr * images / 256, options.min_lr, options.epochs, per_epoch, options.warmup_epochs
-    )
+    peak = options.lr * run.global_batch / 256
+    lr = cosine_schedule(peak, options.min_lr, options.epochs, per_epoch, options.warmup_epochs)
     decay = cosine_schedule(
         options.weight_decay, options.weight_decay_end, options.epochs, per_epoch
     )
     momentum = cosine_schedule(options.momentum_teacher, 1.0, options.epochs, per_epoch)
-    pending: dict[str, Any] | None = None  # the step whose metrics are still on their way
+    names = ("lr", "weight_decay", "momentum")
+    return [
+        dict(zip(names, map(float, step), strict=True))
+        for step in zip(lr, decay, momentum, strict=True)
+    ]
 
-    def settle() -> None:
-        """Read the pending metrics; stop the run where the loss is no number."""
-        nonlocal pending
-        if pending is None:
-            return
-        record, values = pending, pending.pop("values").tolist()
-        pending = None
-        record |= dict(zip(LOGGED, values, strict=True))
-        if not np.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"the loss of step {record['step']} is {record['loss']}; the last checkpoint in"
-                f" {run.folder} is sound. Try --precision fp32, or a smaller --lr or --clip-grad"
-            )
-        if log is not None:
-            log.progress(record["step"] + 1, record)
-            if record["step"] % options.log_steps == 0 or record["step"] == last - 1:
-                log.record(record)
 
-    if options.eval_every and run.step == 0:
+def train(run: Run, log: RunLog | None) -> None:
+    """All steps up to the end, or to --stop-after; at the end of epochs save and evaluate."""
+    options, per_epoch = run.config.run, run.loader.steps_per_epoch
+    last = options.epochs * per_epoch
+    last = min(last, options.stop_after or last)
+    schedule, late = rates(run), LateMetrics(run.world_size)
+    if is_due(run, last):
         evaluate(run, log)
     while run.step < last:
         epoch, first = divmod(run.step, per_epoch)
+        batches = itertools.islice(run.loader.epoch(epoch, first), last - run.step)
         started = time.perf_counter()
-        for batch, waited in timed(run.loader.epoch(epoch, first)):
-            seed_step(run)
-            metrics = training_step(
-                run.ibot,
-                run.optimizer,
-                run.scaler,
-                batch.global_crops,
-                batch.local_crops,
-                batch.masks,
-                epoch=epoch,
-                lr=lr[run.step],
-                weight_decay=decay[run.step],
-                momentum=momentum[run.step],
-                clip_grad=options.clip_grad,
-                freeze_last_layer=options.freeze_last_layer,
-                autocast_dtype=DTYPES[run.precision],
-            )
-            settle()
-            now = time.perf_counter()
-            pending = {
-                "step": run.step,
-                "epoch": epoch,
-                "lr": lr[run.step],
-                "weight_decay": decay[run.step],
-                "momentum": momentum[run.step],
-                "images_per_s": images / (now - started),
-                "data_wait": waited / (now - started),
-                "unreadable": len(run.loader.unreadable),
-                "values": mean_over_ranks(metrics, run.world_size),
-            }
-            started = now
+        for batch, waited in timed(batches):
+            metrics = train_step(run, batch, epoch, schedule[run.step])
+            show(late.settle(), log, options.log_steps)  # of the step before: keeps pace with it
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            speed = {"images_per_s": run.global_batch / seconds, "data_wait": waited / seconds}
+            record = {"step": run.step, "epoch": epoch, **schedule[run.step], **speed}
+            late.push(record | {"unreadable": len(run.loader.unreadable)}, metrics)
             run.step += 1
-            epoch_ends = run.step % per_epoch == 0
-            if (
-                run.step == last
-                or epoch_ends
-                or (options.save_steps and run.step % options.save_steps == 0)
-            ):
-                settle()  # never save what a bad loss has touched
-                if log is not None:
-                    save(run)
-            if run.step == last:
-                break
-        done = run.step // per_epoch
-        if (
-            options.eval_every
-            and epoch_ends
-            and (done % options.eval_every == 0 or run.step == last)
-        ):
+            if options.save_steps and run.step % options.save_steps == 0:
+                show(late.settle(), log, options.log_steps)  # never save what a bad loss touched
+                save(run)
+                started = time.perf_counter()
+        show(late.settle(), log, options.log_steps, always=run.step == last)
+        save(run)
+        if is_due(run, last):
             evaluate(run, log)
-            if log is not None:
-                plot_curves(run.folder)
 
 
-def main() -> int:
+def train_step(
+    run: Run, batch: Batch, epoch: int, rates: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    seed_step(run)
+    return training_step(
+        run.ibot,
+        run.optimizer,
+        run.scaler,
+        batch.global_crops,
+        batch.local_crops,
+        batch.masks,
+        epoch=epoch,
+        **rates,
+        clip_grad=run.config.run.clip_grad,
+        freeze_last_layer=run.config.run.freeze_last_layer,
+        autocast_dtype=DTYPES[run.precision],
+    )
+
+
+def show(
+    record: dict[str, Any] | None, log: RunLog | None, every: int, always: bool = False
+) -> None:
+    """Bring a settled step to screen and, each so many steps, to the log."""
+    if record is not None and log is not None:
+        log.progress(record["step"] + 1, record)
+        if always or record["step"] % every == 0:
+            log.record(record)
+
+
+def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 1 when it failed on the way, 2 when it could not begin."""
     try:
-        config = parse()
+        config = parse(arguments)
         run = prepare(config)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -314,7 +308,11 @@ def main() -> int:
         if log is not None:
             report(run, log)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {error}; the last checkpoint in {run.folder} is sound. Go on from it with"
+            " --resume auto and --precision fp32, or a smaller --lr or --clip-grad",
+            file=sys.stderr,
+        )
         return 1
     finally:
         run.loader.close()
@@ -330,10 +328,11 @@ def report(run: Run, log: RunLog) -> None:
     picture = plot_curves(run.folder)
     log.say(f"checkpoint {run.folder / CHECKPOINT}, log {run.folder / 'log.jsonl'}, plot {picture}")
     scores = log.scores()
-    if len(scores) > 1:
+    if 0 in scores and len(scores) > 1:
+        now = scores[max(scores)]
         log.say(
-            f"k-NN top-1: untrained {scores[0]:.2f} %, now {scores[-1]:.2f} %:"
-            f" {scores[-1] - scores[0]:+.2f} points"
+            f"k-NN top-1: untrained {scores[0]:.2f} %, now {now:.2f} %:"
+            f" {now - scores[0]:+.2f} points"
         )
     for reason in run.loader.unreadable.values():
         log.say(f"unreadable: {reason}")

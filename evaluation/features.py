@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pipeline.decode import UnreadablePhoto
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
+from pipeline.decode import UnreadablePhoto
 from pipeline.photos import Photos, open_photos
 
 log = logging.getLogger(__name__)
@@ -28,13 +27,18 @@ STD = (0.229, 0.224, 0.225)
 Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
 
 
-def evaluation_view(size: int) -> Compose:
-    """Return the published evaluation view scaled to `size`: 256, then 224 pixels at size 224."""
-    if size < 1:
-        raise ValueError(f"--image-size is {size}; give the side of the evaluation view in pixels")
-    shorter_side = round(size * 256 / 224)
-    resize = Resize(shorter_side, interpolation=InterpolationMode.BICUBIC)
-    return Compose([resize, CenterCrop(size), PILToTensor()])
+def evaluation_view(image: Image.Image, size: int) -> Tensor:
+    """The published evaluation view scaled to `size`: shorter side to 256, centre 224 at size 224.
+
+    uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
+    torchvision takes longer than everything else that a run loads.
+    """
+    shorter = round(size * 256 / 224)
+    sides = [shorter * side // min(image.size) for side in image.size]  # width, height
+    left, top = (round((side - size) / 2) for side in sides)
+    resized = image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 class PhotoSet(Dataset[Sample]):
@@ -48,7 +52,9 @@ class PhotoSet(Dataset[Sample]):
     """
 
     def __init__(self, path: str | Path, size: int = 224, classes: list[str] | None = None) -> None:
-        self.path, self.view = Path(path), evaluation_view(size)
+        if size < 1:
+            raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
+        self.path, self.size = Path(path), size
         self._photos: Photos | None = open_photos(path)
         self.classes = list(self._photos.classes)
         self.labels = np.asarray(self._photos.labels, dtype=np.int64)
@@ -92,7 +98,7 @@ class PhotoSet(Dataset[Sample]):
             pixels = self._photos.pixels(index)
         except UnreadablePhoto as reason:
             return None, label, f"{self._photos.name(index)}: {reason}"
-        return self.view(Image.fromarray(pixels)), label, ""
+        return evaluation_view(Image.fromarray(pixels), self.size), label, ""
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:

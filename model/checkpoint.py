@@ -64,7 +64,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is no checkpoint, or a damaged one ({error})") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no checkpoint, or a damaged one ({reason})") from error
     missing = {"student", "teacher", "ibot_loss", "config"} - set(content)
     if missing:
         raise ValueError(

@@ -154,8 +154,12 @@ class BetonReader:
         order = np.argsort(pointers, kind="stable")  # FFCV's own writer leaves them unordered
         place = np.searchsorted(pointers, self._pointers, sorter=order)
         entry = table[order[np.minimum(place, len(order) - 1)]]
-        beyond = entry["ptr"] + entry["size"] > np.uint64(len(self._data))
-        wrong = np.flatnonzero((entry["ptr"] != self._pointers) | beyond)
+        end, page = np.uint64(len(self._data)), np.uint64(self.page_size)
+        beyond = (entry["ptr"] > end) | (entry["size"] > end - entry["ptr"])
+        crosses = entry["ptr"] % page + entry["size"] > page
+        # FFCV's process cache and its quasi-random order go by the sample number and the page.
+        another = entry["sample_id"] != np.arange(self.num_samples, dtype=np.uint64)
+        wrong = np.flatnonzero((entry["ptr"] != self._pointers) | beyond | crosses | another)
         if len(wrong):
             raise ValueError(
                 f"{self.path} is damaged: the data of {len(wrong):,} samples, the first of them"
@@ -199,7 +203,13 @@ class BetonWriter:
         self._samples = np.zeros(most, SAMPLE)
         self._table = np.zeros(most, ALLOCATION)
         self._end = _aligned(_METADATA_START + self._samples.nbytes, FIRST_PAGE)
-        self._file = open(self.partial, "xb")  # noqa: SIM115  (closed by seal or __exit__)
+        try:
+            self._file = open(self.partial, "xb")  # noqa: SIM115  (closed by seal or __exit__)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{self.partial} exists: another conversion is writing {self.path.name}, or was"
+                " killed; remove it if none is running"
+            ) from None
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -210,8 +220,10 @@ class BetonWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self.partial.unlink(missing_ok=True)
+        try:
+            self._file.close()  # writes what is still buffered: fails again on a full disk
+        finally:
+            self.partial.unlink(missing_ok=True)
 
     def append(
         self, label: int, mode: int, width: int, height: int, data: bytes | memoryview

@@ -88,7 +88,7 @@ class ConversionReport:
             lines.append(f"{self.unlabelled:,} photos stand in no class folder: unlabelled (-1)")
         if self.unreadable:
             lines.append(f"{len(self.unreadable):,} unreadable, all listed in {self.path}.json:")
-            lines += [f"  {name}: {reason}" for name, reason in self.unreadable[:5]]
+            lines += [f"  {_printable(name)}: {reason}" for name, reason in self.unreadable[:5]]
         return lines
 
 
@@ -126,6 +126,11 @@ def convert(
     return report
 
 
+def _printable(name: str) -> str:
+    """File names need not be UTF-8; what is not is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _check_destination(dst: Path, overwrite: bool) -> None:
     if dst.suffix != ".beton":
         raise ValueError(f"{dst} must end in .beton, by which the loaders know the format")
@@ -133,6 +138,8 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         raise FileNotFoundError(f"the folder {dst.parent} does not exist; make it first")
     if dst.is_dir():
         raise ValueError(f"{dst} is a folder; give the name of a file")
+    if not os.access(dst.parent, os.W_OK):
+        raise PermissionError(f"the folder {dst.parent} is not writable; give another for DST")
     if dst.exists() and not overwrite:
         raise FileExistsError(f"{dst} exists; --overwrite replaces it")
 
@@ -205,12 +212,16 @@ def _sidecar(
     }
 
 
-def verify_existing(path: str, workers: int) -> list[str]:
-    """Faults of a finished .beton; without its JSON (FFCV's own files) photos are decoded only."""
+def verify_existing(path: str, workers: int) -> tuple[list[str], str]:
+    """Faults of a finished .beton, and what can be said of it where there are none: without its
+    JSON (FFCV's own files) photos are decoded only."""
     reader = BetonReader(path)
     noted = reader.sidecar.get("checksums", {})
     crc32 = noted["crc32"] if noted.get("samples") == BLOCK else None
-    return verify(path, crc32, len(reader.classes), workers or cores())
+    faults = verify(path, crc32, len(reader.classes), workers or cores())
+    if crc32 is None:
+        return faults, f"{path}: every photo decodes; no checksums beside it to compare with"
+    return faults, f"{path}: every photo reads as written"
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -233,8 +244,8 @@ def main(argv: list[str] | None = None) -> int:
         if not options.verify:
             raise ValueError("DST is missing: give the .beton file to write, or --verify")
         options.check()
-        faults = verify_existing(given["src"], options.workers)
-        print("\n".join(faults) or f"{given['src']}: every photo reads as written")
+        faults, good = verify_existing(given["src"], options.workers)
+        print("\n".join(faults) or good)
         return 1 if faults else 0
     except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ words, and tests/pipeline/test_crops.py compares the two. All images are uint8 [
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -260,7 +261,7 @@ def solarize(image: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def box_radius(sigma: float) -> float:
+def box_radius(sigma: float) -> np.float32:
     """Radius of the box that, run three times, blurs like a Gaussian of `sigma` (Gwosdek et al.,
     "Theoretical foundations of Gaussian convolution by extended box filtering", 2011)."""
     passes = 3
@@ -315,12 +316,12 @@ def gaussian_blur(image: Array, sigma: float) -> None:
 
 
 @njit(cache=True, nogil=True)
-def cut_view(pixels: Array, draw: np.void, out: Array) -> None:
+def cut_view(pixels: Array, draw: Any, out: Array) -> None:
     """One finished view: `draw` (a DRAW record) of `pixels` [H, W, 3] into `out` [S, S, 3]."""
     resized_crop(pixels, draw.top, draw.left, draw.height, draw.width, draw.flip, out)
     if draw.jitter:
         for step in range(4):
-            op = JITTER_ORDERS[draw.order, step]
+            op = JITTER_ORDERS[draw.order][step]
             if op == BRIGHTNESS:
                 adjust_brightness(out, draw.brightness)
             elif op == CONTRAST:

@@ -130,8 +130,9 @@ class _Epoch(EpochIterator):
                 item = self.output_queue.get(timeout=_WAIT_S)
                 break
             except Empty:
-                if self.failure is not None:
-                    raise RuntimeError(f"the ffcv loader failed: {self.failure!r}") from self.failure
+                failure = self.failure
+                if failure is not None:
+                    raise RuntimeError(f"the ffcv loader failed: {failure!r}") from failure
                 if not self.is_alive():
                     raise RuntimeError("the ffcv loader's thread died without a word") from None
         if item is None:
@@ -144,7 +145,7 @@ class _Epoch(EpochIterator):
         if threading.current_thread() is not self:
             self.join()
         self.close()
-        self.memory_allocations = {}
+        self.memory_allocations: dict[int, Any] = {}
 
 
 class FfcvCrops:

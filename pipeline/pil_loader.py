@@ -5,6 +5,7 @@ yardstick for the other loaders, and the one that is there when they are not.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ class PilCrops:
 
     def close(self) -> None:
         """End the worker processes."""
-        iterator = self._loader._iterator
+        iterator: Any = self._loader._iterator
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None

@@ -71,8 +71,8 @@ def read_bytes(photo: Photo) -> bytes:
 def open_source(path: str | Path) -> Source:
     """List the photos of a folder or a tar (also of tars) without opening them.
 
-    Hidden files and folders are left out. Symlinks in folders are followed, loops cut; links inside
-    a tar are left out.
+    Hidden files and folders are left out. Symlinks in folders are followed, loops cut, and one that
+    leads nowhere is a photo that cannot be read; links inside a tar are left out.
     Raises FileNotFoundError for a missing path, ValueError for what is neither, or holds no photo.
     """
     root = os.path.abspath(path)
@@ -118,10 +118,22 @@ def _walk(root: str, below: str, inside: tuple[tuple[int, int], ...]) -> Iterato
             if entry.name.startswith("."):
                 continue
             name = below + entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(root, name + "/", (*inside, here))
-            elif _is_photo(entry.name) and entry.is_file():
+            elif _is_photo(entry.name) and _is_to_be_read(entry):
                 yield name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # Not entry.is_dir() for symlinks: it raises where they lead in a circle.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_to_be_read(entry: os.DirEntry[str]) -> bool:
+    """Files, and symlinks that lead nowhere: those are to be reported, not passed over."""
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 def _index_tar(path: str) -> dict[str, tuple[int, int]]:
@@ -148,7 +160,13 @@ def _tar_photos(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str,
             if _is_photo(name):
                 yield name, (begin, member.size)
             elif name.lower().endswith(".tar") and (inner := tar.extractfile(member)):
-                yield from _tar_photos(inner, begin, name[: -len(".tar")] + "/")
+                try:
+                    yield from _tar_photos(inner, begin, name[: -len(".tar")] + "/")
+                except tarfile.ReadError as error:
+                    raise tarfile.ReadError(f"{name}: {error}") from error
+        file.seek(tar.offset)  # a damaged header ends the list of members just as the end does
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
 
 
 def _without_common_folder(extents: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

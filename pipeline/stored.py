@@ -103,7 +103,7 @@ def _is_colour_jpeg(image: Image.Image) -> bool:
 def _as_jpeg(rgb: Image.Image, quality: int) -> bytes:
     file = io.BytesIO()
     try:
-        rgb.save(file, "JPEG", quality=quality)
+        rgb.save(file, "JPEG", quality=quality, comment="")  # not the comment of the old file
     except (OSError, ValueError) as error:
         raise UnreadablePhoto(f"cannot be written as JPEG: {error}") from error
     return file.getvalue()

@@ -1,16 +1,20 @@
-"""Work in processes: results in the order of the jobs, few at a time, and no death unnoticed."""
+"""Work in processes: results in the order of the jobs, few at a time, and no death unnoticed.
+
+Each worker has a pipe of its own, which ends when it dies. The queue that all workers of a
+`ProcessPoolExecutor` share does not: killed in mid-message, a worker there leaves the parent
+reading for ever.
+"""
 
 import multiprocessing
 import os
 import signal
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -30,33 +34,78 @@ def in_order(
     (contextlib.closing) to stop early. Raises RuntimeError when a worker dies, and what `function`
     raises.
     """
-    context = multiprocessing.get_context("spawn")  # nothing inherited: no threads, no locks
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    team: list[_Worker] = []
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+
+    def run(job: Job) -> Result:
+        worker = idle.get()
+        try:
+            return worker.run(job)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(workers)  # each waits for one process
     waiting: deque[Future[Result]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(function, job))
+            if len(team) < workers:
+                team.append(_Worker(function))
+                idle.put(team[-1])
+            waiting.append(threads.submit(run, job))
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died (killed, or out of memory: try fewer --workers)"
-        ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in team:
+            worker.process.terminate()
+        threads.shutdown(wait=True, cancel_futures=True)
+        for worker in team:
+            worker.close()
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, end with it, and keep Pillow's remarks off the screen."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+class _Worker:
+    """A process that runs `function`, and this end of its pipe."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        context = multiprocessing.get_context("spawn")  # nothing inherited: no threads, no locks
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(function, theirs), daemon=True)
+        # Born with Ctrl-C held back, it never hears of it: that is for the parent to act upon.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        theirs.close()  # the worker's is now the only one, so its death ends the pipe
+
+    def run(self, job: Any) -> Any:
+        try:
+            self._pipe.send(job)
+            result, error = self._pipe.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(
+                "a worker process died (killed, or out of memory: try fewer --workers)"
+            ) from None
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        self.process.join()
+        self._pipe.close()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
+    """Serve jobs until the parent closes the pipe or is gone."""
+    warnings.simplefilter("ignore")  # Pillow's remarks on photos
+    try:
+        while True:
+            job = pipe.recv()
+            try:
+                answer = function(job), None
+            except Exception as error:
+                answer = None, error
+            pipe.send(answer)
+    except (EOFError, ConnectionError):
+        return

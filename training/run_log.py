@@ -26,8 +26,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _done(record: dict[str, Any]) -> int:
+    """Steps done when `record` was written: a score stands between steps, a loss is of a step."""
+    return record["step"] + ("loss" in record)
+
+
 class RunLog:
-    """Writes records with a "step" as they come; on resume, forgets those at or after the step.
+    """Writes records with a "step" as they come; on resume, forgets those from that step on.
 
     So the log of a run that was killed and went on reads like that of an unbroken one.
     """
@@ -35,7 +40,7 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
         self.console = Console(stderr=False, highlight=False)
         self._path = folder / "log.jsonl"
-        kept = [r for r in read_records(self._path) if r["step"] < first_step]
+        kept = [r for r in read_records(self._path) if _done(r) <= first_step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(partial, self._path)
@@ -81,10 +86,10 @@ class RunLog:
             self.say(f"epoch {epoch}  step {step}/{self._total}  {text}")
             sys.stdout.flush()
 
-    def scores(self) -> list[float]:
-        """k-NN top-1 of every evaluation so far, in %; the first is the untrained network's where
-        the run evaluated before its first step."""
-        return [r["knn_top1"] for r in read_records(self._path) if "knn_top1" in r]
+    def scores(self) -> dict[int, float]:
+        """k-NN top-1 in % by the steps done before the evaluation; 0 is the untrained network."""
+        records = read_records(self._path)
+        return {r["step"]: r["knn_top1"] for r in records if "knn_top1" in r}
 
     def close(self) -> None:
         """End the progress line and flush everything."""

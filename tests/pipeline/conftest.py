@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline.convert import convert
+
+from pipeline.convert import ConvertOptions, convert
 
 COUNT = 48
 
@@ -33,7 +34,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same photos as a .beton file, bytes untouched."""
     path = tmp_path_factory.mktemp("beton") / "photos.beton"
-    convert(photo_folder, path, workers=1)
+    convert(photo_folder, path, ConvertOptions(workers=1))
     return path
 
 
@@ -41,5 +42,5 @@ def beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def raw_beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same photos as pixels."""
     path = tmp_path_factory.mktemp("raw") / "photos.beton"
-    convert(photo_folder, path, write_mode="raw", workers=1)
+    convert(photo_folder, path, ConvertOptions(write_mode="raw", workers=1))
     return path
