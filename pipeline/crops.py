@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from pipeline.compiled import compiled
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION
 
 _RESIZE_BITS = 22  # Pillow's fixed point for 8-bit resampling
@@ -18,12 +18,12 @@ _F32 = np.float32
 Array = np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _clip8(x: int) -> np.uint8:
     return np.uint8(min(max(x, 0), 255))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _bicubic(x: float) -> float:
     """Keys' cubic kernel with a = -0.5."""
     x = abs(x)
@@ -34,7 +34,7 @@ def _bicubic(x: float) -> float:
     return 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def resize_taps(source: int, target: int) -> tuple[Array, Array, Array]:
     """Taps of a 1-D antialiased bicubic resize from `source` to `target` pixels.
 
@@ -66,7 +66,7 @@ def resize_taps(source: int, target: int) -> tuple[Array, Array, Array]:
     return first, count, weights
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _resize_columns(source: Array, top: int, left: int, width: int, flip: bool, out: Array) -> None:
     """Resize columns left .. left + width of the rows from `top` on to out's columns."""
     rows, cols = out.shape[0], out.shape[1]
@@ -88,7 +88,7 @@ def _resize_columns(source: Array, top: int, left: int, width: int, flip: bool, 
             out[y, to, 2] = _clip8(b >> _RESIZE_BITS)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _resize_rows(source: Array, top: int, left: int, height: int, out: Array) -> None:
     """Resize rows top .. top + height of the columns from `left` on to out's rows."""
     rows, length = out.shape[0], out.shape[1] * 3
@@ -107,7 +107,7 @@ def _resize_rows(source: Array, top: int, left: int, height: int, out: Array) ->
             flat_out[y, x] = _clip8(total[x] >> _RESIZE_BITS)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def resized_crop(
     pixels: Array, top: int, left: int, height: int, width: int, flip: bool, out: Array
 ) -> None:
@@ -126,13 +126,13 @@ def resized_crop(
         _resize_rows(narrow, 0, 0, height, out)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _luma(r: int, g: int, b: int) -> int:
     """ITU-R 601 grey in 16-bit fixed point."""
     return (19595 * int(r) + 38470 * int(g) + 7471 * int(b) + 0x8000) >> 16
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _blend_table(low: int, factor: float) -> Array:
     """table[x] = low + factor * (x - low), in float32, truncated and clipped to 0..255."""
     table = np.empty(256, np.uint8)
@@ -142,20 +142,20 @@ def _blend_table(low: int, factor: float) -> Array:
     return table
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _apply_table(image: Array, table: Array) -> None:
     flat = image.reshape(-1)
     for i in range(flat.size):
         flat[i] = table[flat[i]]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def adjust_brightness(image: Array, factor: float) -> None:
     """Blend with black, in place."""
     _apply_table(image, _blend_table(0, factor))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def adjust_contrast(image: Array, factor: float) -> None:
     """Blend with the image's mean grey (rounded), in place."""
     flat = image.reshape(-1, 3)
@@ -166,7 +166,7 @@ def adjust_contrast(image: Array, factor: float) -> None:
     _apply_table(image, _blend_table(mean, factor))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def adjust_saturation(image: Array, factor: float) -> None:
     """Blend each pixel with its own grey, in place."""
     flat = image.reshape(-1, 3)
@@ -178,7 +178,7 @@ def adjust_saturation(image: Array, factor: float) -> None:
             flat[i, c] = np.uint8(min(max(value, _F32(0.0)), _F32(255.0)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _to_hue_saturation(r: int, g: int, b: int) -> tuple[int, int]:
     """Hue and saturation on 0..255 as Pillow's HSV has them; value is max(r, g, b)."""
     high = max(r, max(g, b))
@@ -201,13 +201,13 @@ def _to_hue_saturation(r: int, g: int, b: int) -> tuple[int, int]:
     return int(turn * 255.0), int(saturation * 255.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _half_away(x: float) -> int:
     """C's round for x >= 0."""
     return int(x + 0.5)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def adjust_hue(image: Array, factor: float) -> None:
     """Turn the hue by `factor` of a circle in Pillow's 8-bit HSV, in place."""
     turn = int(_F32(factor) * 255.0)  # towards zero, then wrapped to 8 bits, as torchvision does
@@ -242,7 +242,7 @@ def adjust_hue(image: Array, factor: float) -> None:
         flat[i, 0], flat[i, 1], flat[i, 2] = _clip8(r), _clip8(g), _clip8(b)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def to_gray(image: Array) -> None:
     """All three channels become the ITU-R 601 grey, in place."""
     flat = image.reshape(-1, 3)
@@ -251,7 +251,7 @@ def to_gray(image: Array) -> None:
         flat[i, 0] = flat[i, 1] = flat[i, 2] = grey
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def solarize(image: Array) -> None:
     """Values of 128 and more are inverted, in place."""
     flat = image.reshape(-1)
@@ -260,7 +260,7 @@ def solarize(image: Array) -> None:
             flat[i] = 255 - flat[i]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def box_radius(sigma: float) -> np.float32:
     """Radius of the box that, run three times, blurs like a Gaussian of `sigma` (Gwosdek et al.,
     "Theoretical foundations of Gaussian convolution by extended box filtering", 2011)."""
@@ -273,7 +273,7 @@ def box_radius(sigma: float) -> np.float32:
     return _F32(whole + rest)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _box_blur_lines(source: Array, out: Array, radius: float) -> None:
     """One box blur along axis 0 of [n, m]: a running sum with fractional ends, edges repeated,
     rounded to uint8. Lines along axis 0 keep the inner loop contiguous."""
@@ -296,7 +296,7 @@ def _box_blur_lines(source: Array, out: Array, radius: float) -> None:
             total[x] += np.int64(entering[x]) - leaving[x]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def gaussian_blur(image: Array, sigma: float) -> None:
     """Pillow's GaussianBlur: three box blurs along each axis, in place. `sigma` in pixels."""
     radius = box_radius(sigma)
@@ -315,7 +315,7 @@ def gaussian_blur(image: Array, sigma: float) -> None:
     _box_blur_lines(lying, image.reshape(rows, cols * 3), radius)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def cut_view(pixels: Array, draw: Any, out: Array) -> None:
     """One finished view: `draw` (a DRAW record) of `pixels` [H, W, 3] into `out` [S, S, 3]."""
     resized_crop(pixels, draw.top, draw.left, draw.height, draw.width, draw.flip, out)
@@ -338,7 +338,7 @@ def cut_view(pixels: Array, draw: Any, out: Array) -> None:
         solarize(out)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def cut_views(pixels: Array, draws: Array, global_out: Array, local_out: Array) -> None:
     """All views of one photo: `draws` DRAW [G + L] into global_out uint8 [G, S, S, 3] and
     local_out uint8 [L, s, s, 3]."""

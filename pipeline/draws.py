@@ -8,8 +8,8 @@ same crops, whatever the worker count, batch size, rank or device.
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from pipeline.compiled import compiled
 from pipeline.rng import AUGMENT, randint, sample_key, uniform
 
 # One view's draws. The box is in pixels of the stored photo; blur_radius 0 means no blur.
@@ -127,7 +127,7 @@ def spec_table(views: list[ViewSpec]) -> np.ndarray:
     return np.array([view.row() for view in views], dtype=SPEC)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw_box(
     key: int, counter: int, height: int, width: int, scale_min: float, scale_max: float
 ) -> tuple[int, int, int, int]:
@@ -154,13 +154,13 @@ def draw_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _around_one(key: int, counter: int, spread: float) -> float:
     low = max(0.0, 1.0 - spread)
     return low + (1.0 + spread - low) * uniform(key, counter)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw_sample(
     specs: np.ndarray,
     seed: int,

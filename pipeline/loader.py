@@ -1,6 +1,6 @@
 """The one door to the data: `build_loader` gives finished batches on the training device."""
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Protocol
@@ -15,9 +15,17 @@ from pipeline.order import epoch_order, rank_batches, steps_per_epoch
 from pipeline.photos import is_beton, open_photos
 from pipeline.replace import Replacements
 
-FFCV_MISSING = (
-    "ffcv is not installed (`make ffcv` installs it; `python -m pipeline.doctor` explains)"
-)
+_CURE = "`make ffcv` installs it, `python -m pipeline.doctor` explains"
+
+
+def ffcv_problem() -> str:
+    """Why ffcv cannot be used here, and the cure; empty where it can."""
+    try:
+        importlib.import_module("ffcv")
+    except ImportError as error:  # also where a library that it was built with is gone
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "ffcv"
+        return f"ffcv is {'not installed' if missing else f'broken ({error})'}: {_CURE}"
+    return ""
 
 
 class Cutter(Protocol):
@@ -33,24 +41,19 @@ def choose_loader(config: PipelineConfig) -> tuple[str, str]:
 
     Raises ValueError where --loader ffcv is asked for and cannot be had.
     """
-    beton, ffcv = is_beton(config.data), importlib.util.find_spec("ffcv") is not None
     if config.loader == "pil":
         return "pil", "pil, as asked for"
-    if beton and ffcv:
+    if not is_beton(config.data):
+        convert = f"python -m pipeline.convert {config.data} photos.beton"
+        if config.loader == "ffcv":
+            raise ValueError(f"--loader ffcv reads .beton files, make one: {convert}")
+        return "pil", f"pil, the slow one, as the photos are in no .beton file; faster: {convert}"
+    problem = ffcv_problem()
+    if not problem:
         return "ffcv", "ffcv: each photo is decoded once"
     if config.loader == "ffcv":
-        if not beton:
-            raise ValueError(
-                f"--loader ffcv reads .beton files and {config.data} is none;"
-                f" make one: python -m pipeline.convert {config.data} photos.beton"
-            )
-        raise ValueError(f"--loader ffcv: {FFCV_MISSING}")
-    if beton:
-        return "pil", f"pil, about half as fast as ffcv: {FFCV_MISSING}"
-    return "pil", (
-        "pil, the slow one, as the photos are not in a .beton file;"
-        f" faster: python -m pipeline.convert {config.data} photos.beton"
-    )
+        raise ValueError(f"--loader ffcv: {problem}")
+    return "pil", f"pil, about half as fast as ffcv: {problem}"
 
 
 class Loader:

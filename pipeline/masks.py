@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numba import njit
 
+from pipeline.compiled import compiled
 from pipeline.rng import (
     MASK,
     Uint64,
@@ -120,7 +120,7 @@ def draw_masks(
     return masks
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _draw_batch(
     masks: np.ndarray,  # bool [V, B, h, w], all False
     seed: int,
@@ -144,12 +144,12 @@ def _draw_batch(
                 _fill_random(masks[v, b].reshape(height * width), int(wanted), key, counter)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _between(key: Uint64, counter: int, low: float, high: float) -> float:
     return low + (high - low) * uniform(key, counter)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw_ratio(key: Uint64, ratio: np.ndarray, ratio_var: np.ndarray) -> tuple[float, int]:
     """Return one view's ratio and the number of draws made."""
     drawn = ratio.copy()
@@ -163,7 +163,7 @@ def draw_ratio(key: Uint64, ratio: np.ndarray, ratio_var: np.ndarray) -> tuple[f
     return drawn[randint(key, counter, len(ratio))], counter + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _fill_blocks(
     mask: np.ndarray,  # bool [h, w], all False
     wanted: float,
@@ -202,7 +202,7 @@ def _fill_blocks(
         masked += added
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _fill_random(
     cells: np.ndarray,  # bool [N], all False
     count: int,

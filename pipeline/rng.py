@@ -13,7 +13,8 @@ key in np.uint64 before handing it back, as numba takes a plain int for an int64
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from pipeline.compiled import compiled
 
 Uint64 = Any  # numba's uint64, of which mypy knows nothing
 
@@ -31,7 +32,7 @@ ONE = np.uint64(1)
 STEP_53 = 2.0**-53
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def mix(z: Uint64) -> Uint64:
     """Return the SplitMix64 hash, a bijection, of one uint64."""
     z = np.uint64(z)
@@ -40,7 +41,7 @@ def mix(z: Uint64) -> Uint64:
     return z ^ (z >> SHIFT_3)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sample_key(seed: int, epoch: int, index: int, purpose: int) -> Uint64:
     """Return the uint64 key of one sample's draws for one purpose; the four are any int64."""
     key = mix(np.uint64(seed) + GOLDEN)
@@ -49,14 +50,14 @@ def sample_key(seed: int, epoch: int, index: int, purpose: int) -> Uint64:
     return mix((key ^ np.uint64(purpose)) + GOLDEN)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def uniform(key: Uint64, counter: int) -> float:
     """Return draw number `counter` of `key`: a float64 in [0, 1), a multiple of 2**-53."""
     bits = mix(np.uint64(key) + (np.uint64(counter) + ONE) * GOLDEN)
     return float(bits >> SHIFT_53) * STEP_53
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def randint(key: Uint64, counter: int, n: int) -> int:
     """Return draw number `counter` of `key` as an int64 in 0 .. n - 1; n is 1 .. 2**53.
 

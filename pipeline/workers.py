@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -72,6 +73,7 @@ class _Worker:
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(function, theirs), daemon=True)
         # Born with Ctrl-C held back, it never hears of it: that is for the parent to act upon.
+        resource_tracker.ensure_running()  # the first start would do so, and let Ctrl-C through
         held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
@@ -102,6 +104,7 @@ def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
     try:
         while True:
             job = pipe.recv()
+            answer: tuple[Any, Exception | None]
             try:
                 answer = function(job), None
             except Exception as error:

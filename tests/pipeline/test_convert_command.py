@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from pipeline.beton import FIRST_PAGE, BetonReader
 
 ROOT = Path(__file__).parents[2]
@@ -145,9 +146,9 @@ def _own_group_that_hears_ctrl_c() -> None:
 def started(long_work: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A conversion under way that replaces tmp_path/a.beton, with two workers."""
     (tmp_path / "a.beton").write_bytes(b"old")
+    options = ["--write-mode", "raw", "--workers", "2", "--overwrite"]
     process = subprocess.Popen(
-        [*COMMAND, str(long_work), str(tmp_path / "a.beton"), "--write-mode", "raw"]
-        + ["--workers", "2", "--overwrite"],
+        [*COMMAND, str(long_work), str(tmp_path / "a.beton"), *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -217,14 +218,22 @@ def test_workers_end_with_a_killed_conversion(
     wait_until(lambda: group_is_gone(started.pid))
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(long_work: Path, tmp_path: Path) -> None:
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FIRST_PAGE + 20_000_000,) * 2)
+@pytest.mark.parametrize("room", [FIRST_PAGE + 300, FIRST_PAGE + 20_000_000])
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    long_work: Path, tmp_path: Path, room: int
+) -> None:
+    """Full with a small photo in the buffer, or amid large ones."""
+    source, mode = long_work, "raw"
+    if room < FIRST_PAGE + 1000:
+        source, mode = tmp_path / "photos", "keep"
+        source.mkdir()
+        Image.new("RGB", (8, 8)).save(source / "small.jpg")  # some 600 bytes
 
-    done = run(
-        long_work, tmp_path / "a.beton", "--write-mode", "raw", "--workers", 1, preexec_fn=limited
-    )
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    dst = tmp_path / "a.beton"
+    done = run(source, dst, "--write-mode", mode, "--workers", 1, preexec_fn=limited)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: [Errno 27] File too large")
-    assert done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == []
+    assert done.stderr == "error: [Errno 27] File too large; nothing was written\n"
+    assert list(tmp_path.glob("*.beton*")) + list(tmp_path.glob(".*")) == []

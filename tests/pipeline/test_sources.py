@@ -168,8 +168,8 @@ def test_what_is_no_source_is_refused_in_one_sentence(tmp_path: Path) -> None:
         open_source(put(tmp_path / "empty", ".hidden.jpg", "readme.txt"))
     with pytest.raises(ValueError, match=r"a\.txt is neither a folder nor a whole, uncompressed"):
         open_source(put(tmp_path, "a.txt") / "a.txt")
+    (tmp_path / "none.tar").write_bytes(tar_of({"readme.txt": b"-"}))
     with pytest.raises(ValueError, match="holds no photos"):
-        (tmp_path / "none.tar").write_bytes(tar_of({"readme.txt": b"-"}))
         open_source(tmp_path / "none.tar")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         add(tar, "a.jpg", b"a")

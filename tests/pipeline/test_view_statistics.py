@@ -1,0 +1,68 @@
+"""Finished views, normalised: their statistics against those of the published augmentation."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.batch import normalised
+from pipeline.config import PipelineConfig
+from pipeline.crops import cut_views
+from pipeline.draws import draw_views, published_views
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+AUGMENT = np.load(REFERENCE / "augment.npz")
+PHOTO = Path(__file__).parents[3] / str(AUGMENT["image"])
+COUNT = 600
+MEAN, STD = torch.tensor(PipelineConfig.mean), torch.tensor(PipelineConfig.std)
+
+
+def test_normalisation_is_the_published_one() -> None:
+    exact = np.load(REFERENCE / "augment_exact.npz")
+    image = torch.from_numpy(exact["input"])[None, None]  # [B, V, H, W, 3]
+    expected = torch.from_numpy(exact["normalise/out_first_8_rows"])
+    torch.testing.assert_close(
+        normalised(image, MEAN, STD)[0, 0, :, :8], expected, rtol=0, atol=1e-6
+    )
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, torch.Tensor]:
+    """Mean and deviation [n, 2, 3] of each channel of many views of the reference's photo."""
+    if not PHOTO.is_file():
+        pytest.skip("needs ../shared/data/imagenet_mini")
+    assert hashlib.sha256(PHOTO.read_bytes()).hexdigest() == str(AUGMENT["image_sha256"])
+    pixels = np.asarray(Image.open(PHOTO).convert("RGB"))
+    views = published_views(2, 1, 224, 96, (0.25, 1), (0.05, 0.25))
+    large, small = np.empty((2, 224, 224, 3), np.uint8), np.empty((1, 96, 96, 3), np.uint8)
+    rows: dict[str, list[torch.Tensor]] = {"global1": [], "global2": [], "local": []}
+    for index in range(COUNT):
+        cut_views(pixels, draw_views(views, 1, 0, index, *pixels.shape[:2]), large, small)
+        for name, crop in zip(rows, (large[0], large[1], small[0]), strict=True):
+            view = normalised(torch.from_numpy(crop)[None, None], MEAN, STD)[0, 0]
+            rows[name].append(torch.stack([view.mean((1, 2)), view.std((1, 2), correction=0)]))
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("name", ["global1", "global2", "local"])
+def test_views_have_the_published_brightness_and_contrast(
+    name: str, outputs: dict[str, torch.Tensor]
+) -> None:
+    case = {k.split("/")[1]: v for k, v in AUGMENT.items() if k.startswith(f"out_{name}/")}
+    for column, key in enumerate(("channel_mean", "channel_std")):
+        ours = outputs[name][:, column].double().numpy()
+        # Standard error of the difference of the two samples' means; 4.5 of them is chance 1e-5.
+        error = np.hypot(case[f"{key}_stderr"], ours.std(0) / COUNT**0.5)
+        assert (np.abs(ours.mean(0) - case[key]) < 4.5 * error).all(), key
+        spread = case[f"{key}_spread"]
+        np.testing.assert_allclose(ours.std(0), spread, rtol=4.5 * (1 / COUNT) ** 0.5)
+        quantiles = case[f"{key}_quantiles"]
+        ranks = np.stack(  # where their quantiles stand among ours
+            [np.searchsorted(np.sort(ours[:, c]), quantiles[:, c]) / COUNT for c in range(3)]
+        )
+        # Kolmogorov-Smirnov's distance for two samples, at chance 1e-5.
+        bound = 2.47 * (1 / COUNT + 1 / int(case["n"])) ** 0.5
+        assert np.abs(ranks - np.linspace(0, 1, len(quantiles))).max() < bound

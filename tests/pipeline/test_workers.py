@@ -1,0 +1,72 @@
+"""Real worker processes: order, errors, early ends, and deaths that must not go unnoticed."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+
+from pipeline.workers import in_order
+
+DIES_AT = 5
+
+
+def slower_when_even(job: int) -> tuple[int, int]:
+    time.sleep(0.02 * (job % 2 == 0))
+    return job, os.getpid()
+
+
+def fails_at_three(job: int) -> int:
+    if job == 3:
+        raise ValueError("three is no good")
+    return job
+
+
+def dies(job: int) -> int:
+    if job == DIES_AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+def dies_while_it_answers(job: int) -> bytes:
+    """So large an answer is still on its way when the timer strikes."""
+    if job == DIES_AT:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(1 << 28)
+    return b"small"
+
+
+def test_results_come_in_the_order_of_the_jobs_from_all_workers() -> None:
+    results = list(in_order(slower_when_even, range(30), workers=2))
+    assert [job for job, _ in results] == list(range(30))
+    assert len({pid for _, pid in results}) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_jobs_are_taken_a_few_at_a_time() -> None:
+    taken: list[int] = []
+    jobs = (taken.append(i) or i for i in range(1000))
+    with closing(in_order(fails_at_three, jobs, workers=2)) as results:
+        assert next(results) == 0
+        assert len(taken) == 4
+    assert multiprocessing.active_children() == []  # left early: ended
+
+
+def test_what_the_function_raises_is_raised_here() -> None:
+    results = in_order(fails_at_three, range(10), workers=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three is no good"):
+        next(results)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("function", [dies, dies_while_it_answers])
+def test_a_dead_worker_is_an_error_not_a_hang(function: Callable[[int], object]) -> None:
+    with pytest.raises(RuntimeError, match="a worker process died"):
+        list(in_order(function, range(50), workers=2))
+    assert multiprocessing.active_children() == []
