@@ -1,6 +1,6 @@
 """A small labelled set of drawn photos, for a first run where there are no photos.
 
-    python -m pipeline.drawn_photos DST        DST/train/<class>/00000.jpg, DST/val/<class>/00000.jpg
+    python -m pipeline.drawn_photos DST    DST/train/<class>/00000.jpg, DST/val/<class>/00000.jpg
 
 Ten classes of shape, from branches to waves. Size, pose, colours, surfaces, light and clutter are
 drawn from the same distributions for every class, so only the shape tells. A photo follows from
@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from options import Parser, add_options, fill, flag, option
+from pipeline.drawn_shapes import SHAPES, Rng, Shape, disc, ribbon, rotation
 from pipeline.progress import progress
 
 SPLITS = ("train", "val")
@@ -27,10 +27,7 @@ _FINE = 2  # polygons are drawn so many times larger, then averaged down: smooth
 _LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601
 _BLACK = (0, 0, 0)
 
-Rng = np.random.Generator
-Shape = list[
-    tuple[np.ndarray, bool]
-]  # polygons [n, 2] in about the unit disc; True adds, False cuts
+CLASSES = tuple(SHAPES)  # in the order of their labels
 
 
 @dataclass(frozen=True)
@@ -55,162 +52,10 @@ class DrawOptions:
             )
 
 
-# ---- shapes: what makes a class
-
-
-def _disc(x: float, y: float, radius: float) -> np.ndarray:
-    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    return np.stack((x + radius * np.cos(angle), y + radius * np.sin(angle)), 1)
-
-
-def _box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
-    return np.array(((x0, y0), (x1, y0), (x1, y1), (x0, y1)))
-
-
-def _ribbon(path: np.ndarray, width: float) -> np.ndarray:
-    """The outline of a line along `path` [n, 2]."""
-    along = np.gradient(path, axis=0)
-    along /= np.linalg.norm(along, axis=1, keepdims=True)
-    side = along[:, ::-1] * (-width / 2, width / 2)
-    return np.concatenate((path + side, (path - side)[::-1]))
-
-
-def _bars(rng: Rng, height: float, periods: float) -> Shape:
-    """Four to seven parallel bars across a square, bent by a sine of that height."""
-    count = int(rng.integers(4, 8))
-    x, phase = np.linspace(-0.85, 0.85, 40), rng.uniform(0, 2 * np.pi)
-    bend = height * np.sin(np.pi * periods * x + phase)
-    width = 1.7 / count * rng.uniform(0.35, 0.6)
-    rows = np.linspace(-0.8, 0.8, count)
-    return [(_ribbon(np.stack((x, row + bend), 1), width), True) for row in rows]
-
-
-def _branches(rng: Rng) -> Shape:
-    """A bent stem with leaves to the left and right in turn, and one at its tip."""
-    t, bow = np.linspace(0, 1, 24), rng.uniform(-0.35, 0.35)
-    stem = np.stack((bow * np.sin(np.pi * t), 1 - 1.6 * t), 1)
-    shape: Shape = [(_ribbon(stem, rng.uniform(0.06, 0.1)), True)]
-    count, lean, length = int(rng.integers(6, 10)), rng.uniform(0.7, 1.1), rng.uniform(0.5, 0.7)
-    for i, at in enumerate(np.linspace(0.2, 1, count)):
-        last = i == count - 1
-        angle = -np.pi / 2 + (0.0 if last else lean * (1 if i % 2 else -1))
-        shape.append((_leaf(stem[round(at * 23)], angle, length * (1.1 - 0.4 * at)), True))
-    return shape
-
-
-def _leaf(foot: np.ndarray, angle: float, length: float) -> np.ndarray:
-    t = np.linspace(0, 1, 12)
-    half = 0.2 * length * np.sin(np.pi * t**0.8)
-    outline = np.stack((np.concatenate((t, t[::-1])) * length, np.concatenate((half, -half[::-1]))))
-    return foot + (_rotation(angle) @ outline).T
-
-
-def _checks(rng: Rng) -> Shape:
-    """Every other cell of a square of four to six cells a side."""
-    count, odd = int(rng.integers(4, 7)), int(rng.integers(2))
-    edge = np.linspace(-0.8, 0.8, count + 1)
-    cells = [(i, j) for i in range(count) for j in range(count) if (i + j) % 2 == odd]
-    return [(_box(edge[i], edge[j], edge[i + 1], edge[j + 1]), True) for i, j in cells]
-
-
-def _crosses(rng: Rng) -> Shape:
-    """Two bars at right angles."""
-    half = rng.uniform(0.16, 0.32)
-    return [(_box(-0.95, -half, 0.95, half), True), (_box(-half, -0.95, half, 0.95), True)]
-
-
-def _dots(rng: Rng) -> Shape:
-    """Five to nine discs that do not touch."""
-    count = int(rng.integers(5, 10))
-    turn, rank = rng.uniform(0, 2 * np.pi), np.arange(count) + 0.4
-    away, angle = 0.82 * np.sqrt(rank / count), turn + 2.39996 * rank  # as sunflower seeds lie
-    radius = rng.uniform(0.4, 0.6, count) / np.sqrt(count)
-    spots = zip(away * np.cos(angle), away * np.sin(angle), radius, strict=True)
-    return [(_disc(x, y, r), True) for x, y, r in spots]
-
-
-def _houses(rng: Rng) -> Shape:
-    """Walls, a roof, a chimney; a door and windows cut out."""
-    wide, eaves = rng.uniform(0.55, 0.8), rng.uniform(-0.25, 0.05)
-    roof = np.array(
-        ((-wide - 0.15, eaves), (wide + 0.15, eaves), (0, eaves - rng.uniform(0.5, 0.7)))
-    )
-    door, side = rng.uniform(-0.1, 0.1), rng.choice((-1, 1))
-    chimney = side * wide * 0.6
-    shape: Shape = [
-        (_box(-wide, eaves - 0.02, wide, 0.8), True),
-        (_box(chimney - 0.1, eaves - 0.6, chimney + 0.1, eaves), True),
-        (roof, True),
-        (_box(door - 0.13, 0.3, door + 0.13, 0.8), False),
-    ]
-    for x in (-0.6 * wide, 0.6 * wide):
-        shape.append((_box(x - 0.13, eaves + 0.12, x + 0.13, eaves + 0.38), False))
-    return shape
-
-
-def _rings(rng: Rng) -> Shape:
-    """Two to four circles about one centre."""
-    count, thick = int(rng.integers(2, 5)), rng.uniform(0.4, 0.6)
-    shape: Shape = []
-    for i in range(count, 0, -1):
-        shape += [(_disc(0, 0, 0.95 * i / count), True)]
-        shape += [(_disc(0, 0, 0.95 * (i - thick) / count), False)]
-    return shape
-
-
-def _spirals(rng: Rng) -> Shape:
-    """A line that winds out of the centre, two or three times round, either way."""
-    turns, hand = rng.uniform(2, 3.2), rng.choice((-1, 1))
-    t = np.linspace(0.04, 1, 90)
-    angle = 2 * np.pi * turns * t
-    path = 0.9 * t[:, None] * np.stack((np.cos(angle), hand * np.sin(angle)), 1)
-    return [(_ribbon(path, rng.uniform(0.38, 0.55) * 0.9 / turns), True)]
-
-
-def _stars(rng: Rng) -> Shape:
-    """Five to seven spikes."""
-    spikes = int(rng.integers(5, 8))
-    angle = np.arange(2 * spikes) * np.pi / spikes
-    radius = np.where(np.arange(2 * spikes) % 2, rng.uniform(0.35, 0.5), 1.0)
-    return [(np.stack((radius * np.cos(angle), radius * np.sin(angle)), 1), True)]
-
-
-def _stripes(rng: Rng) -> Shape:
-    """Straight bars."""
-    return _bars(rng, 0.0, 0.0)
-
-
-def _waves(rng: Rng) -> Shape:
-    """The same bars, wavy."""
-    return _bars(rng, rng.uniform(0.1, 0.16), rng.uniform(2.2, 3.5))
-
-
-_SHAPES: dict[str, Callable[[Rng], Shape]] = {
-    "branches": _branches,
-    "checks": _checks,
-    "crosses": _crosses,
-    "dots": _dots,
-    "houses": _houses,
-    "rings": _rings,
-    "spirals": _spirals,
-    "stars": _stars,
-    "stripes": _stripes,
-    "waves": _waves,
-}
-CLASSES = tuple(_SHAPES)  # in the order of their labels
-
-
-# ---- scenes: the same for every class
-
-
-def _rotation(angle: float) -> np.ndarray:
-    return np.array(((np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))))
-
-
 def _placed(shape: Shape, rng: Rng, x: float, y: float, radius: float, tilt: float) -> Shape:
     """The shape, stretched and turned at random, about (x, y) in pixels."""
     stretch = np.exp(rng.uniform(-0.18, 0.18))
-    pose = radius * _rotation(rng.uniform(-tilt, tilt)) @ np.diag((stretch, 1 / stretch))
+    pose = radius * rotation(rng.uniform(-tilt, tilt)) @ np.diag((stretch, 1 / stretch))
     return [(points @ pose.T + (x, y), adds) for points, adds in shape]
 
 
@@ -222,7 +67,7 @@ def _subject(rng: Rng, kind: str, width: int, height: int) -> Shape:
     x, y = np.array((width, height)) * (0.5 + rng.uniform(-0.08, 0.08, 2))
     away = 0.0 if copies == 1 else 0.55 * reach
     radius = reach * (1.0, 0.58, 0.5)[copies - 1]
-    turn, shape = rng.uniform(0, 2 * np.pi), _SHAPES[kind](rng)
+    turn, shape = rng.uniform(0, 2 * np.pi), SHAPES[kind](rng)
     placed: Shape = []
     for angle in turn + np.arange(copies) * 2 * np.pi / copies:
         middle = (x + away * np.cos(angle), y + away * np.sin(angle))
@@ -236,15 +81,13 @@ def _clutter(rng: Rng, width: int, height: int, count: int, largest: float) -> S
     for _ in range(count):
         t = np.linspace(-1, 1, 16)
         if rng.random() < 0.5:
-            points = _disc(0, 0, 1.0)
+            points = disc(0, 0, 1.0)
             bumps = rng.uniform(-0.25, 0.25, (2, 3)) @ np.sin(
                 np.outer((2, 3, 4), np.arange(40) / 6.4)
             )
             points = points * (1 + bumps.mean(0))[:, None] * (1, rng.uniform(0.4, 1))
         else:
-            points = _ribbon(
-                np.stack((t, rng.uniform(-0.5, 0.5) * t**2), 1), rng.uniform(0.1, 0.25)
-            )
+            points = ribbon(np.stack((t, rng.uniform(-0.5, 0.5) * t**2), 1), rng.uniform(0.1, 0.25))
         x, y = rng.uniform(0, (width, height))
         radius = min(width, height) * largest * rng.uniform(0.4, 1)
         placed += _placed([(points, True)], rng, x, y, radius, np.pi)
@@ -344,9 +187,6 @@ def _jpeg(seed: int, split: str, kind: str, number: int) -> bytes:
     photo = draw_photo(seed, split, kind, number)
     photo.save(file, "JPEG", quality=85 + (7 * number + seed) % 11)
     return file.getvalue()
-
-
-# ---- the set on disk
 
 
 def draw_photos(dst: str | Path, options: DrawOptions | None = None) -> None:
