@@ -12,7 +12,9 @@ if [ -e "$RUN/checkpoint.pt" ]; then
 fi
 if [ -z "$DATA" ]; then
     DATA=data/drawn
-    [ -d "$DATA/val" ] || "$PY" -m pipeline.drawn_photos "$DATA" --images-per-class 300 --val-per-class 50
+    mkdir -p "$DATA"
+    [ -d "$DATA/val" ] || "$PY" -m pipeline.drawn_photos "$DATA" --contact-sheet "$DATA/sheet.png" \
+        --images-per-class 200 --val-per-class 50
 fi
 mkdir -p "$RUN"
 if [ -d "$DATA/train" ] && [ -d "$DATA/val" ]; then
@@ -24,9 +26,12 @@ else
     "$PY" -m pipeline.convert "$DATA" "$RUN/train.beton" --overwrite
     set -- --eval-every 0
 fi
-# A ViT for two cores and a few minutes: small crops, small head, short schedules.
+# A ViT for two cores and six minutes: small views, a small head with few prototypes, sharp targets.
 "$PY" train.py --data "$RUN/train.beton" --output-dir "$RUN" --arch vit_t "$@" \
-    --embed-dim 128 --depth 6 --num-heads 4 --patch-size 8 --image-size 64 \
-    --global-crops-size 64 --local-crops-size 32 --local-crops-number 4 --batch-size 64 \
-    --out-dim 1024 --hidden-dim 512 --bottleneck-dim 128 --warmup-teacher-temp-epochs 5 \
-    --epochs 20 --warmup-epochs 3 --lr 2e-3 --min-lr 1e-5 --momentum-teacher 0.99
+    --embed-dim 96 --depth 4 --num-heads 3 --patch-size 8 \
+    --global-crops-size 48 --local-crops-size 24 --local-crops-number 4 \
+    --global-crops-scale 0.3 1 --local-crops-scale 0.1 0.4 --blur-radius 0.1 0.6 --batch-size 64 \
+    --out-dim 256 --hidden-dim 256 --bottleneck-dim 64 --drop-path 0 \
+    --warmup-teacher-temp 0.03 --teacher-temp 0.03 --teacher-patch-temp 0.03 \
+    --warmup-teacher-patch-temp 0.03 --momentum-teacher 0.98 \
+    --epochs 30 --warmup-epochs 1 --lr 4e-3 --min-lr 1e-5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,12 +22,53 @@ from train import main
 ROOT = Path(__file__).parents[1]
 PHOTOS = 96
 # A run of 12 steps an epoch that takes seconds.
-SMALL = (
+SMALL = shlex.split(
     "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --image-size 32"
     " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --batch-size 8"
     " --out-dim 64 --hidden-dim 32 --bottleneck-dim 16 --warmup-epochs 1 --epochs 3"
     " --warmup-teacher-temp-epochs 1 --log-steps 1 --lr 4e-3 --workers 1 --device cpu"
-).split()
+)
+    "--arch",
+    "vit_t",
+    "--embed-dim",
+    "32",
+    "--depth",
+    "2",
+    "--num-heads",
+    "2",
+    "--patch-size",
+    "8",
+    "--image-size",
+    "32",
+    "--global-crops-size",
+    "32",
+    "--local-crops-size",
+    "16",
+    "--local-crops-number",
+    "2",
+    "--batch-size",
+    "8",
+    "--out-dim",
+    "64",
+    "--hidden-dim",
+    "32",
+    "--bottleneck-dim",
+    "16",
+    "--warmup-epochs",
+    "1",
+    "--epochs",
+    "3",
+    "--warmup-teacher-temp-epochs",
+    "1",
+    "--log-steps",
+    "1",
+    "--lr",
+    "4e-3",
+    "--workers",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")

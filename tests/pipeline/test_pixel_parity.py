@@ -35,7 +35,7 @@ def turbo_pixels(reader: BetonReader, index: int) -> np.ndarray:
 
 
 def differences(folder: Path) -> dict[str, np.ndarray]:
-    """|ours - theirs| on 0..255 of all 12 views, theirs cut from FFCV's and from Pillow's pixels."""
+    """|ours - theirs| on 0..255 of all 12 views; theirs are cut from the pixels named."""
     path = folder / "photos.beton"
     convert(PHOTOS, path, ConvertOptions(subset=SHOWN, workers=1))
     config = PipelineConfig(data=str(path), loader="ffcv", batch_size=8, workers=1, seed=5)
