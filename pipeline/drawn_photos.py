@@ -95,12 +95,10 @@ def _clutter(rng: Rng, width: int, height: int, count: int, largest: float) -> S
 
 
 def _colour(rng: Rng, luma: float) -> np.ndarray:
-    """Any colour of that brightness: a random one, mixed with black or white."""
-    rgb = rng.uniform(0, 255, 3)
-    given = float(_LUMA @ rgb)
-    return (
-        rgb * (luma / given) if given > luma else rgb + (255 - rgb) * (luma - given) / (255 - given)
-    )
+    """A muted colour of that brightness. Strong ones would tell the photos apart by themselves, and
+    a network that is to tell apart photos would never look at the shapes."""
+    tint = rng.uniform(-1, 1, 3) * 28
+    return (luma + tint - _LUMA @ tint).clip(0, 255)
 
 
 def _surface(rng: Rng, width: int, height: int, luma: float) -> Image.Image:
@@ -130,13 +128,6 @@ def _cover(shape: Shape, width: int, height: int) -> Image.Image:
     return fine.reduce(_FINE)
 
 
-def _brightness_off(rng: Rng, luma: float, gap: float) -> float:
-    """A brightness from 5 to 250 that is at least `gap` from `luma`."""
-    dark, light = max(luma - gap - 5, 0.0), max(250 - luma - gap, 0.0)
-    at = rng.uniform(0, dark + light)
-    return 5 + at if at < dark else luma + gap + at - dark
-
-
 def draw_photo(seed: int, split: str, kind: str, number: int) -> Image.Image:
     """Photo `number` of class `kind`: RGB, sides of 96 to 320 pixels.
 
@@ -147,19 +138,19 @@ def draw_photo(seed: int, split: str, kind: str, number: int) -> Image.Image:
     width, height = (
         int(np.clip(side, 96, 320)) for side in np.sqrt((area * aspect, area / aspect))
     )
-    ground = rng.uniform(20, 235)
+    ground = rng.uniform(140, 225)
     photo = _surface(rng, width, height, ground)
     for _ in range(int(rng.integers(1, 4))):
         cover = _cover(_clutter(rng, width, height, int(rng.integers(1, 4)), 0.3), width, height)
-        luma = np.clip(ground + rng.uniform(-45, 45), 5, 250)
+        luma = np.clip(ground + rng.uniform(-25, 25), 5, 250)
         photo.paste(_surface(rng, width, height, luma), mask=cover)
     cover = _cover(_subject(rng, kind, width, height), width, height)
     if rng.random() < 0.5:
         _cast_shadow(rng, photo, cover)
-    photo.paste(_surface(rng, width, height, _brightness_off(rng, ground, 70)), mask=cover)
+    photo.paste(_surface(rng, width, height, ground - rng.uniform(80, 120)), mask=cover)
     front = _clutter(rng, width, height, int(rng.integers(0, 3)), 0.16)
     photo.paste(
-        _surface(rng, width, height, rng.uniform(5, 250)), mask=_cover(front, width, height)
+        _surface(rng, width, height, rng.uniform(30, 225)), mask=_cover(front, width, height)
     )
     return _developed(rng, photo)
 
