@@ -20,18 +20,20 @@ mkdir -p "$RUN"
 if [ -d "$DATA/train" ] && [ -d "$DATA/val" ]; then
     "$PY" -m pipeline.convert "$DATA/train" "$RUN/train.beton" --overwrite
     "$PY" -m pipeline.convert "$DATA/val" "$RUN/val.beton" --overwrite
-    set -- --eval-train "$RUN/train.beton" --eval-val "$RUN/val.beton" --eval-every 5
+    set -- --eval-train "$RUN/train.beton" --eval-val "$RUN/val.beton" --eval-every 3
 else
     echo "k-NN is left out: $DATA has no train/ and val/ folders of classes"
     "$PY" -m pipeline.convert "$DATA" "$RUN/train.beton" --overwrite
     set -- --eval-every 0
 fi
-# A ViT for two cores and six minutes: small views, a small head with few prototypes, sharp targets.
+# A ViT for two cores and five minutes: small views, few prototypes, and many small steps with sharp
+# targets, as there are only so few of them.
 "$PY" train.py --data "$RUN/train.beton" --output-dir "$RUN" --arch vit_t "$@" \
-    --embed-dim 96 --depth 4 --num-heads 3 --patch-size 8 \
-    --global-crops-size 48 --local-crops-size 24 --local-crops-number 4 \
-    --global-crops-scale 0.3 1 --local-crops-scale 0.1 0.4 --blur-radius 0.1 0.6 --batch-size 64 \
-    --out-dim 256 --hidden-dim 256 --bottleneck-dim 64 --drop-path 0 \
-    --warmup-teacher-temp 0.03 --teacher-temp 0.03 --teacher-patch-temp 0.03 \
-    --warmup-teacher-patch-temp 0.03 --momentum-teacher 0.98 \
-    --epochs 30 --warmup-epochs 1 --lr 4e-3 --min-lr 1e-5
+    --embed-dim 96 --depth 4 --num-heads 3 --patch-size 8 --drop-path 0 \
+    --global-crops-size 48 --local-crops-size 24 --local-crops-number 4 --blur-radius 0.1 0.6 \
+    --global-crops-scale 0.3 1 --local-crops-scale 0.1 0.4 --batch-size 16 \
+    --out-dim 256 --hidden-dim 256 --bottleneck-dim 64 --center-momentum 0.95 \
+    --center-momentum2 0.95 --warmup-teacher-temp 0.025 --teacher-temp 0.025 \
+    --warmup-teacher-patch-temp 0.025 --teacher-patch-temp 0.025 --warmup-teacher-temp-epochs 1 \
+    --momentum-teacher 0.99 --weight-decay-end 0.1 --epochs 12 --warmup-epochs 1 --lr 8e-3 \
+    --min-lr 1e-5

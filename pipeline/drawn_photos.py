@@ -95,15 +95,15 @@ def _clutter(rng: Rng, width: int, height: int, count: int, largest: float) -> S
 
 
 def _colour(rng: Rng, luma: float) -> np.ndarray:
-    """A muted colour of that brightness. Strong ones would tell the photos apart by themselves, and
-    a network that is to tell apart photos would never look at the shapes."""
-    tint = rng.uniform(-1, 1, 3) * 28
+    """A pale colour of that brightness. Strong ones would tell the photos apart by themselves, and
+    a network that learns by telling photos apart would never look at the shapes."""
+    tint = rng.uniform(-1, 1, 3) * 10
     return (luma + tint - _LUMA @ tint).clip(0, 255)
 
 
 def _surface(rng: Rng, width: int, height: int, luma: float) -> Image.Image:
     """Two colours near that brightness, in a gradient, two halves, or patches."""
-    ends = [_colour(rng, np.clip(luma + rng.uniform(-22, 22), 3, 252)) for _ in range(2)]
+    ends = [_colour(rng, np.clip(luma + rng.uniform(-12, 12), 3, 252)) for _ in range(2)]
     kind, angle = rng.integers(3), rng.uniform(0, 2 * np.pi)
     if kind == 2:
         coarse = rng.integers(0, 256, rng.integers(3, 12, 2), dtype=np.uint8)
@@ -138,19 +138,20 @@ def draw_photo(seed: int, split: str, kind: str, number: int) -> Image.Image:
     width, height = (
         int(np.clip(side, 96, 320)) for side in np.sqrt((area * aspect, area / aspect))
     )
-    ground = rng.uniform(140, 225)
+    ground = rng.uniform(175, 215)
     photo = _surface(rng, width, height, ground)
     for _ in range(int(rng.integers(1, 4))):
         cover = _cover(_clutter(rng, width, height, int(rng.integers(1, 4)), 0.3), width, height)
-        luma = np.clip(ground + rng.uniform(-25, 25), 5, 250)
+        luma = ground + rng.uniform(-20, 20)
         photo.paste(_surface(rng, width, height, luma), mask=cover)
     cover = _cover(_subject(rng, kind, width, height), width, height)
     if rng.random() < 0.5:
         _cast_shadow(rng, photo, cover)
-    photo.paste(_surface(rng, width, height, ground - rng.uniform(80, 120)), mask=cover)
+    photo.paste(_surface(rng, width, height, ground - rng.uniform(95, 115)), mask=cover)
     front = _clutter(rng, width, height, int(rng.integers(0, 3)), 0.16)
     photo.paste(
-        _surface(rng, width, height, rng.uniform(30, 225)), mask=_cover(front, width, height)
+        _surface(rng, width, height, ground - rng.uniform(0, 110)),
+        mask=_cover(front, width, height),
     )
     return _developed(rng, photo)
 
