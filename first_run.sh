@@ -31,9 +31,8 @@ fi
 "$PY" train.py --data "$RUN/train.beton" --output-dir "$RUN" --arch vit_t "$@" \
     --embed-dim 96 --depth 4 --num-heads 3 --patch-size 8 --drop-path 0 \
     --global-crops-size 48 --local-crops-size 24 --local-crops-number 4 --blur-radius 0.1 0.6 \
-    --global-crops-scale 0.3 1 --local-crops-scale 0.1 0.4 --batch-size 16 \
-    --out-dim 256 --hidden-dim 256 --bottleneck-dim 64 --center-momentum 0.95 \
-    --center-momentum2 0.95 --warmup-teacher-temp 0.025 --teacher-temp 0.025 \
-    --warmup-teacher-patch-temp 0.025 --teacher-patch-temp 0.025 --warmup-teacher-temp-epochs 1 \
-    --momentum-teacher 0.99 --weight-decay-end 0.1 --epochs 12 --warmup-epochs 1 --lr 8e-3 \
-    --min-lr 1e-5
+    --global-crops-scale 0.5 1 --local-crops-scale 0.25 0.6 --batch-size 16 \
+    --out-dim 256 --hidden-dim 256 --bottleneck-dim 64 --warmup-teacher-temp 0.012 \
+    --teacher-temp 0.012 --warmup-teacher-patch-temp 0.012 --teacher-patch-temp 0.012 \
+    --warmup-teacher-temp-epochs 1 --momentum-teacher 0.99 --weight-decay-end 0.1 \
+    --epochs 12 --warmup-epochs 1 --lr 4e-3 --min-lr 1e-5
