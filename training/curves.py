@@ -39,7 +39,7 @@ def plot_curves(folder: Path) -> Path | None:
             f"{top1[-1]:.1f} %", (epochs[-1], top1[-1]), (4, 4), textcoords="offset points"
         )
         right.set(title=f"k-NN, k = {scores[-1]['knn_k']}", xlabel="epoch", ylabel="top-1 in %")
-        right.legend(frameon=False, loc="lower right")
+        right.legend(frameon=False, loc="center right")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
