@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pillow_parity import assert_pillows
 
 from pipeline import crops
 from pipeline.draws import draw_views, published_views
@@ -84,7 +85,7 @@ def test_all_views_of_awkward_shapes_equal_pillows(shape: tuple[int, int]) -> No
         draws = draw_views(VIEWS, 0, 0, index, *shape)
         expected = cut_views_reference(photo, draws, [view.size for view in VIEWS])
         for view, reference in zip(cut(np.asarray(photo), draws), expected, strict=True):
-            np.testing.assert_array_equal(view, reference)
+            assert_pillows(view, reference)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/imagenet_mini")
@@ -95,4 +96,4 @@ def test_all_views_of_real_photos_equal_pillows() -> None:
         draws = draw_views(VIEWS, 0, 0, index, photo.height, photo.width)
         expected = cut_views_reference(photo, draws, [view.size for view in VIEWS])
         for view, reference in zip(cut(np.asarray(photo), draws), expected, strict=True):
-            np.testing.assert_array_equal(view, reference)
+            assert_pillows(view, reference)
