@@ -8,10 +8,12 @@ reading for ever.
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -72,13 +74,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # nothing inherited: no threads, no locks
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(function, theirs), daemon=True)
-        # Born with Ctrl-C held back, it never hears of it: that is for the parent to act upon.
         resource_tracker.ensure_running()  # the first start would do so, and let Ctrl-C through
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with interrupts_held_back():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()  # the worker's is now the only one, so its death ends the pipe
 
     def run(self, job: Any) -> Any:
@@ -96,6 +94,26 @@ class _Worker:
     def close(self) -> None:
         self.process.join()
         self._pipe.close()
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Act on Ctrl-C and SIGTERM only at the end of the block: a worker that was half started would
+    die with a traceback of its own. One that is born here never hears of Ctrl-C, which is for the
+    parent to act upon."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    handlers, came = {}, []
+    if threading.current_thread() is threading.main_thread():  # which hears what other threads get
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            handlers[sign] = signal.signal(sign, lambda *heard: came.append(heard))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        for sign, handler in handlers.items():
+            signal.signal(sign, handler)
+        for sign, _ in came:
+            signal.raise_signal(sign)
 
 
 def _work(function: Callable[[Any], Any], pipe: Connection) -> None:

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.workers import in_order
+from pipeline.workers import in_order, interrupts_held_back
 
 DIES_AT = 5
 
@@ -70,3 +70,22 @@ def test_a_dead_worker_is_an_error_not_a_hang(function: Callable[[int], object])
     with pytest.raises(RuntimeError, match="a worker process died"):
         list(in_order(function, range(50), workers=2))
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_acted_upon_once_a_worker_has_started(sign: signal.Signals) -> None:
+    """Also one that reaches a thread which does not hold it back."""
+    heard: list[int] = []
+    before = signal.signal(sign, lambda number, frame: heard.append(number))
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        with interrupts_held_back():
+            signal.pthread_kill(other.ident or 0, sign)
+            time.sleep(0.1)
+            assert heard == []
+        assert heard == [sign]
+    finally:
+        over.set()
+        signal.signal(sign, before)
