@@ -32,14 +32,14 @@ install_ffcv() {
         "$VENV/bin/python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' && headers=""
         apt_install $SYSTEM_FOR_FFCV $headers || {
-            say "no ffcv: its system packages need root. Training will use the pil loader, about half as fast."
+            say "no ffcv: its system packages need root. Training will use the slower pil loader."
             say "to get ffcv: sudo apt-get install $SYSTEM_FOR_FFCV $headers && make ffcv"
             return 0
         }
     fi
     packages -e '.[ffcv]' >"$LOG" 2>&1 || {
         tail -n 5 "$LOG"
-        say "no ffcv: its build failed (whole output: $LOG). Training will use the pil loader, about half as fast."
+        say "no ffcv: its build failed (whole output: $LOG). Training will use the slower pil loader."
         return 0
     }
     say "ffcv is installed"

@@ -242,7 +242,8 @@ def train(run: Run, log: RunLog | None) -> None:
             record = {"step": run.step, "epoch": epoch, **schedule[run.step], **speed}
             late.push(record | {"unreadable": len(run.loader.unreadable)}, metrics)
             run.step += 1
-            if options.save_steps and run.step % options.save_steps == 0:
+            ends = run.step == last or run.step % per_epoch == 0  # saved below
+            if options.save_steps and run.step % options.save_steps == 0 and not ends:
                 show(late.settle(), log, options.log_steps)  # never save what a bad loss touched
                 save(run)
                 started = time.perf_counter()

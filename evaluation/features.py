@@ -31,7 +31,7 @@ def evaluation_view(image: Image.Image, size: int) -> Tensor:
     """The published evaluation view scaled to `size`: shorter side to 256, centre 224 at size 224.
 
     uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
-    torchvision takes longer than everything else that a run loads.
+    torchvision alone takes more than a third of the time that a run takes to load.
     """
     shorter = round(size * 256 / 224)
     sides = [shorter * side // min(image.size) for side in image.size]  # width, height

@@ -9,7 +9,6 @@ with exp(similarity / temperature).
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from evaluation.features import PhotoSet, extract_features
 from options import Parser, fill
+from pipeline.workers import cores
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -234,7 +234,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--image-size", type=int, help="side of a view (as the model was built for)"
     )
     parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes")
+    parser.add_argument("--workers", type=int, default=cores(), help="decoding processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--untrained", action="store_true", help="also before any training")
     parser.add_argument(

@@ -9,7 +9,6 @@ left out and listed, with reasons, in DST.beton.json. The file appears only when
 
 import dataclasses
 import os
-import signal
 import sys
 import time
 from collections.abc import Generator
@@ -22,6 +21,7 @@ import numpy as np
 
 from options import Parser, add_options, fill, flag, option
 from pipeline.beton import BetonReader, BetonWriter
+from pipeline.command import run_command
 from pipeline.progress import progress
 from pipeline.sources import UNLABELLED, Photo, Source, open_source
 from pipeline.stored import WRITE_MODES, Storage, StoredPhoto, checksum, store_photos
@@ -224,10 +224,6 @@ def verify_existing(path: str, workers: int) -> tuple[list[str], str]:
     return faults, f"{path}: every photo reads as written"
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, 1 for a failure on the way."""
     parser = Parser(prog="python -m pipeline.convert", description=(__doc__ or "").split("\n")[0])
@@ -236,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser, ConvertOptions)
     given = vars(parser.parse_args(argv))
     options = fill(ConvertOptions, given)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+
+    def act() -> int:
         if given["dst"] is not None:
             print("\n".join(convert(given["src"], given["dst"], options).lines()))
             return 0
@@ -247,16 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         faults, good = verify_existing(given["src"], options.workers)
         print("\n".join(faults) or good)
         return 1 if faults else 0
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, RuntimeError) as error:
-        left = "" if given["dst"] is None else "; nothing was written"
-        print(f"error: {error}{left}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+
+    return run_command(act, writes=given["dst"] is not None)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ cannot start.
 """
 
 import importlib
-import os
 import platform
 import sys
 from dataclasses import dataclass
+
+from pipeline.workers import cores
 
 _REINSTALL = "make setup"
 _MEND_FFCV = "make ffcv"
@@ -64,9 +65,7 @@ def check_device() -> Finding:
     except Exception:
         return Finding("device", "unknown without torch", _REINSTALL, fatal=True)
     if not torch.cuda.is_available():
-        return Finding(
-            "device", f"CPU, {len(os.sched_getaffinity(0))} cores (no usable CUDA device)"
-        )
+        return Finding("device", f"CPU, {cores()} cores (no usable CUDA device)")
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})"
     # Machine code runs on every later minor version of its major one.
@@ -80,7 +79,7 @@ def check_device() -> Finding:
 def loader_line(findings: dict[str, Finding]) -> str:
     """Which loader training will use, in one line."""
     if findings["ffcv"].mend:
-        return f"pil for everything, about half as fast; to get ffcv: {_MEND_FFCV}"
+        return f"pil for everything, slower; to get ffcv: {_MEND_FFCV}"
     return "ffcv for .beton files, pil for photo folders"
 
 

@@ -9,7 +9,6 @@ drawn from the same distributions for every class, so only the shape tells. A ph
 
 import io
 import shutil
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from options import Parser, add_options, fill, flag, option
+from pipeline.command import run_command
 from pipeline.drawn_shapes import SHAPES, Rng, Shape, disc, ribbon, rotation
 from pipeline.progress import progress
 
@@ -242,10 +242,6 @@ def contact_sheet(train: Path, columns: int = 8, cell: int = 112) -> Image.Image
     return sheet
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, 1 for a failure on the way."""
     about = (__doc__ or "").split("\n")[0]
@@ -254,27 +250,16 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser, DrawOptions)
     given = vars(parser.parse_args(argv))
     options = fill(DrawOptions, given)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+
+    def draw() -> int:
         draw_photos(given["dst"], options)
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        PermissionError,
-    ) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; nothing was written", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    train, val = options.images_per_class, options.val_per_class
-    print(f"{given['dst']}: {len(CLASSES)} classes, {train:,} train and {val:,} val photos of each")
-    return 0
+        train, val = options.images_per_class, options.val_per_class
+        print(
+            f"{given['dst']}: {len(CLASSES)} classes, {train:,} train, {val:,} val photos of each"
+        )
+        return 0
+
+    return run_command(draw)
 
 
 if __name__ == "__main__":

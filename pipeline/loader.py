@@ -1,7 +1,6 @@
 """The one door to the data: `build_loader` gives finished batches on the training device."""
 
 import importlib
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -14,6 +13,7 @@ from pipeline.masks import MaskConfig, draw_masks
 from pipeline.order import epoch_order, rank_batches, steps_per_epoch
 from pipeline.photos import is_beton, open_photos
 from pipeline.replace import Replacements
+from pipeline.workers import cores
 
 _CURE = "`make ffcv` installs it, `python -m pipeline.doctor` explains"
 
@@ -53,7 +53,7 @@ def choose_loader(config: PipelineConfig) -> tuple[str, str]:
         return "ffcv", "ffcv: each photo is decoded once"
     if config.loader == "ffcv":
         raise ValueError(f"--loader ffcv: {problem}")
-    return "pil", f"pil, about half as fast as ffcv: {problem}"
+    return "pil", f"pil, slower than ffcv: {problem}"
 
 
 class Loader:
@@ -82,7 +82,7 @@ class Loader:
         self._std = torch.tensor(config.std, device=device)
         views = config.views()
         self._replacements = Replacements(self.photos, views, config.seed)
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or cores()
         shared = (config.data, views, config.global_crops_number)
         ahead = (config.seed, config.batches_ahead, self._replacements)
         self._cutter: Cutter

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.beton import BetonReader
 from pipeline.decode import UnreadablePhoto, decode_photo
-from pipeline.sources import open_source
+from pipeline.sources import open_source, read_bytes
 
 
 class Photos(Protocol):
@@ -38,7 +38,7 @@ class FolderPhotos:
 
     def pixels(self, index: int) -> np.ndarray:
         try:
-            data = self._source.read_bytes(self._source.photos[index])
+            data = read_bytes(self._source.photos[index])
         except OSError as error:  # gone, or unreadable, since it was listed
             raise UnreadablePhoto(str(error)) from error
         return decode_photo(data)

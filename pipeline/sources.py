@@ -45,10 +45,6 @@ class Source:
     photos: list[Photo]
     classes: list[str]
 
-    def read_bytes(self, photo: Photo) -> bytes:
-        """The photo's file content; see `read_bytes`."""
-        return read_bytes(photo)
-
 
 def read_bytes(photo: Photo) -> bytes:
     """The photo's file content, from any thread or process: each call opens the file for itself.

@@ -38,7 +38,7 @@ def named(source: Source) -> dict[str, str]:
 
 
 def contents(source: Source) -> dict[str, bytes]:
-    return {photo.name: source.read_bytes(photo) for photo in source.photos}
+    return {photo.name: read_bytes(photo) for photo in source.photos}
 
 
 def test_the_first_folder_of_a_photo_is_its_class(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_a_symlink_that_leads_nowhere_is_listed_and_fails_when_read(tmp_path: Pa
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "never.jpg")
     (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")  # opening it would wait for a writer
-    _, gone, circle = (source := open_source(tmp_path)).photos
+    _, gone, circle = open_source(tmp_path).photos
     assert (gone.name, circle.name) == ("gone.jpg", "self.jpg")
     for photo in (gone, circle):
         with pytest.raises(OSError, match=photo.name):
-            source.read_bytes(photo)
+            read_bytes(photo)
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
