@@ -16,7 +16,7 @@ class Batch:
 
     global_crops: Tensor  # float [V, B, 3, S, S]
     local_crops: Tensor  # float [L, B, 3, s, s]
-    masks: Tensor  # bool [V, B, S / patch, S / patch], True = masked for the student
+    masks: Tensor  # bool [V, B, S / patch, S / patch], True = masked for the student; on the CPU
     labels: Tensor  # int64 [B], -1 where the photo has none; on the CPU
     indices: Tensor  # int64 [B], place of the photo in the data set; on the CPU
 
@@ -28,15 +28,15 @@ class Crops:
     The arrays may be slots that the loader reuses: consume them before asking for the next batch.
     """
 
-    global_crops: Tensor  # uint8 [B, V, S, S, 3]
-    local_crops: Tensor  # uint8 [B, L, s, s, 3]
+    global_crops: Tensor  # uint8 [B, V, 3, S, S]
+    local_crops: Tensor  # uint8 [B, L, 3, s, s]
     indices: Tensor  # int64 [B]
 
 
 def normalised(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, V, S, S, 3] -> float32 [V, B, 3, S, S] on the device of `mean`; mean and std are
+    """uint8 [B, V, 3, S, S] -> float32 [V, B, 3, S, S] on the device of `mean`; mean and std are
     float32 [3] on the 0..1 scale. The result is fresh memory, so the input may be reused."""
-    crops = crops.to(mean.device).permute(1, 0, 4, 2, 3)
+    crops = crops.to(mean.device).transpose(0, 1)
     scale = (1 / (255 * std)).view(3, 1, 1)
     shift = (-mean / std).view(3, 1, 1)
     out = torch.empty(crops.shape, dtype=torch.float32, device=mean.device)

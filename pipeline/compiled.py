@@ -1,8 +1,40 @@
 """The one way in which this package compiles with numba."""
 
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
 from numba import njit
+
+
+def _cache_of_this_source() -> str:
+    """A folder for what is compiled from these very files.
+
+    numba looks whether the file of a function has changed, not those of what the function calls,
+    and would go on running their old code.
+    """
+    folder = Path(__file__).parent
+    sources = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        sources.update(path.read_bytes())
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    root = Path(chosen) if chosen else folder / "__pycache__"
+    if not os.access(root if root.exists() else root.parent, os.W_OK):
+        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ibeton"
+    return str(root / f"compiled-{sources.hexdigest()[:12]}")
+
+
+numba.config.CACHE_DIR = _cache_of_this_source()
 
 # A function that leaves fastmath and error_model open takes them from whoever has it compiled
 # first, and the cache on disk keeps the result. FFCV compiles with fastmath: without these two
-# words, crops would change in their last bit with the order of imports.
-compiled = njit(cache=True, nogil=True, fastmath=False, error_model="python")
+# words, crops would change in their last bit with the order of imports. Under numpy's error model
+# division has no exception to raise, which would keep loops from becoming vector code.
+SETTINGS: dict[str, Any] = {"cache": True, "fastmath": False, "error_model": "numpy"}
+compiled = njit(nogil=True, **SETTINGS)
+
+# For what is called once a pixel: its caller's loop becomes vector code only around plain
+# arithmetic.
+inlined = njit(inline="always", nogil=True, fastmath=False, error_model="numpy")

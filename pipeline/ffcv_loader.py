@@ -23,10 +23,12 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
+from numba import carray, cfunc, types
 
 from pipeline.batch import Crops
+from pipeline.compiled import SETTINGS
 from pipeline.crops import cut_views
-from pipeline.draws import DRAW, ViewSpec, draw_sample, spec_table
+from pipeline.draws import DRAW, SPEC, ViewSpec, draw_sample, spec_table
 from pipeline.replace import Replacements
 
 # The compiled code sees nothing but the batch's indices, so the epoch travels in their upper bits.
@@ -36,10 +38,37 @@ _INDEX_MASK = np.uint64((1 << 40) - 1)
 _WAIT_S = 0.5  # how often a waiting consumer looks whether the loader thread lives
 
 
+@cfunc(
+    types.void(
+        *(types.voidptr, types.int64, types.int64, types.voidptr, types.int64),
+        *(types.int64, types.int64, types.int64),
+        *(types.voidptr, types.int64, types.int64, types.voidptr, types.int64, types.int64),
+    ),
+    **SETTINGS,
+)
+def _draw_and_cut(  # type: ignore[no-untyped-def]
+    pixels, height, width, specs, count, seed, epoch, index, large, views, size, small, rest, side
+):
+    """Draw and cut all views of one photo, by addresses: of pixels uint8 [height, width, 3], specs
+    SPEC [count], and the views to write, uint8 [views, 3, size, size] and [rest, 3, side, side].
+
+    FFCV compiles its loops anew at each start. A C function is called and not compiled into them,
+    which with all that cropping takes would last half a minute.
+    """
+    draws = np.empty(count, DRAW)
+    draw_sample(carray(specs, (count,), SPEC), seed, epoch, index, height, width, draws)
+    cut_views(
+        carray(pixels, (height, width, 3), np.uint8),
+        draws,
+        carray(large, (views, 3, size, size), np.uint8),
+        carray(small, (rest, 3, side, side), np.uint8),
+    )
+
+
 class DecodeAndCut(Operation):
     """FFCV operation: JPEG or raw bytes -> one decode -> all views.
 
-    Yields (global uint8 [B, V, S, S, 3], local uint8 [B, L, s, s, 3], status int32 [B, 1]). A
+    Yields (global uint8 [B, V, 3, S, S], local uint8 [B, L, 3, s, s], status int32 [B, 1]). A
     status other than 0 is libjpeg-turbo's complaint about a photo; its views are then not cut.
     """
 
@@ -64,6 +93,8 @@ class DecodeAndCut(Operation):
         each = Compiler.get_iterator()
         decode_jpeg = Compiler.compile(imdecode)
         specs, seed = self._specs, self._seed
+        (views, _, size, _), (rest, _, side, _) = self._shapes
+        cut = _draw_and_cut.ctypes
 
         def decode_and_cut(keys, memory, metadata, storage):  # type: ignore[no-untyped-def]
             global_crops, local_crops, status = memory
@@ -82,9 +113,12 @@ class DecodeAndCut(Operation):
                 else:
                     pixels = data.reshape(height, width, 3)
                 if status[i, 0] == 0:
-                    draws = np.empty(len(specs), DRAW)  # zeros would not compile in parallel
-                    draw_sample(specs, seed, epoch, index, height, width, draws)
-                    cut_views(pixels, draws, global_crops[i], local_crops[i])
+                    cut(
+                        *(pixels.ctypes.data, height, width),
+                        *(specs.ctypes.data, len(specs), seed, epoch, index),
+                        *(global_crops[i].ctypes.data, views, size),
+                        *(local_crops[i].ctypes.data, rest, side),
+                    )
             return memory
 
         decode_and_cut.is_parallel = True  # type: ignore[attr-defined]
@@ -93,7 +127,7 @@ class DecodeAndCut(Operation):
 
 def _stack_shape(views: list[ViewSpec]) -> tuple[int, int, int, int]:
     size = views[0].size if views else 1
-    return len(views), size, size, 3
+    return len(views), 3, size, size
 
 
 class _Epoch(EpochIterator):

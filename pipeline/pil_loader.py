@@ -51,7 +51,10 @@ class _Views(Dataset):
 
 
 def _stack(views: list[np.ndarray]) -> np.ndarray:
-    return np.stack(views) if views else np.empty((0, 1, 1, 3), np.uint8)
+    """Views uint8 [S, S, 3] -> [V, 3, S, S]."""
+    return np.stack([view.transpose(2, 0, 1) for view in views] or [np.empty((3, 1, 1), np.uint8)])[
+        : len(views)
+    ]
 
 
 def _collate(samples: list[Sample]) -> tuple[Crops, dict[int, str]]:

@@ -11,20 +11,21 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import numpy as np
 from numba import njit
-from pipeline import crops
+from pipeline import colour
 
 @njit(fastmath=True)
-def careless(image, factor):
-    crops.adjust_hue(image, factor)
+def careless(view, factor):
+    colour.adjust_hue(view, factor)
 
-careless(np.zeros((2, 2, 3), np.uint8), 0.1)
-red = np.array([[[15, 12, 0]]], np.uint8)  # hue 34 in Pillow, 33 with fastmath
-assert crops._to_hue_saturation(15, 12, 0) == (34, 255)
-image = np.tile(red, (4, 4, 1))
-careless(image, 0.1)
-plain = np.tile(red, (4, 4, 1))
-crops.adjust_hue.py_func(plain, 0.1)
-assert (image == plain).all(), (image[0, 0], plain[0, 0])
+view = np.random.default_rng(0).integers(0, 256, (3, 1 << 20), dtype=np.uint8)
+plain = view.copy()
+careless(view, 0.1)  # has it compiled first
+colour.adjust_hue.py_func(small := plain[:, :2000].copy(), 0.1)
+assert (view[:, :2000] == small).all()
+from PIL import Image
+from torchvision.transforms.functional import adjust_hue
+picture = Image.fromarray(np.ascontiguousarray(plain.T.reshape(1024, 1024, 3)))
+assert (np.asarray(adjust_hue(picture, 0.1)).reshape(-1, 3).T == view).all()
 """
 
 
@@ -33,3 +34,38 @@ def test_a_careless_caller_does_not_change_the_arithmetic(tmp_path: Path) -> Non
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+CALLER = """
+import numpy as np
+from pipeline.callee import value
+from pipeline.compiled import compiled
+
+@compiled
+def answer():
+    return value() + 0
+
+print(answer())
+"""
+
+
+def test_the_cache_forgets_a_caller_when_what_it_calls_changes(tmp_path: Path) -> None:
+    package = tmp_path / "pipeline"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "compiled.py").write_text((ROOT / "pipeline" / "compiled.py").read_text())
+    (package / "caller.py").write_text(CALLER)
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    for value in (1, 2):
+        (package / "callee.py").write_text(
+            f"from pipeline.compiled import compiled\n@compiled\ndef value():\n    return {value}\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.caller"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == f"{value}\n", done.stderr

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pillow_parity import assert_pillows
+from torchvision.transforms.functional import adjust_hue
 
-from pipeline import crops
+from pipeline import blur, colour, crops, resize
 from pipeline.draws import draw_views, published_views
 from pipeline.pil_views import cut_views_reference
 
@@ -15,63 +16,106 @@ REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "augment_exact.npz
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_mini" / "train"
 VIEWS = published_views(2, 10, 224, 96, (0.25, 1.0), (0.05, 0.25))
 ADJUST = {
-    "brightness": crops.adjust_brightness,
-    "contrast": crops.adjust_contrast,
-    "saturation": crops.adjust_saturation,
-    "hue": crops.adjust_hue,
-    "blur": crops.gaussian_blur,
+    "brightness": colour.adjust_brightness,
+    "contrast": colour.adjust_contrast,
+    "saturation": colour.adjust_saturation,
+    "hue": colour.adjust_hue,
 }
 
 
-def cut(pixels: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
-    large = np.empty((2, 224, 224, 3), np.uint8)
-    small = np.empty((10, 96, 96, 3), np.uint8)
+def planes(image: np.ndarray) -> np.ndarray:
+    """[H, W, 3] -> a copy [3, H, W], the form of a view."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+def cut(pixels: np.ndarray, draws: np.ndarray, sizes: tuple[int, int] = (224, 96)) -> list:
+    """All twelve views, [S, S, 3]."""
+    large = np.empty((2, 3, sizes[0], sizes[0]), np.uint8)
+    small = np.empty((10, 3, sizes[1], sizes[1]), np.uint8)
     crops.cut_views(pixels, draws, large, small)
-    return [*large, *small]
+    return [view.transpose(1, 2, 0) for view in [*large, *small]]
+
+
+def crop(pixels: np.ndarray, box: tuple[int, ...], flip: bool, size: int) -> np.ndarray:
+    """A resized crop [3, S, S]."""
+    out = np.empty((3, size, size), np.uint8)
+    columns = resize.photo_columns(np.ascontiguousarray(pixels))
+    resize.resized_crop(columns, *box, flip, out)
+    return out
 
 
 @pytest.mark.parametrize("name", [k.split("/")[0] for k in REFERENCE if k.endswith("h_w")])
 def test_resized_crop_is_the_published_one(name: str) -> None:
-    top, left, height, width = REFERENCE[f"{name}/box_top_left_h_w"]
     expected = REFERENCE[f"{name}/out"]
-    out = np.empty_like(expected)
-    crops.resized_crop(REFERENCE["input"], top, left, height, width, False, out)
-    np.testing.assert_array_equal(out, expected)
+    out = crop(REFERENCE["input"], REFERENCE[f"{name}/box_top_left_h_w"], False, len(expected))
+    np.testing.assert_array_equal(out.transpose(1, 2, 0), expected)
 
 
 @pytest.mark.parametrize(
     "name", [k.split("/")[0] for k in REFERENCE if k.split("_")[0] in ADJUST and k.endswith("/out")]
 )
-def test_colour_and_blur_are_the_published_ones(name: str) -> None:
+def test_colour_is_the_published_one(name: str) -> None:
     operation, value = name.split("_")
-    image = REFERENCE["input"].copy()
-    ADJUST[operation](image, np.float32(value))
-    np.testing.assert_array_equal(image, REFERENCE[f"{name}/out"])
+    view = planes(REFERENCE["input"])
+    ADJUST[operation](view.reshape(3, -1), np.float32(value))
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), REFERENCE[f"{name}/out"])
+
+
+@pytest.mark.parametrize(
+    "name", [k.split("/")[0] for k in REFERENCE if k.startswith("blur") and k.endswith("/out")]
+)
+def test_blur_is_the_published_one(name: str) -> None:
+    view = planes(REFERENCE["input"])
+    blur.gaussian_blur(view, np.float32(name.split("_")[1]))
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), REFERENCE[f"{name}/out"])
 
 
 def test_gray_solarize_and_flip_are_the_published_ones() -> None:
-    image = REFERENCE["input"].copy()
-    crops.to_gray(image)
-    np.testing.assert_array_equal(image, REFERENCE["gray/out"])
-    image = REFERENCE["input"].copy()
-    crops.solarize(image)
-    np.testing.assert_array_equal(image, REFERENCE["solarize/out"])
-    square = np.ascontiguousarray(REFERENCE["input"][:, :72])
-    out = np.empty_like(square)
-    crops.resized_crop(square, 0, 0, 72, 72, True, out)
-    np.testing.assert_array_equal(out, square[:, ::-1])
+    view = planes(REFERENCE["input"])
+    colour.to_gray(view.reshape(3, -1))
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), REFERENCE["gray/out"])
+    view = planes(REFERENCE["input"])
+    colour.solarize(view.reshape(3, -1))
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), REFERENCE["solarize/out"])
+    square = REFERENCE["input"][:, :72]
+    np.testing.assert_array_equal(
+        crop(square, (0, 0, 72, 72), True, 72), planes(square)[:, :, ::-1]
+    )
 
 
 def test_the_whole_chain_is_the_published_one() -> None:
-    out = np.empty((96, 96, 3), np.uint8)
-    crops.resized_crop(REFERENCE["input"], 3, 5, 60, 80, True, out)
-    crops.adjust_brightness(out, 1.2)
-    crops.adjust_contrast(out, 0.8)
-    crops.adjust_saturation(out, 1.1)
-    crops.adjust_hue(out, 0.06)
-    crops.gaussian_blur(out, 0.9)
-    crops.solarize(out)
-    np.testing.assert_array_equal(out, REFERENCE["chain/out"])
+    view = crop(REFERENCE["input"], (3, 5, 60, 80), True, 96)
+    flat = view.reshape(3, -1)
+    colour.adjust_brightness(flat, 1.2)
+    colour.adjust_contrast(flat, 0.8)
+    colour.adjust_saturation(flat, 1.1)
+    colour.adjust_hue(flat, 0.06)
+    blur.gaussian_blur(view, 0.9)
+    colour.solarize(flat)
+    np.testing.assert_array_equal(view.transpose(1, 2, 0), REFERENCE["chain/out"])
+
+
+@pytest.mark.parametrize("factor", [0.1, -0.1, 0.004, 0.0])
+def test_hue_of_every_colour_is_pillows(factor: float) -> None:
+    """The compiled arithmetic is not Pillow's own, so all 2 ** 24 colours have to show it."""
+    values = np.arange(256, dtype=np.uint8)
+    picture = np.empty((256, 256, 3), np.uint8)
+    picture[..., 1], picture[..., 2] = values[:, None], values[None, :]
+    for red in range(256):
+        picture[..., 0] = red
+        view = planes(picture)
+        colour.adjust_hue(view.reshape(3, -1), factor)
+        expected = np.asarray(adjust_hue(Image.fromarray(picture), factor))
+        np.testing.assert_array_equal(view.transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (8, 8), (9, 40), (100, 3), (33, 65)])
+def test_transpose_takes_any_shape(shape: tuple[int, int]) -> None:
+    rows, cols = shape
+    source = np.random.default_rng(shape).integers(0, 256, (3 * rows + 2, cols + 5), dtype=np.uint8)
+    target = np.empty((cols, resize.padded(rows)), np.uint8)
+    resize.transpose(source, 2, 3, 5, rows, cols, target)
+    np.testing.assert_array_equal(target[:, :rows], source[2::3, 5:].T)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +129,17 @@ def test_all_views_of_awkward_shapes_equal_pillows(shape: tuple[int, int]) -> No
         draws = draw_views(VIEWS, 0, 0, index, *shape)
         expected = cut_views_reference(photo, draws, [view.size for view in VIEWS])
         for view, reference in zip(cut(np.asarray(photo), draws), expected, strict=True):
+            assert_pillows(view, reference)
+
+
+@pytest.mark.parametrize("sizes", [(98, 42), (33, 7), (1, 5)])
+def test_views_of_awkward_sizes_equal_pillows(sizes: tuple[int, int]) -> None:
+    views = published_views(2, 10, *sizes, (0.25, 1.0), (0.05, 0.25))
+    photo = Image.fromarray(REFERENCE["input"])
+    for index in range(5):
+        draws = draw_views(views, 0, 0, index, photo.height, photo.width)
+        expected = cut_views_reference(photo, draws, [view.size for view in views])
+        for view, reference in zip(cut(np.asarray(photo), draws, sizes), expected, strict=True):
             assert_pillows(view, reference)
 
 

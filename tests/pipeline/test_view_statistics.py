@@ -37,7 +37,7 @@ def outputs() -> dict[str, torch.Tensor]:
     assert hashlib.sha256(PHOTO.read_bytes()).hexdigest() == str(AUGMENT["image_sha256"])
     pixels = np.asarray(Image.open(PHOTO).convert("RGB"))
     views = published_views(2, 1, 224, 96, (0.25, 1), (0.05, 0.25))
-    large, small = np.empty((2, 224, 224, 3), np.uint8), np.empty((1, 96, 96, 3), np.uint8)
+    large, small = np.empty((2, 3, 224, 224), np.uint8), np.empty((1, 3, 96, 96), np.uint8)
     rows: dict[str, list[torch.Tensor]] = {"global1": [], "global2": [], "local": []}
     for index in range(COUNT):
         cut_views(pixels, draw_views(views, 1, 0, index, *pixels.shape[:2]), large, small)
