@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from model.config import ModelConfig
 from model.ibot import IBOT, build_network
-from model.vit import VisionTransformer
 from options import fill, flag
 
 # Settings that give tensors their shapes and names.
@@ -104,9 +104,7 @@ def restore_model(ibot: IBOT, content: dict[str, Any]) -> None:
     ibot.loss.load_state_dict(content["ibot_loss"])
 
 
-def load_backbone(
-    path: str | Path, network: str = "teacher"
-) -> tuple[VisionTransformer, dict[str, Any]]:
+def load_backbone(path: str | Path, network: str = "teacher") -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint's `network` ("teacher" or "student"), in eval mode on the CPU,
     and the run's settings. Raises as `load_checkpoint`, and ValueError for another network."""
     if network not in ("teacher", "student"):

@@ -11,6 +11,11 @@ ARCHITECTURES = {
     "vit_b": (768, 12, 12),
     "vit_l": (1024, 24, 16),
 }
+# name -> window; all else is Swin-T's, as published
+SWINS = {"swin_t7": 7, "swin_t14": 14}
+SWIN_DIM = 768  # width of an output token, eight times that of the first stage
+SWIN_PATCH = 32  # side of an output token in pixels, and of a mask's cell
+ONLY_VIT = ("depth", "num_heads", "mlp_ratio", "qkv_bias", "layer_scale", "mean_pool")
 HEAD_NORMS = ("none", "ln", "bn")
 ACTIVATIONS = ("gelu", "relu")
 
@@ -19,7 +24,7 @@ ACTIVATIONS = ("gelu", "relu")
 class ModelConfig:
     """Backbone, head and loss. Defaults are the published ViT-S/16 recipe of 800 epochs."""
 
-    arch: str = option("vit_s", "backbone", tuple(ARCHITECTURES))
+    arch: str = option("vit_s", "backbone", (*ARCHITECTURES, *SWINS))
     embed_dim: int = option(0, "backbone width C (0: as the architecture says)")
     depth: int = option(0, "backbone blocks (0: as the architecture says)")
     num_heads: int = option(0, "attention heads (0: as the architecture says)")
@@ -31,6 +36,8 @@ class ModelConfig:
     drop_path: float = option(0.1, "stochastic depth of the student's last block")
     layer_scale: float = option(0.0, "initial layer scale (0: no layer scale)")
     mean_pool: bool = option(False, "class output is the normed mean of the patch tokens")
+    micro_steps: int = option(1, "parts of a batch that pass one by one: less memory, same step")
+    checkpoint_blocks: bool = option(False, "compute blocks again in the backward: less memory")
 
     out_dim: int = option(8192, "prototypes K of the class token")
     patch_out_dim: int = option(8192, "prototypes of patches; out_dim if either head is shared")
@@ -71,16 +78,14 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""
-        self._known("arch", tuple(ARCHITECTURES))
+        self._known("arch", (*ARCHITECTURES, *SWINS))
         self._known("norm_in_head", HEAD_NORMS)
         self._known("act", ACTIVATIONS)
         self._check_ranges()
-        embed_dim, _, num_heads = self.backbone_shape()
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"--embed-dim {embed_dim} is not a multiple of --num-heads {num_heads}:"
-                " every head takes an equal share"
-            )
+        if self.arch in SWINS:
+            self._check_swin()
+        else:
+            self._check_vit()
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
             raise ValueError(
                 f"--image-size {self.image_size} is not a multiple of --patch-size"
@@ -97,12 +102,33 @@ class ModelConfig:
                 " to compare: give at least two views"
             )
 
+    def _check_vit(self) -> None:
+        embed_dim, _, num_heads = self.backbone_shape()
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"--embed-dim {embed_dim} is not a multiple of --num-heads {num_heads}:"
+                " every head takes an equal share"
+            )
+
+    def _check_swin(self) -> None:
+        if self.patch_size != SWIN_PATCH:
+            raise ValueError(
+                f"--patch-size {self.patch_size} with --arch {self.arch}: an output token of Swin,"
+                f" and a cell of a mask, has {SWIN_PATCH} pixels; give --patch-size {SWIN_PATCH}"
+            )
+        if self.embed_dim % 24:
+            raise ValueError(f"--embed-dim {self.embed_dim} of a Swin must be a multiple of 24")
+        for name in ONLY_VIT:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{flag(name)} is an option of ViTs: --arch {self.arch} has none")
+
     def _check_ranges(self) -> None:
         at_least = {
             **dict.fromkeys(("embed_dim", "depth", "num_heads", "local_crops_number"), 0),
             **dict.fromkeys(("warmup_teacher_temp_epochs", "pred_start_epoch", "layer_scale"), 0),
             **dict.fromkeys(("patch_size", "image_size", "in_chans", "out_dim", "hidden_dim"), 1),
             **dict.fromkeys(("patch_out_dim", "bottleneck_dim", "head_layers", "epochs"), 1),
+            "micro_steps": 1,
             "global_crops_number": 1,
         }
         for name, least in at_least.items():

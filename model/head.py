@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.vit import init_linear
+from model.blocks import init_linear
 
 
 class WeightNormLinear(nn.Module):
@@ -79,7 +79,14 @@ class IBOTHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, 1 + N, C], class token first -> class [B, K] and patch logits [B, N, K2]."""
         x = self.bottleneck(x)
-        return self.last_layer(x[:, 0]), self.last_layer2(x[:, 1:])
+        return self.prototypes(x[:, 0], x[:, 1:])
+
+    def prototypes(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of class tokens and of patches [..., bottleneck_dim] -> their logits."""
+        weight = self.last_layer.weight()
+        shared = self.last_layer2 is self.last_layer
+        patch_weight = weight if shared else self.last_layer2.weight()
+        return F.linear(cls, weight), F.linear(patches, patch_weight)
 
     def cls_logits(self, x: Tensor) -> Tensor:
         """Class tokens [B, C] -> logits [B, K]."""

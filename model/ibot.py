@@ -1,16 +1,22 @@
 """Student, teacher and loss: a batch in, a loss out, and the teacher's moving average."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.config import ModelConfig
+from model.config import SWIN_DIM, SWINS, ModelConfig
 from model.head import IBOTHead
 from model.loss import IBOTLoss
+from model.masking import masked_patches
 from model.network import Logits, Network
 from model.vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from model.swin import SwinTransformer
 
 
 class IBOT(nn.Module):
@@ -22,11 +28,14 @@ class IBOT(nn.Module):
 
     student_call: Callable[..., Logits]
 
-    def __init__(self, student: Network, teacher: Network, loss: IBOTLoss) -> None:
+    def __init__(
+        self, student: Network, teacher: Network, loss: IBOTLoss, micro_steps: int = 1
+    ) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.loss = loss
+        self.micro_steps = micro_steps
         self.__dict__["student_call"] = student
         self.teacher.requires_grad_(False)
         self.copy_student_to_teacher()
@@ -56,18 +65,27 @@ class IBOT(nn.Module):
         self,
         global_crops: Tensor,  # [V, B, 3, S, S]
         local_crops: Tensor | None,  # [L, B, 3, s, s]
-        masks: Tensor,  # bool [V, B, h, w], True = masked for the student
+        masks: Tensor,  # bool [V, B, h, w], True = masked for the student; best on the CPU
         epoch: int,
     ) -> dict[str, Tensor]:
-        """Terms of the loss, see `IBOTLoss.forward`. The teacher sees global views, unmasked."""
+        """Terms of the loss, see `IBOTLoss.forward`. The teacher sees global views, unmasked.
+
+        Nothing here waits for the device, if `masks` come on the CPU. `loss.update_centers` is the
+        caller's to call, once a step.
+        """
+        patches = masked_patches(masks, global_crops.device)
+        masks = masks.to(global_crops.device, non_blocking=True)
         with torch.no_grad():
-            teacher_cls, teacher_patch, _ = self.teacher(global_crops)
-        student_cls, student_patch, student_local_cls = self.student_call(
-            global_crops, local_crops, masks
-        )
-        return self.loss(
-            student_cls, student_patch, student_local_cls, teacher_cls, teacher_patch, masks, epoch
-        )
+            teacher = self.teacher.targets(global_crops, patches.places)
+        student = self.student_call(global_crops, local_crops, masks, patches.places)
+        return self.loss(student, teacher, patches, epoch)
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Gradients of what runs in it stay on this rank until the next backward outside it."""
+        student = self.student_call
+        if isinstance(student, DistributedDataParallel):
+            return student.no_sync()
+        return nullcontext()
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -79,10 +97,23 @@ class IBOT(nn.Module):
         torch._foreach_lerp_(list(teacher.values()), matching, 1 - momentum)
 
 
-def build_network(config: ModelConfig, is_student: bool) -> Network:
-    """The student, with mask token and stochastic depth, or the teacher, with neither."""
+def build_backbone(config: ModelConfig, is_student: bool) -> "VisionTransformer | SwinTransformer":
+    """The student's backbone, with mask token and stochastic depth, or the teacher's, with neither.
+    `model.network` says what a backbone must offer."""
+    if config.arch in SWINS:
+        from model.swin import SwinTransformer  # only here: timm takes seconds to import
+
+        return SwinTransformer(
+            (config.embed_dim or SWIN_DIM) // 8,
+            window=SWINS[config.arch],
+            image_size=config.image_size,
+            in_chans=config.in_chans,
+            drop_path=config.drop_path if is_student else 0.0,
+            masked_im_modeling=is_student,
+            checkpoint_blocks=config.checkpoint_blocks,
+        )
     embed_dim, depth, num_heads = config.backbone_shape()
-    backbone = VisionTransformer(
+    return VisionTransformer(
         embed_dim,
         depth,
         num_heads,
@@ -95,9 +126,15 @@ def build_network(config: ModelConfig, is_student: bool) -> Network:
         layer_scale=config.layer_scale,
         mean_pool=config.mean_pool,
         masked_im_modeling=is_student,
+        checkpoint_blocks=config.checkpoint_blocks,
     )
+
+
+def build_network(config: ModelConfig, is_student: bool) -> Network:
+    """The student or the teacher, freshly initialised."""
+    backbone = build_backbone(config, is_student)
     head = IBOTHead(
-        embed_dim,
+        backbone.embed_dim,
         config.out_dim,
         config.patch_prototypes(),
         shared=config.shared_head if is_student else config.shared_head_teacher,
@@ -133,4 +170,5 @@ def build(config: ModelConfig) -> IBOT:
         lambda2=config.lambda2,
         pred_start_epoch=config.pred_start_epoch,
     )
-    return IBOT(build_network(config, True), build_network(config, False), loss)
+    student, teacher = build_network(config, True), build_network(config, False)
+    return IBOT(student, teacher, loss, config.micro_steps)

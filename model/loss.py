@@ -1,26 +1,26 @@
 """Self-distillation of class tokens across views and of masked patches within a view.
 
-In shapes: V global and L local views, B images, N patch tokens, K class and K2 patch prototypes.
-All logits are view-major: every image of view 0, then every image of view 1, ...
+In shapes: V global and L local views, B images, N patch tokens, M masked patches, K class and K2
+patch prototypes. All logits are view-major: every image of view 0, then every image of view 1, ...
+`model.reference` has the same loss as the paper writes it.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.kernels.cross_entropy import cross_entropy, full
+from model.masking import MaskedPatches
+from model.network import Logits, Targets
 from model.schedules import temperature_schedule
-
-
-def full(x: Tensor) -> Tensor:
-    """The same in float32, or in float64 if that is what came in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class IBOTLoss(nn.Module):
     """iBOT, section 3.2, equations 1 to 3, with the centers and temperatures of the teacher.
 
     Centers are running means of the teacher's raw logits over all ranks, in the state dict as
-    `center` [1, K] and `center2` [1, 1, K2]; they are updated after each step's loss is computed.
+    `center` [1, K] and `center2` [1, 1, K2]. Each forward notes the means of its batch, and
+    `update_centers` moves the centers once a step, however many batches the step is made of.
     Teacher temperatures go by epoch. Raises ValueError where their warm-up does not fit.
     """
 
@@ -69,41 +69,44 @@ class IBOTLoss(nn.Module):
             epochs,
             pred_start_epoch,
         )
+        self.noted: list[Tensor] = []  # means [K + K2] of the batches since the last update
         self.register_buffer("center", torch.zeros(1, out_dim))
         self.register_buffer("center2", torch.zeros(1, 1, patch_out_dim))
 
     def forward(
-        self,
-        student_cls: Tensor,  # [V * B, K]
-        student_patch: Tensor,  # [V * B, N, K2]
-        student_local_cls: Tensor | None,  # [L * B, K], None without local views
-        teacher_cls: Tensor,  # [V * B, K]
-        teacher_patch: Tensor,  # [V * B, N, K2]
-        masks: Tensor,  # bool, V * B * N values in view-major order
-        epoch: int,
+        self, student: Logits, teacher: Targets, patches: MaskedPatches, epoch: int
     ) -> dict[str, Tensor]:
-        """Scalars: `loss` = `cls` + `patch`, both weighted by lambda; without gradient
+        """Class logits of student and teacher, and their logits [M, K2] of the masked `patches`.
+
+        Scalars: `loss` = `cls` + `patch`, both weighted by lambda; without gradient
         `teacher_entropy` (nats, of the class targets) and `acc` (share of images whose first
         teacher view and second student view agree on the likeliest prototype).
 
-        Computes in float32 at least, whatever the dtype of the logits; moves the centers. Raises
-        ValueError for shapes that do not fit together or an epoch beyond the schedule.
+        Computes in float32 at least, whatever the dtype of the logits. Raises ValueError for
+        shapes that do not fit together or an epoch beyond the schedule.
         """
-        self._check(student_cls, student_patch, student_local_cls, teacher_patch, masks, epoch)
-        views = list(student_cls.chunk(self.global_views))
-        if student_local_cls is not None:
-            views += student_local_cls.chunk(self.local_views)
-        log_p = [(full(view) / self.student_temp).log_softmax(dim=-1) for view in views]
-        temp = float(self.teacher_temps[epoch])
-        targets = ((full(teacher_cls.detach()) - self.center) / temp).softmax(dim=-1)
-        cls = self.lambda1 * self._across_views(log_p, targets)
-        patch_temp = float(self.teacher_patch_temps[epoch])
-        patch = self.lambda2 * self._masked_patches(student_patch, teacher_patch, masks, patch_temp)
-        self._update_centers(teacher_cls, teacher_patch)
+        self._check(student, teacher, patches, epoch)
+        cls_logits, patch_logits, local_cls = student
+        if local_cls is not None:
+            cls_logits = torch.cat([cls_logits, local_cls])
+        temp, patch_temp = float(self.teacher_temps[epoch]), float(self.teacher_patch_temps[epoch])
+        cls = self.lambda1 * self._across_views(cls_logits, teacher.cls, temp)
+        patch = self.lambda2 * cross_entropy(
+            patch_logits,
+            teacher.patch,
+            self.center2.flatten(),
+            torch.arange(len(patch_logits), device=patch_logits.device).unsqueeze(1),
+            patches.weight,
+            self.student_temp,
+            patch_temp,
+        )
         with torch.no_grad():
-            first = teacher_cls.chunk(self.global_views)[0]
-            agree = first.argmax(dim=-1) == log_p[1].argmax(dim=-1)
+            targets = ((full(teacher.cls) - self.center) / temp).softmax(dim=-1)
             entropy = -torch.special.xlogy(targets, targets).sum(dim=-1).mean()
+            batch = len(teacher.cls) // self.global_views
+            second = cls_logits[batch : 2 * batch]
+            agree = teacher.cls[:batch].argmax(dim=-1) == second.argmax(dim=-1)
+            self.noted.append(torch.cat([full(teacher.cls).mean(dim=0), teacher.patch_mean]))
         return {
             "loss": cls + patch,
             "cls": cls,
@@ -112,78 +115,62 @@ class IBOTLoss(nn.Module):
             "acc": agree.float().mean(),
         }
 
-    def _across_views(self, log_p: list[Tensor], targets: Tensor) -> Tensor:
+    def _across_views(self, student: Tensor, teacher: Tensor, temp: float) -> Tensor:
         """Mean cross-entropy over images and over pairs of a teacher view and another student view.
-        log_p: V + L of [B, K]; targets [V * B, K]."""
-        terms = [
-            -(target * log_p[v]).sum(dim=-1).mean()
-            for q, target in enumerate(targets.chunk(self.global_views))
-            for v in range(len(log_p))
-            if v != q
-        ]
-        return torch.stack(terms).mean()
-
-    def _masked_patches(
-        self, student_patch: Tensor, teacher_patch: Tensor, masks: Tensor, temp: float
-    ) -> Tensor:
-        """Cross-entropy of each masked patch with the teacher's of the same view: mean over an
-        image's masked patches (0 if it has none), then over images, then over views."""
-        terms = []
-        masks = masks.reshape(student_patch.shape[:2]).to(torch.float32)  # [V * B, N]
-        views = (t.chunk(self.global_views) for t in (student_patch, teacher_patch, masks))
-        for student, teacher, mask in zip(*views, strict=True):
-            target = ((full(teacher.detach()) - self.center2) / temp).softmax(dim=-1)
-            log_p = (full(student) / self.student_temp).log_softmax(dim=-1)
-            by_patch = -(target * log_p).sum(dim=-1)  # [B, N]
-            by_image = (by_patch * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
-            terms.append(by_image.mean())
-        return torch.stack(terms).mean()
+        student [(V + L) * B, K], teacher [V * B, K]."""
+        views, batch = self.global_views + self.local_views, len(teacher) // self.global_views
+        student_view = torch.arange(views, device=student.device)[:, None, None]
+        teacher_view = torch.arange(self.global_views, device=student.device)
+        rows = teacher_view * batch + torch.arange(batch, device=student.device)[:, None]  # [B, V]
+        pairs = torch.where(student_view == teacher_view, -1, rows)  # [V + L, B, V]
+        weight = torch.full(
+            (len(student),),
+            1 / (batch * self.global_views * (views - 1)),
+            dtype=torch.float64,
+            device=student.device,
+        )
+        center = self.center.flatten()
+        return cross_entropy(
+            student, teacher, center, pairs.flatten(0, 1), weight, self.student_temp, temp
+        )
 
     @torch.no_grad()
-    def _update_centers(self, teacher_cls: Tensor, teacher_patch: Tensor) -> None:
-        """Move the centers towards this step's mean, over all patches, masked or not, and over all
-        ranks, which hold equally many images."""
-        cls_mean = full(teacher_cls).mean(dim=0)  # [K]
-        patch_mean = full(teacher_patch).mean(dim=(0, 1))  # [K2]
+    def update_centers(self) -> None:
+        """Move the centers towards the mean over the batches since the last call and over all
+        ranks, all of which hold equally many images: once a step, after its loss is computed."""
+        mean = torch.stack(self.noted).mean(dim=0)
+        self.noted.clear()
         if dist.is_available() and dist.is_initialized():
-            both = torch.cat([cls_mean, patch_mean])
-            dist.all_reduce(both)
-            both /= dist.get_world_size()
-            cls_mean, patch_mean = both.split([len(cls_mean), len(patch_mean)])
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        cls_mean, patch_mean = mean.split([self.center.shape[-1], self.center2.shape[-1]])
         self.center.lerp_(cls_mean.view_as(self.center), 1 - self.center_momentum)
         self.center2.lerp_(patch_mean.view_as(self.center2), 1 - self.center_momentum2)
 
-    def _check(
-        self,
-        student_cls: Tensor,
-        student_patch: Tensor,
-        student_local_cls: Tensor | None,
-        teacher_patch: Tensor,
-        masks: Tensor,
-        epoch: int,
-    ) -> None:
+    def _check(self, student: Logits, teacher: Targets, patches: MaskedPatches, epoch: int) -> None:
+        cls, patch, local_cls = student
         if not 0 <= epoch < len(self.teacher_temps):
             raise ValueError(
                 f"epoch {epoch} is outside the schedule of --epochs {len(self.teacher_temps)}"
             )
-        if len(student_cls) % self.global_views:
+        if len(cls) % self.global_views:
             raise ValueError(
-                f"{len(student_cls)} class logits are not {self.global_views} views of one batch"
+                f"{len(cls)} class logits are not {self.global_views} views of one batch"
             )
-        batch = len(student_cls) // self.global_views
-        local_rows = 0 if student_local_cls is None else len(student_local_cls)
+        batch = len(cls) // self.global_views
+        local_rows = 0 if local_cls is None else len(local_cls)
         if local_rows != self.local_views * batch:
             raise ValueError(
                 f"{local_rows} local class logits for {batch} images: expected"
                 f" --local-crops-number {self.local_views} an image"
             )
-        if student_patch.shape != teacher_patch.shape:
+        if cls.shape != teacher.cls.shape or patch.shape != teacher.patch.shape:
             raise ValueError(
-                f"patch logits of student {list(student_patch.shape)} and teacher"
-                f" {list(teacher_patch.shape)}: expected the same shape"
+                f"logits of student {list(cls.shape)}, {list(patch.shape)} and teacher"
+                f" {list(teacher.cls.shape)}, {list(teacher.patch.shape)}: expected the same shapes"
             )
-        if masks.numel() != student_patch.shape[0] * student_patch.shape[1]:
+        if len(patches.weight) != len(patch):
             raise ValueError(
-                f"masks {list(masks.shape)} for patch logits {list(student_patch.shape)}:"
-                " expected one value a patch of the global views"
+                f"{len(patches.weight)} masked patches for patch logits {list(patch.shape)}:"
+                " expected one weight a row"
             )

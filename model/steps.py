@@ -1,5 +1,7 @@
 """One training step, in the published order."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,7 +16,7 @@ def training_step(
     scaler: torch.amp.GradScaler | None,
     global_crops: Tensor,  # [V, B, 3, S, S]
     local_crops: Tensor | None,  # [L, B, 3, s, s]
-    masks: Tensor,  # bool [V, B, h, w]
+    masks: Tensor,  # bool [V, B, h, w], best on the CPU: see `model.masking`
     *,
     epoch: int,
     lr: float,
@@ -27,29 +29,44 @@ def training_step(
     """Forward, backward, clip, freeze, optimiser, teacher. Nothing here waits for the device.
 
     `clip_grad` 0 does not clip; `freeze_last_layer` is in epochs; `autocast_dtype` None computes
-    in the parameters' own dtype, float16 wants a `scaler` (else ValueError). Returns scalars
-    without gradient: those of `IBOTLoss.forward`, `grad_norm` (L2 over all gradients, before
-    clipping) and `finite` (bool: the loss is a number). The published trainer stops where it
-    is not; the caller decides when to look, and a loss that is not finite has by then reached
-    the weights, unless a scaler skipped the step.
+    in the parameters' own dtype, float16 wants a `scaler` (else ValueError). `ibot.micro_steps`
+    takes the batch in so many equal parts, which must divide it (else ValueError): less memory, the
+    same step, as all parts meet the same centers, which move once, by the mean over all. (Batch
+    norm in the head takes its statistics part by part.)
+
+    Returns scalars without gradient: those of `IBOTLoss.forward`, `grad_norm` (L2 over all
+    gradients, before clipping) and `finite` (bool: the loss is a number). The published trainer
+    stops where it is not; the caller decides when to look, and a loss that is not finite has by
+    then reached the weights, unless a scaler skipped the step.
     """
     if autocast_dtype is torch.float16 and scaler is None:
         raise ValueError("float16 needs a GradScaler: small gradients vanish without loss scaling")
+    images, micro_steps = global_crops.shape[1], ibot.micro_steps
+    if images % micro_steps:
+        raise ValueError(f"--micro-steps {micro_steps} does not divide a batch of {images} images")
     set_rates(optimizer, lr, weight_decay)
-    with torch.autocast(
-        global_crops.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
-    ):
-        terms = ibot(global_crops, local_crops, masks, epoch)
     optimizer.zero_grad(set_to_none=True)
     scaler = scaler or torch.amp.GradScaler(global_crops.device.type, enabled=False)
-    scaler.scale(terms["loss"]).backward()
+    parts = []
+    for i in range(micro_steps):
+        part = slice(i * images // micro_steps, (i + 1) * images // micro_steps)
+        local_part = None if local_crops is None else local_crops[:, part]
+        last = i == micro_steps - 1
+        with nullcontext() if last else ibot.without_reduction():
+            with torch.autocast(
+                global_crops.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
+            ):
+                terms = ibot(global_crops[:, part], local_part, masks[:, part], epoch)
+            scaler.scale(terms["loss"] / micro_steps).backward()
+        parts.append({name: term.detach() for name, term in terms.items()})
+    ibot.loss.update_centers()
     scaler.unscale_(optimizer)
     norms = clip_gradients(ibot.student.parameters(), clip_grad)
     cancel_last_layer_gradients(ibot.student, epoch, freeze_last_layer)
     scaler.step(optimizer)
     scaler.update()
     ibot.update_teacher(momentum)
-    metrics = {name: term.detach() for name, term in terms.items()}
+    metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
     return metrics | {"grad_norm": norms.norm(), "finite": metrics["loss"].isfinite()}
 
 

@@ -1,6 +1,7 @@
 """The vision transformer, under timm's parameter names.
 
-In shapes: B images, N patch tokens, C channels, H attention heads, D = C / H.
+In shapes: B images, N patch tokens, C channels, H attention heads. Images of several sizes go
+through the blocks together, packed as `model.blocks` says.
 """
 
 import math
@@ -9,34 +10,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-LAYERNORM_EPS = 1e-6
-INIT_STD = 0.02
-
-
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases for linear layers; others are left alone.
-
-    The cut is at +-2 in absolute terms, a hundred standard deviations off (published code).
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: zero the whole of a sample's x [B, ...] with probability `rate`, and scale
-    the others up so that the mean stays."""
-    if not training or rate == 0:
-        return x
-    keep = 1 - rate
-    kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-    return x * (kept / keep)
+from model.blocks import INIT_STD, LAYERNORM_EPS, Block, Kept, Shapes, draw_kept, init_linear
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, in_chans, h*P, w*P] -> one embedding a patch, [B, C, h, w]."""
+    """Images [B, in_chans, h*P, w*P] -> one embedding a patch, [B, h*w, C]."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -44,88 +24,21 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises ValueError for a shape that the patches do not tile."""
+        """As the convolution, but by one matrix product: patches do not overlap. Raises ValueError
+        for a shape that the patches do not tile."""
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f"images of shape {list(x.shape)}: expected [B, {self.proj.in_channels}, H, W]"
             )
-        height, width = x.shape[2:]
-        if height % self.patch_size or width % self.patch_size:
+        side, (height, width) = self.patch_size, x.shape[2:]
+        if height % side or width % side:
             raise ValueError(
-                f"images of {height} x {width} pixels are not a whole number of {self.patch_size}"
+                f"images of {height} x {width} pixels are not a whole number of {side}"
                 f" pixel patches: crop to a multiple of --patch-size or change it"
             )
-        return self.proj(x)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over [B, T, C], T = 1 + N tokens."""
-
-    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dim, embed_dim)
-
-    def _query_key_value(self, x: Tensor) -> Tensor:
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4)  # [3, B, H, T, D]
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self._query_key_value(x).unbind()
-        out = F.scaled_dot_product_attention(query, key, value)  # [B, H, T, D]
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-    def attention_map(self, x: Tensor) -> Tensor:
-        """Softmax weights [B, H, T, T], rows are queries."""
-        query, key, _ = self._query_key_value(x).unbind()
-        return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block on [B, T, C], with stochastic depth and optional layer scale."""
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        drop_path_rate: float,
-        layer_scale: float,
-    ) -> None:
-        super().__init__()
-        self.drop_path_rate = drop_path_rate
-        self.gamma_1: nn.Parameter | None = None
-        self.gamma_2: nn.Parameter | None = None
-        if layer_scale > 0:
-            self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale))
-            self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale))
-        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
-        self.attn = Attention(embed_dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
-        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._branch(self.attn(self.norm1(x)), self.gamma_1)
-        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
-
-    def _branch(self, out: Tensor, gamma: Tensor | None) -> Tensor:
-        out = out if gamma is None else gamma * out
-        return drop_path(out, self.drop_path_rate, self.training)
+        patches = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, in_chans, h, P, w, P]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -133,7 +46,8 @@ class VisionTransformer(nn.Module):
 
     `image_size` is what the position table is made for; other sizes, oblong ones too, interpolate
     it. With `mean_pool` the class output is norm(mean of patch tokens), and patch tokens leave
-    without a final norm. Raises ValueError for sizes that do not divide.
+    without a final norm. `checkpoint_blocks` keeps only what enters each block and computes the
+    block again in the backward. Raises ValueError for sizes that do not divide.
     """
 
     def __init__(
@@ -150,6 +64,7 @@ class VisionTransformer(nn.Module):
         layer_scale: float = 0.0,
         mean_pool: bool = False,
         masked_im_modeling: bool = False,
+        checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -158,6 +73,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"width {embed_dim} is not a multiple of {num_heads} attention heads")
         self.embed_dim = embed_dim
         self.patch_size = patch_size
+        self.checkpoint_blocks = checkpoint_blocks
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         grid = image_size // patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, embed_dim))
@@ -166,9 +82,9 @@ class VisionTransformer(nn.Module):
             self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         # Stochastic depth grows linearly, from 0 in the first block.
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.drop_path_rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, layer_scale) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, layer_scale) for _ in range(depth)
         )
         norm = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
         self.norm = nn.Identity() if mean_pool else norm
@@ -203,35 +119,86 @@ class VisionTransformer(nn.Module):
         are added (iBOT, section 3.1). Raises ValueError for masks of another shape or dtype, or a
         backbone built without masking.
         """
-        patches = self.patch_embed(x)  # [B, C, h, w]
+        patches = self.patch_embed(x)  # [B, N, C]
         if masks is not None:
-            patches = self._mask(patches, masks)
+            patches = self._mask(patches, masks, x.shape[2:])
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
-        tokens = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([cls_token, patches], dim=1)
         return tokens + self.position_embedding(x.shape[2], x.shape[3])
 
-    def _mask(self, patches: Tensor, masks: Tensor) -> Tensor:
+    def _mask(self, patches: Tensor, masks: Tensor, size: torch.Size) -> Tensor:
         if self.masked_embed is None:
             raise ValueError("masks for a backbone without masked_embed: only a student has it")
-        expected = [patches.shape[0], *patches.shape[2:]]
+        expected = [len(patches), *(pixels // self.patch_size for pixels in size)]
         if list(masks.shape) != expected or masks.dtype != torch.bool:
             raise ValueError(
                 f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
                 " one value a patch"
             )
-        masked_embed = self.masked_embed.to(patches.dtype)[:, :, None, None]  # [1, C, 1, 1]
-        return torch.where(masks.unsqueeze(1), masked_embed, patches)
+        return torch.where(
+            masks.flatten(1).unsqueeze(2), self.masked_embed.to(patches.dtype), patches
+        )
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, in_chans, H, W], masks bool [B, h, w] or None -> tokens [B, 1 + N, C]."""
-        x = self.embed(x, masks)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        cls, patches = self.forward_views([x], [masks], [None])[0]
+        return torch.cat([cls.unsqueeze(1), patches], dim=1)
+
+    def forward_views(
+        self,
+        views: list[Tensor],  # images [B, in_chans, H, W] of each crop size
+        masks: list[Tensor | None],  # bool [B, h, w] of each
+        wanted: list[Tensor | None],  # int64 [M], places among its B * N patches; None: all
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Class tokens [B, C] and wanted patch tokens [M, C] ([B, N, C] for all) of each crop
+        size. See `model.network` for who calls this."""
+        embedded = [self.embed(x, mask) for x, mask in zip(views, masks, strict=True)]
+        shapes = [(t.shape[0], t.shape[1]) for t in embedded]
+        x = _pack(embedded)
+        if self.fc_norm is None and any(places is not None for places in wanted):
+            return self._wanted(x, shapes, wanted)
+        parts = self._blocks(x, shapes).split([images * tokens for images, tokens in shapes])
+        return [
+            self._class_and_patches(part.view(images, tokens, -1), places)
+            for part, (images, tokens), places in zip(parts, shapes, wanted, strict=True)
+        ]
+
+    def _wanted(
+        self, x: Tensor, shapes: Shapes, wanted: list[Tensor | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As `forward_views`, from packed tokens: the others end before the last block's MLP."""
+        rows = wanted_rows(shapes, wanted, x.device)
+        outputs = self.norm(self._blocks(x, shapes, torch.cat(rows))).split([len(r) for r in rows])
+        patches = [
+            out if places is not None else out.unflatten(0, (images, -1))
+            for out, places, (images, _) in zip(outputs[1::2], wanted, shapes, strict=True)
+        ]
+        return list(zip(outputs[::2], patches, strict=True))
+
+    def _blocks(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
+        """Packed tokens [T, C] through all blocks; with `rows`, only these leave the last."""
+        kept: list[Kept | None] = [None] * (2 * len(self.blocks))
+        if self.training and any(self.drop_path_rates):
+            rates = [rate for rate in self.drop_path_rates for _ in range(2)]
+            kept = draw_kept(rates, shapes, x.device)
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            arguments = (x, shapes, kept[2 * i], kept[2 * i + 1], rows if last else None)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                # Everything random was drawn above, so there is no random state to keep.
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
+        return x
+
+    def _class_and_patches(self, x: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, 1 + N, C] after the last block -> class tokens and wanted patches, normed."""
         if self.fc_norm is None:
-            return x
-        pooled = self.fc_norm(x[:, 1:].mean(dim=1, keepdim=True))
-        return torch.cat([pooled, x[:, 1:]], dim=1)
+            x = self.norm(x)
+            return x[:, 0], x[:, 1:]
+        patches = x[:, 1:]
+        cls = self.fc_norm(patches.mean(dim=1))
+        return cls, patches if places is None else patches.flatten(0, 1).index_select(0, places)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last `n` blocks, each [B, 1 + N, C] after the final norm; all blocks where
@@ -239,17 +206,43 @@ class VisionTransformer(nn.Module):
         if n < 1:
             raise ValueError(f"n = {n} blocks asked for: expected at least 1")
         x = self.embed(x)
-        outputs = []
+        shapes = [(x.shape[0], x.shape[1])]
+        outputs, packed = [], x.flatten(0, 1)
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            packed = block(packed, shapes)
             if i >= len(self.blocks) - n:
-                outputs.append(self.norm(x))
+                outputs.append(self.norm(packed).view_as(x))
         return outputs
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention weights of the last block, [B, H, 1 + N, 1 + N], rows are queries."""
         x = self.embed(x)
+        images, tokens, _ = x.shape
+        packed = x.flatten(0, 1)
         for block in self.blocks[:-1]:
-            x = block(x)
+            packed = block(packed, [(images, tokens)])
         last = cast(Block, self.blocks[-1])
-        return last.attn.attention_map(last.norm1(x))
+        qkv = last.attn.qkv(last.norm1(packed))
+        query, key, _ = last.attn.split_heads(qkv, images, tokens)
+        return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+
+
+def _pack(embedded: list[Tensor]) -> Tensor:
+    """Tokens [B, 1 + N, C] of each crop size -> [T, C]."""
+    packed = [tokens.flatten(0, 1) for tokens in embedded]
+    return packed[0] if len(packed) == 1 else torch.cat(packed)
+
+
+def wanted_rows(shapes: Shapes, wanted: list[Tensor | None], device: torch.device) -> list[Tensor]:
+    """Where the class tokens [B] and wanted patches [M] of each crop size stand among the packed
+    tokens: two tensors for each crop size."""
+    rows, start = [], 0
+    for (images, tokens), places in zip(shapes, wanted, strict=True):
+        if places is None:
+            places = torch.arange(images * (tokens - 1), device=device)
+        rows.append(start + tokens * torch.arange(images, device=device))
+        rows.append(
+            start + places + places // (tokens - 1) + 1
+        )  # a class token before each image's
+        start += images * tokens
+    return rows

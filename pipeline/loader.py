@@ -118,7 +118,7 @@ class Loader:
         return Batch(
             global_crops=normalised(crops.global_crops, self._mean, self._std),
             local_crops=normalised(crops.local_crops, self._mean, self._std),
-            masks=torch.from_numpy(masks).to(self._device, non_blocking=True),
+            masks=torch.from_numpy(masks),
             labels=torch.from_numpy(self.photos.labels[used.numpy()]),
             indices=used,
         )

@@ -5,7 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import ARCHITECTURES, ModelConfig
+from model.config import ARCHITECTURES, SWINS, ModelConfig
 from options import Parser, add_options, fill, flag, option
 from pipeline.config import PipelineConfig
 
@@ -28,11 +28,14 @@ _VIT_B: dict[str, Any] = {
     "clip_grad": 0.3,  # memory
 }
 _VIT_L: dict[str, Any] = {**_VIT_B, "arch": "vit_l", "epochs": 250, "freeze_last_layer": 1}
+_SWIN_T: dict[str, Any] = {"patch_size": 32, "epochs": 300, "pred_start_epoch": 50}
 RECIPES: dict[str, dict[str, Any]] = {
     "vit_t": {"arch": "vit_t"},  # not published: ViT-S's recipe on a smaller backbone
     "vit_s": {"arch": "vit_s"},
     "vit_b": _VIT_B,
     "vit_l": _VIT_L,
+    "swin_t7": {**_SWIN_T, "arch": "swin_t7"},  # epochs and start of masking: memory
+    "swin_t14": {**_SWIN_T, "arch": "swin_t14"},  # published with a global batch of 1040
     # ImageNet-22K: the lengths are from memory, all else is the 1K recipe.
     "vit_b_22k": {**_VIT_B, "epochs": 80},
     "vit_l_22k": {**_VIT_L, "epochs": 50},
@@ -108,7 +111,7 @@ def from_values(values: dict[str, Any]) -> Config:
     """
     name = values.get("recipe") or values.get("arch", "vit_s")
     if name not in RECIPES:
-        raise ValueError(f"--arch {name}: expected one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"--arch {name}: expected one of {', '.join((*ARCHITECTURES, *SWINS))}")
     merged = {**RECIPES[name], **values}
     # The position table is made for the size of the global views.
     merged.setdefault(
@@ -121,6 +124,9 @@ def from_values(values: dict[str, Any]) -> Config:
     config.run.check()
     config.pipeline.check()
     config.model.check()
+    batch, parts = config.pipeline.batch_size, config.model.micro_steps
+    if batch % parts:
+        raise ValueError(f"--micro-steps {parts} does not divide --batch-size {batch}")
     return config
 
 

@@ -185,10 +185,10 @@ def _train(ibot, batch):
     return ibot.state_dict()
 
 
-def _ddp_rank(rank: int, folder: str) -> None:
+def _ddp_rank(rank: int, folder: str, micro_steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    ibot = small_model()
+    ibot = small_model(micro_steps=micro_steps)
     names = list(ibot.state_dict())
     ibot.wrap_ddp(torch.device("cpu"))
     assert list(ibot.state_dict()) == names  # the wrapper stays out of it
@@ -197,8 +197,9 @@ def _ddp_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_train_as_one_process_with_both_batches(tmp_path: Path, batch):
-    mp.spawn(_ddp_rank, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_two_ranks_train_as_one_process_with_both_batches(tmp_path: Path, batch, micro_steps):
+    mp.spawn(_ddp_rank, args=(str(tmp_path), micro_steps), nprocs=2)
     alone = _train(small_model(), batch)
     ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
     for name, tensor in alone.items():

@@ -10,6 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.loss import IBOTLoss
+from model.masking import masked_patches
+from model.network import Targets
+from model.reference import loss_reference
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CASES = ("k_small", "k_large", "late_mim", "two_dims_lambda", "no_local", "three_globals")
@@ -42,20 +45,34 @@ def steps_of(arrays, case):
         }
 
 
-def run(loss, step, dtype=torch.float32):
-    """(terms, leaf logits) of one step."""
+@pytest.fixture(params=["fused", "reference"])
+def way(request):
+    return request.param
+
+
+def run(loss, step, way="fused", dtype=torch.float32):
+    """(terms, leaf logits) of one step. The fused loss gets the masked patches alone."""
     logits = {name: step[name].to(dtype, copy=True) for name in LOGITS if name in step}
     for name in logits:
         logits[name].requires_grad_(name.startswith("student"))
-    terms = loss(
-        logits["student_cls"],
-        logits["student_patch"],
-        logits.get("student_local_cls"),
-        logits["teacher_cls"],
-        logits["teacher_patch"],
-        step["masks"],
-        int(step["epoch"]),
-    )
+    student = [logits.get(n) for n in LOGITS[:3]]
+    teacher_cls, teacher_patch = logits["teacher_cls"], logits["teacher_patch"]
+    epoch = int(step["epoch"])
+    if way == "reference":
+        terms = loss_reference(loss, student, teacher_cls, teacher_patch, step["masks"], epoch)
+    else:
+        patches = masked_patches(
+            step["masks"].reshape(loss.global_views, -1, 1, teacher_patch.shape[1]),
+            torch.device("cpu"),
+        )
+        student[1] = student[1].flatten(0, 1)[patches.places]
+        targets = Targets(
+            teacher_cls,
+            teacher_patch.flatten(0, 1)[patches.places],
+            teacher_patch.to(torch.promote_types(dtype, torch.float32)).mean(dim=(0, 1)),
+        )
+        terms = loss(tuple(student), targets, patches, epoch)
+    loss.update_centers()
     return terms, logits
 
 
@@ -65,7 +82,7 @@ def arrays(reference):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_gradients_and_centers(arrays, assert_near, case):
+def test_values_gradients_and_centers(arrays, assert_near, case, way):
     loss = build_loss(arrays, case)
     steps = list(steps_of(arrays, case))
     assert len(steps) >= 2
@@ -74,7 +91,7 @@ def test_values_gradients_and_centers(arrays, assert_near, case):
             assert list(loss.state_dict()) == ["center", "center2"]
             loss.center.copy_(step["center_before"])
             loss.center2.copy_(step["center2_before"])
-        terms, logits = run(loss, step)
+        terms, logits = run(loss, step, way)
         for name, key in (("cls", "loss_cls"), ("patch", "loss_patch"), ("loss", "loss")):
             assert_near(terms[name], step[key], what=f"step {i} {name}")
         terms["loss"].backward()
@@ -95,11 +112,11 @@ def test_temperature_schedules(arrays, case):
     np.testing.assert_allclose(loss.teacher_patch_temps, patch, 1e-12)
 
 
-def test_without_masks_the_patch_loss_is_zero_but_its_center_moves(arrays):
+def test_without_masks_the_patch_loss_is_zero_but_its_center_moves(arrays, way):
     loss = build_loss(arrays, "k_small")
     step = next(steps_of(arrays, "k_small"))
     step["masks"] = torch.zeros_like(step["masks"])
-    terms, logits = run(loss, step)
+    terms, logits = run(loss, step, way)
     terms["loss"].backward()
     assert terms["patch"] == 0
     assert not logits["student_patch"].grad.any()
@@ -109,7 +126,7 @@ def test_without_masks_the_patch_loss_is_zero_but_its_center_moves(arrays):
 def test_half_precision_logits_are_computed_in_float32(arrays):
     step = next(steps_of(arrays, "k_small"))  # multiples of 1/64 below 32 are exact in fp16
     assert torch.equal(step["student_patch"].half().float(), step["student_patch"])
-    in_half, _ = run(build_loss(arrays, "k_small"), step, torch.float16)
+    in_half, _ = run(build_loss(arrays, "k_small"), step, dtype=torch.float16)
     in_full, _ = run(build_loss(arrays, "k_small"), step)
     assert in_half["loss"].dtype == torch.float32
     assert torch.equal(in_half["loss"], in_full["loss"])
@@ -142,8 +159,8 @@ def _rank(rank: int, folder: str) -> None:
     loss = IBOTLoss(64, 64, 2, 4, epochs=100, teacher_temp=0.07)
     steps = list(steps_of(arrays, f"rank{rank}"))
     assert len(steps) == 3
-    for step in steps:
-        terms, _ = run(loss, step)
+    for i, step in enumerate(steps):
+        terms, _ = run(loss, step, ("fused", "reference")[i % 2])
         for name, key in (("cls", "loss_cls"), ("patch", "loss_patch"), ("loss", "loss")):
             torch.testing.assert_close(terms[name].detach(), step[key], rtol=1e-5, atol=0)
         torch.testing.assert_close(loss.center, step["center_after"], rtol=1e-5, atol=1e-6)
@@ -166,11 +183,28 @@ def test_misfits_are_refused(arrays):
         run(loss, {**step, "student_local_cls": step["student_local_cls"][:27]})
     with pytest.raises(ValueError, match="5 class logits are not 2 views"):
         run(loss, {**step, "student_cls": step["student_cls"][:5]})
-    with pytest.raises(ValueError, match="expected the same shape"):
-        run(loss, {**step, "teacher_patch": step["teacher_patch"][:, :3]})
-    with pytest.raises(ValueError, match="one value a patch"):
-        run(loss, {**step, "masks": step["masks"][:3]})
+    with pytest.raises(ValueError, match="expected the same shapes"):
+        run(loss, {**step, "teacher_cls": step["teacher_cls"][:, :3]})
+    cls, patch = torch.zeros(6, 64), torch.zeros(4, 64)
+    patches = masked_patches(torch.ones(2, 3, 1, 1, dtype=torch.bool), torch.device("cpu"))
+    targets = Targets(cls, patch, patch[0])
+    with pytest.raises(ValueError, match=r"6 masked patches for patch logits \[4, 64\]"):
+        loss((cls, patch, torch.zeros(30, 64)), targets, patches, 0)
     assert not loss.center.any()
+    assert not loss.noted
+
+
+def test_centers_move_once_by_the_mean_of_all_batches(arrays):
+    together, apart = build_loss(arrays, "k_small"), build_loss(arrays, "k_small")
+    for loss, batches in ((together, 1), (apart, 3)):
+        generator = torch.Generator().manual_seed(5)
+        means = torch.randn(6, 128, generator=generator)
+        loss.noted = list(means.view(batches, 6 // batches, 128).mean(dim=1))
+        loss.update_centers()
+        assert not loss.noted
+    torch.testing.assert_close(together.center, apart.center)
+    torch.testing.assert_close(together.center2, apart.center2)
+    assert together.center.any()
 
 
 def test_a_loss_without_pairs_of_views_is_refused():

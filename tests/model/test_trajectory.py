@@ -5,12 +5,15 @@ B: unshared student with a shared teacher, g fixed, no clipping, lambdas of 0.8 
 C: shared head, g fixed, loose clipping, no masks in the first epoch.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from model import ModelConfig, build, training_step
 from model.optim import build_optimizer
+from model.reference import forward_reference
 from model.schedules import cosine_schedule
 
 STEPS_PER_EPOCH = 3
@@ -79,8 +82,18 @@ class Run:
 
 
 @pytest.fixture(params=["A", "B", "C"])
-def run(request, reference, under):
-    return Run(reference("trajectory"), under, request.param)
+def setting(request):
+    return request.param
+
+
+@pytest.fixture(params=["fast", "reference", "checkpointed"])
+def run(request, reference, under, setting):
+    """The run on each path: all of them must give the published numbers."""
+    run = Run(reference("trajectory"), under, setting)
+    if request.param == "reference":
+        run.ibot.forward = functools.partial(forward_reference, run.ibot)
+    run.ibot.student.backbone.checkpoint_blocks = request.param == "checkpointed"
+    return run
 
 
 def checksums(state):

@@ -1,10 +1,14 @@
 """The backbone against the published one, and its refusals."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
-from model.vit import VisionTransformer, drop_path
+from model.blocks import Block, Kept, draw_kept, drop_path
+from model.reference import vit_reference
+from model.vit import VisionTransformer
 
 
 def scalar_of(tokens):
@@ -30,16 +34,54 @@ def vit(arrays, under):
     return load_vit(arrays, under, masked_im_modeling=True)
 
 
+@pytest.fixture(params=["packed", "reference"])
+def run(request, vit):
+    """The backbone's two ways: (images, masks) -> tokens."""
+    return vit if request.param == "packed" else functools.partial(vit_reference, vit)
+
+
 @pytest.mark.parametrize("size", ["224", "96", "160", "96x160"])
-def test_tokens_without_masks(arrays, vit, assert_near, size):
+def test_tokens_without_masks(arrays, run, assert_near, size):
     x = torch.from_numpy(arrays[f"x{size}"])
-    assert_near(vit(x), arrays[f"tokens{size}"])
+    assert_near(run(x), arrays[f"tokens{size}"])
+
+
+def test_tokens_of_all_sizes_together(arrays, vit, assert_near):
+    sizes = ["224", "96", "160", "96x160"]
+    masks = [torch.from_numpy(arrays["mask224"]), torch.from_numpy(arrays["mask96"]), None, None]
+    images = [torch.from_numpy(arrays[f"x{size}"]) for size in sizes]
+    outputs = vit.forward_views(images, masks, [None] * 4)
+    names = ["tokens224_masked", "tokens96_masked", "tokens160", "tokens96x160"]
+    for (cls, patches), name in zip(outputs, names, strict=True):
+        assert_near(cls, arrays[name][:, 0])
+        assert_near(patches, arrays[name][:, 1:])
+
+
+def test_dropped_samples_are_the_same_for_the_tokens_that_are_wanted():
+    torch.manual_seed(5)
+    block, shapes, x = Block(32, 2, 4.0, True, 0.1), [(6, 5), (8, 2)], torch.randn(46, 32)
+    rows = torch.tensor([0, 3, 5, 11, 29, 30, 31, 44, 45, 0])  # one twice, as padding is
+    for kept in (drawn(0.5, shapes, draws=2), [None, None]):
+        factors = [k and as_factor(k, 46) for k in kept]
+        expected = block(x, shapes, *kept)[rows]
+        torch.testing.assert_close(block(x, shapes, *kept, rows), expected)
+        torch.testing.assert_close(block(x, shapes, *factors, rows), expected)
+
+
+def test_only_wanted_patches_leave(arrays, vit, assert_near):
+    wanted = [torch.tensor([0, 195, 196, 391]), torch.empty(0, dtype=torch.int64)]
+    images = [torch.from_numpy(arrays[f"x{size}"]) for size in ("224", "96")]
+    (cls, patches), (small_cls, nothing) = vit.forward_views(images, [None, None], wanted)
+    assert_near(cls, arrays["tokens224"][:, 0])
+    assert_near(patches, arrays["tokens224"][:, 1:].reshape(-1, 64)[wanted[0]])
+    assert_near(small_cls, arrays["tokens96"][:, 0])
+    assert nothing.shape == (0, 64)
 
 
 @pytest.mark.parametrize("size", ["224", "96"])
-def test_tokens_with_masks(arrays, vit, assert_near, size):
+def test_tokens_with_masks(arrays, run, assert_near, size):
     x, masks = torch.from_numpy(arrays[f"x{size}"]), torch.from_numpy(arrays[f"mask{size}"])
-    assert_near(vit(x, masks), arrays[f"tokens{size}_masked"])
+    assert_near(run(x, masks), arrays[f"tokens{size}_masked"])
 
 
 def test_tokens_in_float64(arrays, vit, assert_near):
@@ -58,9 +100,9 @@ def test_class_token_comes_first(arrays, vit, assert_near):
 
 
 @pytest.mark.parametrize("size", ["224", "96"])
-def test_gradients_through_masked_forward(arrays, vit, assert_near, size):
+def test_gradients_through_masked_forward(arrays, vit, run, assert_near, size):
     x, masks = torch.from_numpy(arrays[f"x{size}"]), torch.from_numpy(arrays[f"mask{size}"])
-    scalar_of(vit(x, masks)).backward()
+    scalar_of(run(x, masks)).backward()
     gradients = {name: p.grad for name, p in vit.named_parameters()}
     assert list(gradients) == list(arrays["grad_names"])
     norms = arrays["grad_norm" if size == "224" else "grad96_norm"]
@@ -118,9 +160,88 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert abs(values.mean() - 1) < 0.02
 
 
+def drawn(rate, shapes, device="cpu", draws=1):
+    return draw_kept([rate] * draws, shapes, torch.device(device))
+
+
+def test_gathered_samples_are_dropped_each_by_itself():
+    torch.manual_seed(0)
+    kept = drawn(0.25, [(5, 3), (4, 2)], draws=4000)
+    first = torch.tensor([k.shapes[0][0] for k in kept], dtype=torch.float32)
+    second = torch.tensor([k.shapes[1][0] for k in kept], dtype=torch.float32)
+    for count, samples in ((first, 5), (second, 4)):  # binomial: not a fixed number kept
+        assert abs(count.mean() - 0.75 * samples) < 0.06
+        assert abs(count.var() - 0.75 * 0.25 * samples) < 0.1
+    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.06
+
+
+def test_a_sample_keeps_all_its_tokens_or_none():
+    torch.manual_seed(1)
+    for kept in drawn(0.5, [(6, 5), (8, 2)], draws=20):
+        places = kept.tokens.tolist()
+        images = [p // 5 if p < 30 else 6 + (p - 30) // 2 for p in places]
+        assert all(images.count(i) == (5 if i < 6 else 2) for i in set(images))
+        assert kept.shapes == [
+            (sum(i < 6 for i in set(images)), 5),
+            (len({*images} - {*range(6)}), 2),
+        ]
+        assert places == sorted(places)
+
+
+def test_a_rate_of_zero_draws_nothing():
+    rates = [0.0, 0.5]
+    assert [k is None for k in draw_kept(rates, [(3, 2)], torch.device("cpu"))] == [True, False]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.97])
+def test_gathering_equals_multiplying_by_zeros(rate):
+    """The branch on kept samples alone, against the branch on all and a factor: values and
+    gradients, also where nothing is kept."""
+    torch.manual_seed(2)
+    block, shapes = Block(32, 2, 4.0, True, 0.1), [(3, 5), (4, 2)]
+    x = torch.randn(23, 32)
+    for _ in range(6):
+        results = []
+        kept = draw_kept([rate, rate], shapes, torch.device("cpu"))
+        for way in (kept, [as_factor(k, len(x)) for k in kept]):
+            leaf = x.clone().requires_grad_()
+            block.zero_grad(set_to_none=True)
+            out = block(leaf, shapes, *way)
+            out.square().sum().backward()
+            results.append([out, leaf.grad, *(p.grad for p in block.parameters())])
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def as_factor(kept, tokens):
+    factor = torch.zeros(tokens, 1)
+    factor[kept.tokens] = kept.scale
+    return Kept(None, [], kept.scale, factor)
+
+
+def test_factors_of_a_device_that_keeps_its_shapes():
+    torch.manual_seed(3)
+    factors = draw_kept([0.0, 0.5], [(40, 3), (60, 2)], torch.device("meta"))
+    assert factors[0] is None
+    assert factors[1].tokens is None
+    assert factors[1].factor.shape == (240, 1)
+
+
+def test_checkpointed_blocks_give_the_same_gradients(arrays, under):
+    gradients = []
+    for checkpointed in (False, True):
+        vit = load_vit(
+            arrays, under, masked_im_modeling=True, drop_path=0.4, checkpoint_blocks=checkpointed
+        )
+        torch.manual_seed(4)
+        x, masks = torch.from_numpy(arrays["x96"]), torch.from_numpy(arrays["mask96"])
+        scalar_of(vit(x, masks)).backward()
+        gradients.append([p.grad for p in vit.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_drop_path_rests_in_evaluation(arrays, under, assert_near):
     vit = load_vit(arrays, under, masked_im_modeling=True, drop_path=0.9).eval()
-    assert [block.drop_path_rate for block in vit.blocks] == pytest.approx([0, 0.45, 0.9])
+    assert vit.drop_path_rates == pytest.approx([0, 0.45, 0.9])
     assert_near(vit(torch.from_numpy(arrays["x96"])), arrays["tokens96"])
 
 

@@ -1,0 +1,260 @@
+"""Cross-entropy of the student's prototypes with the teacher's, and its gradient in the same pass.
+
+In shapes: R student rows, T teacher rows, K prototypes, Q teacher rows at most for a student row.
+A class token of the student meets one teacher view or several, a masked patch exactly one. Cross
+entropy is linear in its target, so the targets of a student row are added up first.
+
+Triton runs on CUDA, one program a row; elsewhere rows go in chunks that stay in the cache. Both
+leave the gradient of the logits behind instead of what autograd would keep to compute it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch without CUDA comes without it
+    triton = None
+
+CHUNK = 1 << 19  # logits of one chunk: 2 MiB in float32
+BLOCK = 4096  # logits that a Triton program holds at a time
+# Gradients wait for the backward as (softmax - target), within +-Q. In fp16 the likely values of
+# 1 / K are close to its smallest normal number, 6e-5; times 2^12 they are far from both ends.
+FP16_LIFT = 4096.0
+
+
+def full(x: Tensor) -> Tensor:
+    """The same in float32, or in float64 if that is what came in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cross_entropy_reference(
+    student: Tensor,  # [R, K] logits
+    teacher: Tensor,  # [T, K] logits
+    center: Tensor,  # [K]
+    pairs: Tensor,  # int64 [R, Q], rows of the teacher, -1 for none
+    weight: Tensor,  # [R]
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """Sum over rows r of weight[r] * sum over q of the cross-entropy of
+    softmax((teacher[pairs[r, q]] - center) / teacher_temp) and softmax(student[r] / student_temp).
+    """
+    log_p = (full(student) / student_temp).log_softmax(dim=-1)
+    targets = ((full(teacher.detach()) - center) / teacher_temp).softmax(dim=-1)
+    seen = pairs >= 0
+    target = targets[pairs.clamp(min=0)] * seen.unsqueeze(-1)  # [R, Q, K]
+    return -(weight * (target.sum(dim=1) * log_p).sum(dim=-1)).sum()
+
+
+def cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    pairs: Tensor,
+    weight: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """As `cross_entropy_reference`, a scalar in float32 (float64 for float64 logits), with a
+    gradient for `student` alone. Logits are fp16, bf16, fp32 or fp64; computes in fp32 at least.
+    Raises ValueError for shapes that do not fit together."""
+    rows, prototypes = student.shape
+    if teacher.shape[1:] != (prototypes,) or center.shape != (prototypes,):
+        raise ValueError(
+            f"student {list(student.shape)}, teacher {list(teacher.shape)}, center"
+            f" {list(center.shape)}: expected the same number of prototypes"
+        )
+    if pairs.dim() != 2 or len(pairs) != rows or weight.shape != (rows,):
+        raise ValueError(
+            f"pairs {list(pairs.shape)} and weight {list(weight.shape)} for {rows} student rows:"
+            " expected one entry a row"
+        )
+    return _CrossEntropy.apply(student, teacher, center, pairs, weight, student_temp, teacher_temp)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        pairs: Tensor,
+        weight: Tensor,
+        student_temp: float,
+        teacher_temp: float,
+    ) -> Tensor:
+        lift = FP16_LIFT if student.dtype is torch.float16 else 1.0
+        on_gpu = triton is not None and student.is_cuda and student.dtype is not torch.float64
+        by_row = rows_by_triton if on_gpu else rows_by_chunk
+        loss, difference = by_row(
+            student,
+            teacher,
+            center,
+            pairs,
+            student_temp,
+            teacher_temp,
+            lift,
+            ctx.needs_input_grad[0],
+        )
+        weight = weight.to(loss.dtype)
+        ctx.save_for_backward(difference, weight)
+        ctx.scale = 1 / (student_temp * lift)
+        return (weight * loss).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        difference, weight = ctx.saved_tensors
+        factor = (grad * weight * ctx.scale).unsqueeze(1)
+        # `out` lets float32 factors meet half precision without a float32 copy of all logits.
+        gradient = torch.mul(difference, factor, out=torch.empty_like(difference))
+        return gradient, None, None, None, None, None, None
+
+
+def rows_by_chunk(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    pairs: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    lift: float,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each row [R], and lift * (n * softmax - summed targets) [R, K] in the dtype of the
+    student, n being the row's number of targets. On any device."""
+    loss = full(student.new_empty(0)).new_empty(len(student))
+    difference = torch.empty_like(student) if want_gradient else None
+
+    def soften(logits: Tensor) -> Tensor:
+        return full(logits).sub(center).div_(teacher_temp).softmax(dim=-1)
+
+    often = pairs.numel() > len(teacher)  # class tokens: a teacher row meets many student rows
+    if often:
+        teacher = soften(teacher)
+    step = max(1, CHUNK // student.shape[1])
+    for start in range(0, len(student), step):
+        rows = slice(start, start + step)
+        log_p = full(student[rows]).div(student_temp).log_softmax(dim=-1)
+        targets = torch.zeros_like(log_p)
+        for row in pairs[rows].unbind(dim=1):
+            some = teacher[row.clamp(min=0)]
+            some = some if often else soften(some)
+            targets.addcmul_(some, (row >= 0).to(targets.dtype).unsqueeze(1))
+        loss[rows] = -torch.linalg.vecdot(targets, log_p)
+        if difference is not None:
+            count = (pairs[rows] >= 0).sum(dim=1, keepdim=True)
+            difference[rows] = log_p.exp_().mul_(count).sub_(targets).mul_(lift)
+    return loss, difference
+
+
+def rows_by_triton(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    pairs: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    lift: float,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `rows_by_chunk`, for fp16, bf16 and fp32 on CUDA."""
+    student, teacher, pairs = student.contiguous(), teacher.contiguous(), pairs.contiguous()
+    rows, prototypes = student.shape
+    loss = torch.empty(rows, dtype=torch.float32, device=student.device)
+    difference = torch.empty_like(student) if want_gradient else None
+    if rows:
+        targets = triton.next_power_of_2(pairs.shape[1])
+        block = min(triton.next_power_of_2(prototypes), max(16, BLOCK // targets))
+        _row_kernel[(rows,)](
+            student,
+            teacher,
+            center,
+            pairs,
+            loss,
+            student if difference is None else difference,
+            pairs.shape[1],
+            1 / student_temp,
+            1 / teacher_temp,
+            lift,
+            PROTOTYPES=prototypes,
+            WANT_GRADIENT=want_gradient,
+            TARGETS=targets,
+            BLOCK=block,
+            num_warps=8 if block >= 2048 else 4,
+        )
+    return loss, difference
+
+
+if triton is not None:
+
+    @triton.jit
+    def _row_kernel(  # type: ignore[no-untyped-def]
+        student,  # [R, K]
+        teacher,  # [T, K]
+        center,  # float32 [K]
+        pairs,  # int64 [R, Q]
+        loss,  # float32 [R], out
+        difference,  # [R, K], out, in the dtype of student
+        pair_count,  # Q
+        student_sharpness,  # 1 / temperature
+        teacher_sharpness,
+        lift,
+        PROTOTYPES: tl.constexpr,  # K: few in a program's life, and Triton's interpreter wants it
+        WANT_GRADIENT: tl.constexpr,
+        TARGETS: tl.constexpr,  # Q rounded up to a power of two
+        BLOCK: tl.constexpr,  # a power of two
+    ):
+        """One student row against its teacher rows, in two sweeps: first the largest logit and the
+        sum of exponentials, kept up to date block by block (online softmax), then loss and
+        gradient. The second sweep finds the row in the cache."""
+        row = tl.program_id(0).to(tl.int64)
+        q = tl.arange(0, TARGETS)
+        pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
+        seen = pair >= 0
+        count = tl.sum(seen.to(tl.float32), axis=0)
+        student += row * PROTOTYPES
+        difference += row * PROTOTYPES
+        targets = teacher + tl.where(seen, pair, 0)[:, None] * PROTOTYPES  # [TARGETS, 1]
+
+        s_max = float("-inf")
+        s_sum = 0.0
+        t_max = tl.full([TARGETS], float("-inf"), tl.float32)
+        t_sum = tl.zeros([TARGETS], tl.float32)
+        for start in range(0, PROTOTYPES, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            inside = k < PROTOTYPES
+            s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
+            s = tl.where(inside, s, float("-inf"))
+            new_max = tl.maximum(s_max, tl.max(s, axis=0))
+            s_sum = s_sum * tl.exp(s_max - new_max) + tl.sum(tl.exp(s - new_max), axis=0)
+            s_max = new_max
+            c = tl.load(center + k, mask=inside, other=0.0)
+            t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            t = tl.where(inside[None, :], (t - c[None, :]) * teacher_sharpness, float("-inf"))
+            new_t = tl.maximum(t_max, tl.max(t, axis=1))
+            t_sum = t_sum * tl.exp(t_max - new_t) + tl.sum(tl.exp(t - new_t[:, None]), axis=1)
+            t_max = new_t
+
+        log_sum = tl.log(s_sum)
+        share = tl.where(seen, 1.0 / t_sum, 0.0)
+        total = 0.0
+        for start in range(0, PROTOTYPES, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            inside = k < PROTOTYPES
+            s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
+            log_p = s - s_max - log_sum
+            c = tl.load(center + k, mask=inside, other=0.0)
+            t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            t = (t - c[None, :]) * teacher_sharpness - t_max[:, None]
+            t = tl.where(inside[None, :], tl.exp(t) * share[:, None], 0.0)
+            target = tl.sum(t, axis=0)
+            total -= tl.sum(tl.where(inside, target * log_p, 0.0), axis=0)
+            if WANT_GRADIENT:
+                out = (count * tl.exp(log_p) - target) * lift
+                tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
+        tl.store(loss + row, total)
