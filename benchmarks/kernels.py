@@ -10,19 +10,21 @@ for the backward, which the last column gives against the reference.
 
 import argparse
 import json
-import os
-import platform
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Not this folder, where files bear the names of packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.measure import in_words, machine, spread
 from model.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
 from model.kernels.norm_linear import norm_linear, norm_linear_reference
@@ -130,11 +132,6 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     return {"seconds": times, "bytes": case.bytes, "kept": kept}
 
 
-def text(values: list[float], unit: float = 1.0) -> str:
-    low, middle, high = (v * unit for v in statistics.quantiles(values, n=4, method="inclusive"))
-    return f"{middle:.3g} ({low:.3g} - {high:.3g})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -160,21 +157,23 @@ def main() -> None:
         fused, plain, copy = result["seconds"].values()
         table.add_row(
             case.name,
-            text(fused, 1e3),
-            text(plain, 1e3),
-            text([b / a for a, b in zip(fused, plain, strict=True)]),
-            text([100 * c * case.bytes / a for a, c in zip(fused, copy, strict=True)]) + " %",
+            spread([1e3 * t for t in fused]),
+            spread([1e3 * t for t in plain]),
+            spread([b / a for a, b in zip(fused, plain, strict=True)]),
+            spread([100 * c * case.bytes / a for a, c in zip(fused, copy, strict=True)]) + " %",
             f"{result['kept']['fused'] / result['kept']['reference']:.2f}",
         )
     console = Console(width=110)
     console.print(table)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    about = machine("torch", "triton")
+    if args.device == "cuda":
+        about["processor"] = torch.cuda.get_device_name()
     console.print(
-        f"{device}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, torch"
-        f" {torch.__version__}; medians (quartiles) of {args.rounds} rounds, the sides in turns"
+        f"{in_words(about)}, {torch.get_num_threads()} threads; medians (quartiles) of"
+        f" {args.rounds} rounds, the sides in turns"
     )
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps({"machine": about, "kernels": results}, indent=1))
 
 
 if __name__ == "__main__":

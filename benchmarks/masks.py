@@ -6,18 +6,19 @@ rounds take turns, so that a busy machine slows both. Compilation is not timed.
 
 import argparse
 import json
-import os
-import platform
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
+# Not this folder, where files bear the names of packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import in_words, machine, quartiles, spread
 from pipeline.masks import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
 
 VIEWS = 2
@@ -33,12 +34,6 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def median_and_spread(values: list[float]) -> tuple[float, float, float]:
-    """Return the median and the two quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
 
 
 def measure(config: MaskConfig, side: int, batch: int, rounds: int) -> dict[str, list[float]]:
@@ -68,16 +63,6 @@ def measure(config: MaskConfig, side: int, batch: int, rounds: int) -> dict[str,
     return {"compiled": fast, "reference": plain, "ratio": ratios}
 
 
-def processor() -> str:
-    """Return the processor's name as Linux tells it, else Python's word for it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch-size", type=int, default=256, help="images a call")
@@ -87,14 +72,7 @@ def main() -> None:
     if args.batch_size < 1 or args.rounds < 2:
         parser.error("--batch-size must be at least 1 and --rounds at least 2")
 
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-    }
+    about = machine("numba", "numpy")
     table = Table(title=f"thousand masks/s, {args.batch_size} images x {VIEWS} views a call")
     for heading in ("masks", "compiled", "reference", "ratio"):
         table.add_column(heading, justify="left" if heading == "masks" else "right")
@@ -104,22 +82,20 @@ def main() -> None:
         results[name] = measure(config, side, args.batch_size, args.rounds)
         cells = []
         for kind in ("compiled", "reference"):
-            middle, low, high = median_and_spread(results[name][kind])
-            cells.append(f"{middle / 1e3:.4g} ({low / 1e3:.4g} - {high / 1e3:.4g})")
-        middle, low, high = median_and_spread(results[name]["ratio"])
+            cells.append(spread([rate / 1e3 for rate in results[name][kind]], 4))
+        middle, low, high = quartiles(results[name]["ratio"])
         table.add_row(name, *cells, f"{middle:.0f} ({low:.0f} - {high:.0f})")
     console = Console()
     console.print(table)
     console.print(
-        f"{machine['processor']}, {machine['cores']} cores, load {machine['load']:.1f}; "
-        f"Python {machine['python']}, numba {machine['numba']}, NumPy {machine['numpy']}; "
+        f"{in_words(about)}; "
         f"medians (quartiles) of {args.rounds} rounds, taken in turns, one thread; "
         "both sides draw the same masks"
     )
     if args.json:
         settings = {"batch_size": args.batch_size, "rounds": args.rounds, "views": VIEWS}
         args.json.write_text(
-            json.dumps({"machine": machine, "settings": settings, "masks_per_s": results}, indent=1)
+            json.dumps({"machine": about, "settings": settings, "masks_per_s": results}, indent=1)
         )
 
 

@@ -1,6 +1,6 @@
 """The same computation written the obvious way: each crop size in its own pass, attention with its
 softmax in memory, the head on every token, the loss pair by pair. Tests hold the fast paths against
-these functions, and benchmarks/model_step.py takes its baseline from them, so the two cannot drift
+these functions, and benchmarks/model.py takes its baseline from them, so the two cannot drift
 apart. They run on the same modules and weights.
 
 In shapes: V global and L local views, B images, N patch tokens, C channels, K prototypes.

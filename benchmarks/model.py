@@ -1,7 +1,7 @@
 """One training step of the model, in its parts, against the same step written the obvious way.
 
-    python benchmarks/model_step.py                       # ViT-S/16, 2 x 224 + 10 x 96, batch 8
-    python benchmarks/model_step.py --arch vit_b --batch-size 64 --precision fp16 --device cuda
+    python benchmarks/model.py                       # ViT-S/16, 2 x 224 + 10 x 96, batch 8
+    python benchmarks/model.py --arch vit_b --batch-size 64 --precision fp16 --device cuda
 
 The baseline is `model.reference`, which the tests hold equal to the fast path: each crop size in
 its own pass, softmax of attention in memory, head on every token, loss pair by pair, plain AdamW,
@@ -16,7 +16,6 @@ import functools
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+# Not this folder, where a file bears the name of the package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +36,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model.blocks
+from benchmarks.measure import in_words, machine, spread
 from model import ModelConfig, build
 from model.ibot import IBOT
 from model.kernels.cross_entropy import cross_entropy_reference
@@ -320,17 +323,6 @@ def make_batch(args: argparse.Namespace) -> Batch:
     return Batch(model_config(args), args.batch_size, 96, args.device)
 
 
-def summary(values: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
-
-
-def text(values: list[float], unit: float = 1.0, digits: int = 3) -> str:
-    middle, low, high = (v * unit for v in summary(values))
-    return f"{middle:.{digits}g} ({low:.{digits}g} - {high:.{digits}g})"
-
-
 def rounds(steps: dict[str, Callable[[], Times]], count: int) -> dict[str, list[Times]]:
     """`count` timed steps of each, taking turns, after one untimed."""
     results: dict[str, list[Times]] = {name: [] for name in steps}
@@ -366,14 +358,14 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for part in PARTS:
         values = [[t[part] for t in times[name]] for name in ("ours", "baseline")]
-        table.add_row(part, *map(text, values), text(ratio(values[1], values[0])))
+        table.add_row(part, *map(spread, values), spread(ratio(values[1], values[0])))
     table.add_section()
-    table.add_row("step", text(ours), text(baseline), text(ratio(baseline, ours)))
+    table.add_row("step", spread(ours), spread(baseline), spread(ratio(baseline, ours)))
     if args.device == "cpu":  # a busy machine disturbs it less
         busy = [[t["busy"] for t in times[name]] for name in ("ours", "baseline")]
-        table.add_row("CPU seconds", *map(text, busy), text(ratio(busy[1], busy[0])))
+        table.add_row("CPU seconds", *map(spread, busy), spread(ratio(busy[1], busy[0])))
     speed = [[args.batch_size / t for t in side] for side in (ours, baseline)]
-    table.add_row("images/s", *map(text, speed), text(ratio(speed[1], speed[0])))
+    table.add_row("images/s", *map(spread, speed), spread(ratio(speed[1], speed[0])))
     counts = {name: flops(side, batch) for name, side in sides.items()}
     peak = statistics.median(t["flops"] for t in times["peak"])
     table.add_row("GFLOP", *(f"{counts[n] / 1e9:.4g}" for n in counts), "")
@@ -414,22 +406,17 @@ def ablate(args: argparse.Namespace, console: Console, whole_memory: int) -> dic
         relative = ratio(total(times[change]), total(times["ours"]))
         busy = [[t["busy"] for t in times[name]] for name in (change, "ours")]
         part = f"{memory[change] / whole_memory:.2f}"
-        table.add_row(change, text(relative), text(ratio(*busy)), part)
+        table.add_row(change, spread(relative), spread(ratio(*busy)), part)
     console.print(table)
     return {"times": times, "memory": memory}
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    device = torch.cuda.get_device_name() if args.device == "cuda" else name
-    return {
-        "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0], "python": platform.python_version(), "torch": torch.__version__,
-    }  # fmt: skip
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """The machine, with the GPU's name where one is measured."""
+    words = machine("torch", "triton") | {"threads": torch.get_num_threads()}
+    if args.device == "cuda":
+        words["processor"] = torch.cuda.get_device_name()
+    return words
 
 
 def arguments() -> argparse.Namespace:
@@ -462,13 +449,13 @@ def main() -> None:
             print(peak_memory(make_side(args.memory_of, args), make_batch(args)))
         return
     console = Console(width=110)
-    results: dict[str, Any] = {"machine": machine(args), "settings": {**vars(args), "json": None}}
+    results: dict[str, Any] = {"machine": about(args), "settings": {**vars(args), "json": None}}
     results["comparison"] = compare(args, console)
     if not args.no_ablation:
         results["ablation"] = ablate(args, console, results["comparison"]["memory"]["ours"])
     console.print(
-        ", ".join(f"{k} {v}" for k, v in results["machine"].items())
-        + f"; medians (quartiles) of {args.rounds} rounds, the sides in turns"
+        f"{in_words(results['machine'])}; medians (quartiles) of {args.rounds} rounds, taken in"
+        " turns"
     )
     if args.json:
         args.json.write_text(json.dumps(results, indent=1, default=str))

@@ -1,0 +1,265 @@
+"""Images/s of everything that makes crops, from bytes to twelve finished views.
+
+    python benchmarks/pipeline.py --data photos.beton            # one core, then two
+    python benchmarks/pipeline.py                                # on photos that it draws itself
+
+Side by side, in rounds that take turns: reading the bytes, decoding them by libjpeg-turbo (the
+limit), the published recipe (Pillow), and our loaders. All see the same bytes and make the same
+views: normalised float32 tensors, except where a row says pixels.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+# Not this folder, where a file bears the name of the package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import in_words, machine, quartiles, ratios, spread, take_turns
+from pipeline import PipelineConfig, build_loader
+from pipeline.batch import normalised
+from pipeline.beton import BetonReader
+from pipeline.convert import ConvertOptions, convert
+from pipeline.crops import cut_views
+from pipeline.decode import decode_photo
+from pipeline.drawn_photos import DrawOptions, draw_photos
+from pipeline.draws import draw_views
+from pipeline.loader import dali_problem, ffcv_problem
+from pipeline.pil_views import cut_views_reference
+
+RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
+Side = Callable[[], int]
+
+
+def endless_batches(loader: Any) -> Iterator[Any]:
+    epoch = 0
+    while True:
+        yield from loader.epoch(epoch)
+        epoch += 1
+
+
+class Bench:
+    """The sides for one .beton file, `workers` threads each; `images` a round of a fast side."""
+
+    def __init__(self, data: str, workers: int, images: int, stack: ExitStack) -> None:
+        self.config = PipelineConfig(data=data, workers=workers, batch_size=8)
+        self.reader, self.views = BetonReader(data), self.config.views()
+        self.images, self.place = images, 0
+        self.mean, self.std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
+        self.stack = stack
+        sizes = [view.size for view in self.views]
+        globals_ = self.config.global_crops_number
+        self.shapes = (
+            (globals_, 3, sizes[0], sizes[0]),
+            (len(sizes) - globals_, 3, sizes[-1], sizes[-1]),
+        )
+
+    def some(self, count: int) -> list[int]:
+        """The next samples, round and round."""
+        start, self.place = self.place, self.place + count
+        return [i % len(self.reader) for i in range(start, start + count)]
+
+    def read(self) -> int:
+        total = 0
+        for index in self.some(self.images * 8):
+            total += int(np.frombuffer(self.reader.photo_bytes(index), np.uint8)[::64].sum())
+        return self.images * 8 if total else 0
+
+    def decode(self) -> int:
+        from ffcv.libffcv import imdecode
+
+        for index in self.some(self.images):
+            height, width = int(self.reader.heights[index]), int(self.reader.widths[index])
+            out = np.empty((height, width, 3), np.uint8)
+            data = np.frombuffer(self.reader.photo_bytes(index), np.uint8)
+            imdecode(data, out, height, width, height, width, 0, 0, 1, 1, False, False)
+        return self.images
+
+    def recipe(self) -> int:
+        sizes = [view.size for view in self.views]
+        few = max(1, self.images // 8)
+        for index in self.some(few):
+            photo = Image.fromarray(decode_photo(self.reader.photo_bytes(index)))
+            draws = draw_views(self.views, 0, 0, index, photo.height, photo.width)
+            for view in cut_views_reference(photo, draws, sizes):
+                planes = torch.from_numpy(view.transpose(2, 0, 1)).contiguous()
+                planes.float().div(255).sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
+        return few
+
+    def crops(self) -> int:
+        """Twelve views of decoded photos: no decode, no loader."""
+        large, small = (np.empty(shape, np.uint8) for shape in self.shapes)
+        for index in self.some(self.images):
+            pixels = self.decoded[index % len(self.decoded)]
+            cut_views(pixels, draw_views(self.views, 0, 0, index, *pixels.shape[:2]), large, small)
+            for views in (large, small):
+                normalised(torch.from_numpy(views)[None], self.mean, self.std)
+        return self.images
+
+    def loader(self, kind: str) -> Side:
+        from dataclasses import replace
+
+        loader = build_loader(replace(self.config, loader=kind))
+        self.stack.callback(loader.close)
+        batches = endless_batches(loader)
+
+        def side() -> int:
+            count = 0
+            while count < self.images:
+                count += len(next(batches).indices)
+            return count
+
+        return side
+
+    def pixels_only(self) -> Side:
+        """Packed pixels for croppers on a GPU."""
+        from pipeline.ffcv_pixels import FfcvPixels
+        from pipeline.order import epoch_order, rank_batches
+        from pipeline.replace import Replacements
+
+        replacements = Replacements(self.reader, self.views, 0)
+        source = FfcvPixels(self.config.data, 8, self.config.workers, 3, replacements, pinned=False)
+        self.stack.callback(source.close)
+
+        def photos() -> Iterator[Any]:
+            epoch = 0
+            while True:
+                order = epoch_order(len(self.reader), 0, epoch)
+                yield from source.photos(rank_batches(order, 8, 0, 1))
+                epoch += 1
+
+        batches = photos()
+
+        def side() -> int:
+            count = 0
+            while count < self.images:
+                count += len(next(batches).offsets)
+            return count
+
+        return side
+
+    def sides(self) -> dict[str, Side]:
+        self.decoded = [self.reader.pixels(i) for i in range(min(64, len(self.reader)))]
+        sides: dict[str, Side] = {"read bytes": self.read}
+        if not ffcv_problem():
+            sides[LIMIT] = self.decode
+        sides |= {RECIPE: self.recipe, "our crops of decoded photos": self.crops}
+        if not ffcv_problem():
+            sides["ffcv: pixels for a GPU"] = self.pixels_only()
+            sides["ffcv loader, crops on the CPU"] = self.loader("ffcv")
+        if not dali_problem():
+            sides["dali loader, crops on the CPU"] = self.loader("dali")
+        return sides
+
+
+def measure(data: str, cores: list[int], images: int, rounds: int) -> dict[str, list[float]]:
+    """Rates of all sides on `cores`. The single-threaded ones have but one core to run on."""
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        bench = Bench(data, len(cores), images, stack)
+        sides = bench.sides()
+        if len(cores) > 1:  # the others do not use more than one
+            sides = {name: side for name, side in sides.items() if "ffcv" in name or "dali" in name}
+        return take_turns(sides, rounds)
+
+
+def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Bars of images/s, one group for each number of cores."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [
+        (f"{name}, {cores}", values)
+        for cores, sides in rates.items()
+        for name, values in sides.items()
+        if name != "read bytes"
+    ]
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
+    middles = [quartiles(values)[0] for _, values in rows]
+    colours = ["#999999" if n.startswith((RECIPE, LIMIT)) else "#2a78b5" for n, _ in rows]
+    bars = axes.barh([name for name, _ in rows], middles, color=colours)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("images/s (median of rounds)")
+    axes.set_xlim(0, max(middles) * 1.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
+    parser.add_argument("--images", type=int, default=64, help="images a round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that each side has")
+    parser.add_argument("--cores", type=int, default=2, help="also measure with so many cores")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--plot", type=Path, help="write a bar chart to this PNG file")
+    args = parser.parse_args()
+    if args.images < 8 or args.rounds < 2:
+        parser.error("--images must be at least 8 and --rounds at least 2")
+
+    about = machine("torch", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
+    at_hand = sorted(os.sched_getaffinity(0))
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        data = args.data or drawn(Path(folder))
+        rates = {"1 core": measure(data, at_hand[:1], args.images, args.rounds)}
+        if args.cores > 1 and len(at_hand) >= args.cores:
+            name = f"{args.cores} cores"
+            rates[name] = measure(data, at_hand[: args.cores], args.images, args.rounds)
+        reader = BetonReader(data)
+        megapixels = float((reader.heights.astype(float) * reader.widths).mean() / 1e6)
+    for cores, sides in rates.items():
+        console.print(table(cores, sides, rates["1 core"]))
+    console.print(
+        f"{len(reader)} photos of {megapixels:.2f} megapixels on average; {in_words(about)};"
+        f" medians (quartiles) of {args.rounds} rounds, taken in turns"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": about, "images_per_s": rates}, indent=1))
+    if args.plot:
+        plot(rates, args.plot)
+
+
+def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]) -> Table:
+    """Rates, and their ratios to the recipe and to the decoder; those of more cores to one core."""
+    out = Table(title=f"images/s, {cores}")
+    first = one is sides
+    columns = ("x recipe", "share of decode") if first else ("x one core",)
+    for heading in ("", "images/s", *columns):
+        out.add_column(heading, justify="left" if not heading else "right")
+    for name, values in sides.items():
+        cells = [spread(values)]
+        if not first:
+            cells.append(spread([a / b for a, b in zip(values, one[name], strict=True)]))
+        else:
+            cells.append(spread(ratios(sides, name, RECIPE)))
+            cells.append(spread(ratios(sides, name, LIMIT), 2) if LIMIT in sides else "")
+        out.add_row(name, *cells)
+    return out
+
+
+def drawn(folder: Path) -> str:
+    """A .beton file of photos drawn by `pipeline.drawn_photos`."""
+    draw_photos(folder / "drawn", DrawOptions(images_per_class=12, val_per_class=1))
+    convert(folder / "drawn" / "train", folder / "drawn.beton", ConvertOptions())
+    return str(folder / "drawn.beton")
+
+
+if __name__ == "__main__":
+    main()
