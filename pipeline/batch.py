@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,29 @@ class Crops:
 
     global_crops: Tensor  # uint8 [B, V, 3, S, S]
     local_crops: Tensor  # uint8 [B, L, 3, s, s]
+    indices: Tensor  # int64 [B]
+
+
+@dataclass
+class DeviceCrops:
+    """Finished views of one batch, normalised and on the training device, view first."""
+
+    global_crops: Tensor  # float [V, B, 3, S, S]
+    local_crops: Tensor  # float [L, B, 3, s, s]
+    indices: Tensor  # int64 [B], on the CPU
+
+
+@dataclass
+class Decoded:
+    """Decoded photos of one batch, photo behind photo in one buffer, on the CPU.
+
+    The buffer may be a slot that the loader reuses: consume it before asking for the next batch.
+    """
+
+    pixels: Tensor  # uint8 [bytes]; photo b is [heights[b], widths[b], 3] from offsets[b] on
+    offsets: np.ndarray  # int64 [B], bytes
+    heights: np.ndarray  # int64 [B]
+    widths: np.ndarray  # int64 [B]
     indices: Tensor  # int64 [B]
 
 

@@ -10,7 +10,7 @@ from numba import njit
 
 
 def _cache_of_this_source() -> str:
-    """A folder for what is compiled from these very files.
+    """A folder for what is compiled from the files, as they are, that import this one.
 
     numba looks whether the file of a function has changed, not those of what the function calls,
     and would go on running their old code.
@@ -18,7 +18,9 @@ def _cache_of_this_source() -> str:
     folder = Path(__file__).parent
     sources = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
-        sources.update(path.read_bytes())
+        text = path.read_bytes()
+        if b"pipeline.compiled" in text or path == Path(__file__):
+            sources.update(text)
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     root = Path(chosen) if chosen else folder / "__pycache__"
     if not os.access(root if root.exists() else root.parent, os.W_OK):

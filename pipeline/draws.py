@@ -190,6 +190,22 @@ def draw_sample(
         draw.solarize = uniform(key, 10) < spec.solarize_p
 
 
+@compiled
+def draw_batch(
+    specs: np.ndarray,
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+) -> np.ndarray:
+    """Draws of many samples, DRAW [B, V]; `specs` SPEC [V], the others int64 [B]."""
+    out = np.zeros((len(indices), len(specs)), DRAW)
+    for b in range(len(indices)):
+        draw_sample(specs, seed, epoch, indices[b], heights[b], widths[b], out[b])
+    return out
+
+
 def draw_views(
     views: list[ViewSpec], seed: int, epoch: int, index: int, height: int, width: int
 ) -> np.ndarray:

@@ -1,27 +1,20 @@
 """Crops from a .beton file through FFCV: each photo is decoded once, then cut into all its views.
 
-FFCV reads the file and runs compiled code over a batch on its threads; the decoder is ours. What is
-closed here of FFCV 1.0.2: the decoder's status was ignored, an exception in its thread left the
-consumer waiting for ever, and an epoch left early leaked its thread and buffers.
+FFCV reads the file and runs compiled code over a batch on its threads; the decoder is ours, as that
+of FFCV 1.0.2 ignores the decoder's status.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from queue import Empty
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.libffcv import imdecode
-from ffcv.loader import Loader as FfcvLoader
-from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 from numba import carray, cfunc, types
 
@@ -29,13 +22,8 @@ from pipeline.batch import Crops
 from pipeline.compiled import SETTINGS
 from pipeline.crops import cut_views
 from pipeline.draws import DRAW, SPEC, ViewSpec, draw_sample, spec_table
+from pipeline.ffcv_epoch import EPOCH_BITS, INDEX_MASK, Epoch, open_loader
 from pipeline.replace import Replacements
-
-# The compiled code sees nothing but the batch's indices, so the epoch travels in their upper bits.
-_EPOCH_BITS = np.uint64(40)
-_INDEX_MASK = np.uint64((1 << 40) - 1)
-
-_WAIT_S = 0.5  # how often a waiting consumer looks whether the loader thread lives
 
 
 @cfunc(
@@ -99,8 +87,8 @@ class DecodeAndCut(Operation):
         def decode_and_cut(keys, memory, metadata, storage):  # type: ignore[no-untyped-def]
             global_crops, local_crops, status = memory
             for i in each(len(keys)):
-                index = keys[i] & _INDEX_MASK
-                epoch = keys[i] >> _EPOCH_BITS
+                index = keys[i] & INDEX_MASK
+                epoch = keys[i] >> EPOCH_BITS
                 field = metadata[index]
                 data = read(field["data_ptr"], storage)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
@@ -130,58 +118,6 @@ def _stack_shape(views: list[ViewSpec]) -> tuple[int, int, int, int]:
     return len(views), 3, size, size
 
 
-class _Epoch(EpochIterator):
-    """FFCV's epoch thread, made to tell of its errors and to end when it is left."""
-
-    def __init__(self, loader: FfcvLoader, keys: np.ndarray) -> None:
-        self.failure: BaseException | None = None
-        super().__init__(loader, keys)
-
-    def run(self) -> None:
-        try:
-            numba.set_num_threads(self.loader.num_workers)
-            for number, keys in enumerate(self.iter_ixes):
-                slot = number % (self.loader.batches_ahead + 2)
-                result = self.run_pipeline(number, keys, slot, None)
-                if not self._hand_over((slot, result)):
-                    return
-            self._hand_over(None)
-        except BaseException as error:  # whatever it was, the consumer must hear of it
-            self.failure = error
-
-    def _hand_over(self, item: object) -> bool:
-        while not self.terminate_event.is_set():
-            try:
-                self.output_queue.put(item, timeout=_WAIT_S)
-                return True
-            except Exception:  # queue.Full: look at the event again
-                continue
-        return False
-
-    def __next__(self) -> Any:
-        while True:
-            try:
-                item = self.output_queue.get(timeout=_WAIT_S)
-                break
-            except Empty:
-                failure = self.failure
-                if failure is not None:
-                    raise RuntimeError(f"the ffcv loader failed: {failure!r}") from failure
-                if not self.is_alive():
-                    raise RuntimeError("the ffcv loader's thread died without a word") from None
-        if item is None:
-            raise StopIteration
-        return item[1]
-
-    def stop(self) -> None:
-        """End the thread and let go of its buffers; an epoch may be left at any batch."""
-        self.terminate_event.set()
-        if threading.current_thread() is not self:
-            self.join()
-        self.close()
-        self.memory_allocations: dict[int, Any] = {}
-
-
 class FfcvCrops:
     """Crops of a .beton file, cut on FFCV's threads."""
 
@@ -196,30 +132,17 @@ class FfcvCrops:
         batches_ahead: int,
         replacements: Replacements,
     ) -> None:
-        decoder = DecodeAndCut(views, global_views, seed)
-        threads = torch.get_num_threads()
-        self._loader = FfcvLoader(
-            path,
-            batch_size,
-            num_workers=min(workers, numba.config.NUMBA_NUM_THREADS),
-            os_cache=True,
-            seed=seed,
-            pipelines={"image": PipelineSpec("image", decoder), "label": None},
-            batches_ahead=batches_ahead,
-        )
-        torch.set_num_threads(threads)  # FFCV sets its own number for the whole process
+        operation = DecodeAndCut(views, global_views, seed)
+        self._loader = open_loader(path, operation, batch_size, workers, batches_ahead)
         self._replacements = replacements
-        self._running: _Epoch | None = None
+        self._running: Epoch | None = None
 
     def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
         """Crops of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`."""
-        keys = batches.astype(np.uint64) | (np.uint64(epoch) << _EPOCH_BITS)
         self.close()
-        self._running = running = _Epoch(self._loader, keys.reshape(-1))
+        self._running = running = Epoch(self._loader, epoch, batches)
         try:
-            for indices, (((global_crops, local_crops, status),)) in zip(
-                batches, running, strict=True
-            ):
+            for indices, (global_crops, local_crops, status) in zip(batches, running, strict=True):
                 for i in np.flatnonzero(status[:, 0]):
                     indices[i] = self._replacements.fill(
                         int(indices[i]), epoch, global_crops[i], local_crops[i]

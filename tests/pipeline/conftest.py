@@ -1,6 +1,8 @@
 """Small sets of real JPEG files, drawn once a session."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,3 +46,24 @@ def raw_beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("raw") / "photos.beton"
     convert(photo_folder, path, ConvertOptions(write_mode="raw", workers=1))
     return path
+
+
+@pytest.fixture
+def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter takes loop bounds in a way that NumPy 2.4 refuses (triton #9171),
+    and its time goes into the number of operations, however large their blocks."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    from pipeline import gpu_kernels
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+    monkeypatch.setattr(gpu_kernels, "BLOCK_PIXELS", 4096)
+    monkeypatch.setattr(gpu_kernels, "BLOCK_TAPS", 64)

@@ -55,22 +55,8 @@ def gpu(test: Callable) -> Callable:
 
 
 @pytest.fixture(autouse=True)
-def _fit_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter takes loop bounds in a way that NumPy 2.4 refuses (triton #9171),
-    and its time goes into the number of operations, however large their blocks."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
-    monkeypatch.setattr(gpu_kernels, "BLOCK_PIXELS", 4096)
-    monkeypatch.setattr(gpu_kernels, "BLOCK_TAPS", 64)
+def _fit_for_the_interpreter(mended_interpreter: None) -> None:
+    pass
 
 
 def photo_of(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
