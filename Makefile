@@ -32,8 +32,11 @@ test-all: setup  ## all tests, the slow ones too
 lint: setup      ## formatting, imports, types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
-bench: setup     ## what is measured so far
+bench: setup     ## loaders, masks and the model's step against the published ways (BETON=file for yours)
+	@$(PY) benchmarks/pipeline.py $(if $(BETON),--data $(BETON))
 	@$(PY) benchmarks/masks.py
+	@$(PY) benchmarks/kernels.py
+	@$(PY) benchmarks/model.py
 
 clean:           ## remove runs and caches, keep .venv
 	rm -rf runs data/drawn .pytest_cache .ruff_cache .mypy_cache

@@ -1,11 +1,11 @@
 """Settings of the data side: one dataclass, from which the command line is made too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from options import flag, option
 from pipeline.draws import ViewSpec, published_views
 
-LOADERS = ("auto", "ffcv", "pil")
+LOADERS = ("auto", "ffcv", "dali", "pil")
 
 
 @dataclass
@@ -13,7 +13,9 @@ class PipelineConfig:
     """What to read, how to cut it, what to mask. Defaults are the published ViT-S/16 recipe."""
 
     data: str = option("", ".beton file or photo folder to train on")
-    loader: str = option("auto", "ffcv (.beton only), pil (the published recipe), or auto", LOADERS)
+    loader: str = option(
+        "auto", "ffcv (.beton only), dali, pil (the published recipe), or auto", LOADERS
+    )
     batch_size: int = option(64, "images a step in each process")
     workers: int = option(0, "loader threads or processes in each process (0: the cores at hand)")
     seed: int = option(0, "seed of order, crops, masks and weights")
@@ -24,6 +26,10 @@ class PipelineConfig:
     global_crops_scale: tuple[float, float] = option((0.25, 1.0), "area of global views, from to")
     local_crops_scale: tuple[float, float] = option((0.05, 0.25), "area of local views, from to")
     blur_radius: tuple[float, float] = option((0.1, 2.0), "Gaussian blur radius in pixels, from to")
+    color_jitter: tuple[float, float, float, float] = option(
+        (0.4, 0.4, 0.2, 0.1), "strength of brightness, contrast, saturation, hue"
+    )
+    gray_p: float = option(0.2, "share of views turned grey")
     patch_size: int = option(16, "side of a patch in pixels")
     pred_shape: str = option("block", "shape of the masks", ("block", "rand"))
     pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen a view")
@@ -35,7 +41,8 @@ class PipelineConfig:
 
     def views(self) -> list[ViewSpec]:
         """The views an image is cut into, global ones first."""
-        return published_views(
+        brightness, contrast, saturation, hue = self.color_jitter
+        views = published_views(
             self.global_crops_number,
             self.local_crops_number,
             self.global_crops_size,
@@ -44,6 +51,17 @@ class PipelineConfig:
             self.local_crops_scale,
             self.blur_radius,
         )
+        return [
+            replace(
+                view,
+                brightness=brightness,
+                contrast=contrast,
+                saturation=saturation,
+                hue=hue,
+                gray_p=self.gray_p,
+            )
+            for view in views
+        ]
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""
@@ -76,5 +94,9 @@ class PipelineConfig:
         low, high = self.blur_radius
         if not 0 <= low <= high:
             raise ValueError(f"--blur-radius {low} {high}: expected 0 <= from <= to")
+        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            raise ValueError("--color-jitter: strengths are at least 0, that of hue at most 0.5")
+        if not 0 <= self.gray_p <= 1:
+            raise ValueError(f"--gray-p {self.gray_p}: expected a share, 0 to 1")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("--mean and --std take three values each, and --std positive ones")

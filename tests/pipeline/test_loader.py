@@ -250,6 +250,8 @@ def test_a_killed_worker_process_is_an_error_within_seconds(beton: Path) -> None
         ({"loader": "dali9"}, "--loader dali9"),
         ({"pred_ratio": (0.3,)}, "ratio"),
         ({"local_crops_scale": (0.3, 0.1)}, "--local-crops-scale"),
+        ({"color_jitter": (0.4, 0.4, 0.2, 0.6)}, "--color-jitter"),
+        ({"gray_p": 1.5}, "--gray-p 1.5"),
     ],
 )
 def test_bad_settings_are_named(beton: Path, changes: dict[str, Any], message: str) -> None:
