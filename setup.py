@@ -29,7 +29,7 @@ setup(
         # ffcv builds against OpenCV and libturbojpeg and imports distutils, which setuptools
         # supplies from Python 3.12 on.
         "ffcv": ["ffcv==1.0.2", "setuptools<81"],
-        "dali": ["nvidia-dali-cuda120>=1.44; platform_system == 'Linux'"],
+        "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
         "eval": ["scikit-learn>=1.5", "scipy>=1.13"],
         "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "scipy>=1.13"],
     },

@@ -43,6 +43,7 @@ class Finding:
     state: str
     mend: str = ""
     fatal: bool = False
+    cuda: bool = False  # of the device
 
 
 def check_package(module: str) -> Finding:
@@ -72,15 +73,22 @@ def check_device() -> Finding:
     built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     if not any(arch // 10 == major and arch % 10 <= minor for arch in built):
         mend = "pip install 'torch<2.11'" if major == 7 else "pip install --upgrade torch"
-        return Finding("device", f"{name}: torch {torch.__version__} has no kernels for it", mend)
-    return Finding("device", name)
+        return Finding(
+            "device", f"{name}: torch {torch.__version__} has no kernels for it", mend, cuda=True
+        )
+    return Finding("device", name, cuda=True)
 
 
 def loader_line(findings: dict[str, Finding]) -> str:
     """Which loader training will use, in one line."""
-    if findings["ffcv"].mend:
-        return f"pil for everything, slower; to get ffcv: {_MEND_FFCV}"
-    return "ffcv for .beton files, pil for photo folders"
+    no_ffcv, no_dali = (bool(findings[module].mend) for module in ("ffcv", "nvidia.dali"))
+    asked_for = "" if no_dali else "; dali for either, where asked for"
+    if not no_ffcv:
+        return f"ffcv for .beton files, pil for photo folders{asked_for}"
+    to_get = f"to get ffcv: {_MEND_FFCV}"
+    if not no_dali and findings["device"].cuda:
+        return f"dali for everything; {to_get}"
+    return f"pil for everything, slower{asked_for}; {to_get}"
 
 
 def main() -> int:

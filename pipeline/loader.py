@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.batch import Batch, Crops, normalised
+from pipeline.batch import Batch, Crops, DeviceCrops, normalised
 from pipeline.config import PipelineConfig
 from pipeline.masks import MaskConfig, draw_masks
 from pipeline.order import epoch_order, rank_batches, steps_per_epoch
@@ -15,45 +15,65 @@ from pipeline.photos import is_beton, open_photos
 from pipeline.replace import Replacements
 from pipeline.workers import cores
 
-_CURE = "`make ffcv` installs it, `python -m pipeline.doctor` explains"
+_INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
 
 
 def ffcv_problem() -> str:
     """Why ffcv cannot be used here, and the cure; empty where it can."""
+    return _problem("ffcv", "ffcv", "make ffcv")
+
+
+def dali_problem() -> str:
+    """Why NVIDIA DALI cannot be used here, and the cure; empty where it can."""
+    return _problem("nvidia.dali", "nvidia-dali", _INSTALL_DALI)
+
+
+def _problem(module: str, package: str, install: str) -> str:
     try:
-        importlib.import_module("ffcv")
+        importlib.import_module(module)
     except ImportError as error:  # also where a library that it was built with is gone
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "ffcv"
-        return f"ffcv is {'not installed' if missing else f'broken ({error})'}: {_CURE}"
+        missing = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
+        state = "not installed" if missing else f"broken ({error})"
+        return (
+            f"{package} is {state}: `{install}` installs it, `python -m pipeline.doctor` explains"
+        )
     return ""
 
 
 class Cutter(Protocol):
-    """What makes the crops: FfcvCrops or PilCrops."""
+    """What makes the crops: FfcvCrops, GpuFeed, DaliCrops or PilCrops."""
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]: ...
+    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops | DeviceCrops]: ...
 
     def close(self) -> None: ...
 
 
-def choose_loader(config: PipelineConfig) -> tuple[str, str]:
-    """The loader for `config`, 'ffcv' or 'pil', and why, in one line.
+def choose_loader(config: PipelineConfig, device: torch.device) -> tuple[str, str]:
+    """The loader for `config`, 'ffcv', 'dali' or 'pil', and why, in one line.
 
-    Raises ValueError where --loader ffcv is asked for and cannot be had.
+    DALI, where it is not asked for, stands in for a missing ffcv on CUDA devices.
+    Raises ValueError where --loader ffcv or dali is asked for and cannot be had.
     """
     if config.loader == "pil":
         return "pil", "pil, as asked for"
-    if not is_beton(config.data):
-        convert = f"python -m pipeline.convert {config.data} photos.beton"
-        if config.loader == "ffcv":
-            raise ValueError(f"--loader ffcv reads .beton files, make one: {convert}")
-        return "pil", f"pil, the slow one, as the photos are in no .beton file; faster: {convert}"
+    if config.loader == "dali":
+        if problem := dali_problem():
+            raise ValueError(f"--loader dali: {problem}")
+        return "dali", "dali, as asked for: each photo is decoded once"
+    convert = f"python -m pipeline.convert {config.data} photos.beton"
+    if config.loader == "ffcv" and not is_beton(config.data):
+        raise ValueError(f"--loader ffcv reads .beton files, make one: {convert}")
     problem = ffcv_problem()
-    if not problem:
-        return "ffcv", "ffcv: each photo is decoded once"
-    if config.loader == "ffcv":
+    if config.loader == "ffcv" and problem:
         raise ValueError(f"--loader ffcv: {problem}")
-    return "pil", f"pil, slower than ffcv: {problem}"
+    if problem and device.type == "cuda" and not dali_problem():
+        return "dali", f"dali: each photo is decoded once, by nvJPEG; {problem}"
+    if not is_beton(config.data):
+        return "pil", f"pil, the slow one, as the photos are in no .beton file; faster: {convert}"
+    if problem:
+        return "pil", f"pil, slower than ffcv: {problem}"
+    where = "on the GPU" if device.type == "cuda" else "on the CPU"
+    return "ffcv", f"ffcv: each photo is decoded once, and cut {where}"
 
 
 class Loader:
@@ -75,7 +95,7 @@ class Loader:
         )
         self.photos = open_photos(config.data)
         self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
-        self.kind, self.reason = choose_loader(config)
+        self.kind, self.reason = choose_loader(config, device)
         self._config, self._device = config, device
         self._rank, self._world_size = rank, world_size
         self._mean = torch.tensor(config.mean, device=device)
@@ -86,14 +106,35 @@ class Loader:
         shared = (config.data, views, config.global_crops_number)
         ahead = (config.seed, config.batches_ahead, self._replacements)
         self._cutter: Cutter
-        if self.kind == "ffcv":
+        if self.kind == "ffcv" and device.type == "cuda":
+            self._cutter = self._gpu_feed(workers)
+        elif self.kind == "ffcv":
             from pipeline.ffcv_loader import FfcvCrops  # an optional package
 
             self._cutter = FfcvCrops(*shared, config.batch_size, workers, *ahead)
+        elif self.kind == "dali":
+            from pipeline.dali_loader import DaliCrops  # likewise
+
+            here = (self.photos, views, config.global_crops_number)
+            finish = (device, config.mean, config.std)
+            self._cutter = DaliCrops(*here, config.batch_size, workers, *ahead, *finish)
         else:
             from pipeline.pil_loader import PilCrops
 
             self._cutter = PilCrops(*shared, workers, *ahead)
+
+    def _gpu_feed(self, workers: int) -> Cutter:
+        """Decoded by FFCV's threads, cut on the GPU."""
+        from pipeline.ffcv_pixels import FfcvPixels
+        from pipeline.gpu_crops import GpuCropper
+        from pipeline.gpu_feed import GpuFeed
+
+        config, views, device = self._config, self._config.views(), self._device
+        room = (config.batch_size, workers, config.batches_ahead)
+        source = FfcvPixels(config.data, *room, self._replacements, pinned=True)
+        look = (config.mean, config.std, device, torch.float32)
+        cropper = GpuCropper(views, config.global_crops_number, *look)
+        return GpuFeed(source, views, config.seed, cropper, device)
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -108,16 +149,20 @@ class Loader:
         for wanted, crops in zip(batches, self._cutter.batches(epoch, batches.copy()), strict=True):
             yield self._finish(epoch, wanted, crops)
 
-    def _finish(self, epoch: int, wanted: np.ndarray, crops: Crops) -> Batch:
+    def _finish(self, epoch: int, wanted: np.ndarray, crops: Crops | DeviceCrops) -> Batch:
         config = self._config
+        global_crops, local_crops = crops.global_crops, crops.local_crops
+        if isinstance(crops, Crops):
+            global_crops = normalised(global_crops, self._mean, self._std)
+            local_crops = normalised(local_crops, self._mean, self._std)
         cells = config.global_crops_size // config.patch_size
         masks = draw_masks(
             self.masks, config.seed, epoch, wanted, config.global_crops_number, (cells, cells)
         )
         used = crops.indices.clone()
         return Batch(
-            global_crops=normalised(crops.global_crops, self._mean, self._std),
-            local_crops=normalised(crops.local_crops, self._mean, self._std),
+            global_crops=global_crops,
+            local_crops=local_crops,
             masks=torch.from_numpy(masks),
             labels=torch.from_numpy(self.photos.labels[used.numpy()]),
             indices=used,

@@ -18,6 +18,9 @@ class Photos(Protocol):
 
     def __len__(self) -> int: ...
 
+    def photo_bytes(self, index: int) -> bytes | memoryview:
+        """The photo as it is stored; raises UnreadablePhoto."""
+
     def pixels(self, index: int) -> np.ndarray:
         """uint8 [H, W, 3]; raises UnreadablePhoto."""
 
@@ -36,12 +39,14 @@ class FolderPhotos:
     def __len__(self) -> int:
         return len(self._source.photos)
 
-    def pixels(self, index: int) -> np.ndarray:
+    def photo_bytes(self, index: int) -> bytes:
         try:
-            data = read_bytes(self._source.photos[index])
+            return read_bytes(self._source.photos[index])
         except OSError as error:  # gone, or unreadable, since it was listed
             raise UnreadablePhoto(str(error)) from error
-        return decode_photo(data)
+
+    def pixels(self, index: int) -> np.ndarray:
+        return decode_photo(self.photo_bytes(index))
 
     def name(self, index: int) -> str:
         return self._source.photos[index].name

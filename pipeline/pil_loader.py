@@ -111,7 +111,7 @@ class PilCrops:
         self._keys.batches = [[(epoch, int(index)) for index in batch] for batch in batches]
         for crops, unreadable in self._loader:
             for index, reason in unreadable.items():
-                self._replacements.note(index, reason)
+                self._replacements.take_over(index, reason)
             yield crops
 
     def close(self) -> None:

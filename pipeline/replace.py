@@ -45,9 +45,13 @@ class Replacements:
 
     def note(self, index: int, reason: str) -> None:
         """Count an unreadable photo and name it, once."""
+        self.take_over(index, f"{self._photos.name(index)}: {reason}")
+
+    def take_over(self, index: int, name_and_reason: str) -> None:
+        """The same for one that a worker process has named."""
         if index not in self.unreadable:
-            self.unreadable[index] = f"{self._photos.name(index)}: {reason}"
-            log.warning("unreadable photo, its neighbour is used: %s", self.unreadable[index])
+            self.unreadable[index] = name_and_reason
+            log.warning("unreadable photo, its neighbour is used: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:
         """Cut the views of `index`, or of its replacement, anew; returns the index used."""

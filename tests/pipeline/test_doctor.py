@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.doctor import Finding, loader_line
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,3 +37,19 @@ def test_without_torch_nothing_trains() -> None:
     status, said = report(without="torch")
     assert status == 1
     assert "make setup" in said
+
+
+def test_the_loader_is_told_that_training_will_use() -> None:
+    def line(ffcv: bool, dali: bool, cuda: bool) -> str:
+        return loader_line(
+            {
+                "ffcv": Finding("ffcv", "", "" if ffcv else "make ffcv"),
+                "nvidia.dali": Finding("nvidia.dali", "", "" if dali else "pip install"),
+                "device": Finding("device", "", cuda=cuda),
+            }
+        )
+
+    assert line(True, True, True).startswith("ffcv for .beton files, pil for photo folders; dali")
+    assert line(False, True, True) == "dali for everything; to get ffcv: make ffcv"
+    assert line(False, True, False).startswith("pil for everything, slower; dali")
+    assert line(False, False, True) == "pil for everything, slower; to get ffcv: make ffcv"

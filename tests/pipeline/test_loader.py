@@ -201,15 +201,15 @@ def test_a_damaged_photo_is_named_and_replaced(
 def test_an_error_in_the_ffcv_thread_reaches_the_training_process(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.ffcv_loader import _Epoch
+    from pipeline.ffcv_epoch import Epoch
 
     def broken(self: Any, number: int, *rest: Any) -> Any:
         if number == 2:
             raise OSError("the disk went away")
         return original(self, number, *rest)
 
-    original = _Epoch.run_pipeline
-    monkeypatch.setattr(_Epoch, "run_pipeline", broken)
+    original = Epoch.run_pipeline
+    monkeypatch.setattr(Epoch, "run_pipeline", broken)
     with pytest.raises(RuntimeError, match="the disk went away"):
         batches_of(beton)
 
@@ -217,9 +217,9 @@ def test_an_error_in_the_ffcv_thread_reaches_the_training_process(
 def test_an_ffcv_thread_that_vanishes_is_an_error(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.ffcv_loader import _Epoch
+    from pipeline.ffcv_epoch import Epoch
 
-    monkeypatch.setattr(_Epoch, "run", lambda self: None)
+    monkeypatch.setattr(Epoch, "run", lambda self: None)
     with pytest.raises(RuntimeError, match="died"):
         batches_of(beton)
 
