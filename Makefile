@@ -34,6 +34,7 @@ lint: setup      ## formatting, imports, types
 
 bench: setup     ## loaders, masks and the model's step against the published ways (BETON=file for yours)
 	@$(PY) benchmarks/pipeline.py $(if $(BETON),--data $(BETON))
+	@$(PY) benchmarks/convert.py
 	@$(PY) benchmarks/masks.py
 	@$(PY) benchmarks/kernels.py
 	@$(PY) benchmarks/model.py

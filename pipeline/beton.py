@@ -1,4 +1,4 @@
-"""The .beton file format (FFCV's version 2), read and written without FFCV.
+"""The .beton file format (FFCV's version 2), and its reader; `beton_writer.py` writes it.
 
     header            version, fields, page size, number of samples, where the allocation table is
     two fields        `image` (RGBImageField, type 2) and `label` (IntField, type 1)
@@ -11,9 +11,7 @@ class names, source, options, counts, unreadable photos and checksums. A .beton 
 """
 
 import json
-import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -41,8 +39,8 @@ IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_pt
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
-_FIELDS = [(2, b"image"), (1, b"label")]
-_METADATA_START = HEADER.itemsize + len(_FIELDS) * FIELD.itemsize
+FIELDS = [(2, b"image"), (1, b"label")]
+METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
 def sidecar_path(path: str | Path) -> Path:
@@ -67,7 +65,7 @@ class BetonReader:
                 f"{path} does not exist or is no file;"
                 " make it: python -m pipeline.convert SRC DST.beton"
             )
-        if self.path.stat().st_size < _METADATA_START:
+        if self.path.stat().st_size < METADATA_START:
             raise ValueError(f"{path} is no .beton file: it is too small")
         # A plain view: slices of a np.memmap are slow to make.
         self._data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
@@ -125,7 +123,7 @@ class BetonReader:
             raise ValueError(f"{self.path} is cut short inside its field list")
         fields = self._data[HEADER.itemsize : end].view(FIELD)
         found = [(int(f["type_id"]), bytes(f["name"])) for f in fields]
-        if found != _FIELDS:
+        if found != FIELDS:
             named = ", ".join(f"{name.decode('ascii', 'replace')} (type {t})" for t, name in found)
             raise ValueError(
                 f"{self.path} has the fields {named}; expected image (RGBImageField, type 2) and"
@@ -134,7 +132,7 @@ class BetonReader:
 
     def _tables(self, table_start: int) -> tuple[np.ndarray, np.ndarray]:
         """The metadata and the allocation table."""
-        data_start = _METADATA_START + self.num_samples * SAMPLE.itemsize
+        data_start = METADATA_START + self.num_samples * SAMPLE.itemsize
         rest = len(self._data) - table_start
         samples = self.num_samples
         if table_start < data_start or rest < samples * ALLOCATION.itemsize:
@@ -143,7 +141,7 @@ class BetonReader:
                 f" hold {samples:,} samples and their table; convert the photos anew"
             )
         table = self._data[table_start : len(self._data) - rest % ALLOCATION.itemsize]
-        metadata = self._data[_METADATA_START:data_start]
+        metadata = self._data[METADATA_START:data_start]
         return metadata.view(SAMPLE), table.view(ALLOCATION)
 
     def _sizes(self, table: np.ndarray) -> np.ndarray:
@@ -182,102 +180,3 @@ class BetonReader:
                 f" {len(self._data):,}; remove it, or put back the .beton it was written with"
             )
         return content
-
-
-class BetonWriter:
-    """Writes a .beton file that appears under its name only when it is whole.
-
-    `most`: no more samples than this will come; room for their metadata is kept before the data.
-    Use as a context manager: append, then `seal` and `publish`; without those nothing is left.
-
-    Pages are 8 MiB and grow to the power of two that holds the largest photo. What lies inside a
-    small page lies inside the larger one around it, so the data need not move. FFCV's process
-    cache holds whole pages in memory: for it, `--max-resolution` keeps raw photos small.
-    """
-
-    def __init__(self, path: str | Path, most: int) -> None:
-        self.path = Path(path)
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        self.page_size = FIRST_PAGE
-        self.count = 0
-        self._samples = np.zeros(most, SAMPLE)
-        self._table = np.zeros(most, ALLOCATION)
-        self._end = _aligned(_METADATA_START + self._samples.nbytes, FIRST_PAGE)
-        try:
-            self._file = open(self.partial, "xb")  # noqa: SIM115  (closed by seal or __exit__)
-        except FileExistsError:
-            raise FileExistsError(
-                f"{self.partial} exists: another conversion is writing {self.path.name}, or was"
-                " killed; remove it if none is running"
-            ) from None
-
-    def __enter__(self) -> "BetonWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            self._file.close()  # writes what is still buffered: fails again on a full disk
-        finally:
-            self.partial.unlink(missing_ok=True)
-
-    def append(
-        self, label: int, mode: int, width: int, height: int, data: bytes | memoryview
-    ) -> None:
-        """Add one sample. Raises ValueError for a size or a mode that the format cannot hold."""
-        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-            raise ValueError(f"{width} x {height} pixels: a side must be 1 to {MAX_SIDE}")
-        if mode not in (JPG, RAW) or (mode == RAW and len(data) != width * height * 3):
-            raise ValueError(f"mode {mode} with {len(data)} bytes for {width} x {height} pixels")
-        if not 0 < len(data) <= MAX_PHOTO:
-            raise ValueError(f"{len(data):,} bytes: a photo must have 1 to {MAX_PHOTO:,}")
-        while len(data) > self.page_size:
-            self.page_size *= 2
-        if self._end % self.page_size + len(data) > self.page_size:
-            self._end = _aligned(self._end, self.page_size)
-        self._file.seek(self._end)
-        self._file.write(data)
-        self._samples[self.count] = ((mode, width, height, self._end), label)
-        self._table[self.count] = (self.count, self._end, len(data))
-        self._end += len(data)
-        self.count += 1
-
-    def seal(self) -> Path:
-        """Write tables and header and push all to disk; returns the whole file's passing name."""
-        table_start = _aligned(self._end, 8)
-        self._file.seek(table_start)
-        self._file.write(self._table[: self.count].tobytes())
-        header = (VERSION, len(_FIELDS), self.page_size, self.count, table_start)
-        fields = [(type_id, name, b"") for type_id, name in _FIELDS]
-        self._file.seek(0)
-        self._file.write(np.array(header, HEADER).tobytes())
-        self._file.write(np.array(fields, FIELD).tobytes())
-        self._file.write(self._samples[: self.count].tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self.partial
-
-    def publish(self, sidecar: dict[str, Any]) -> None:
-        """Give the sealed file its name, and the JSON beside it.
-
-        The old JSON goes first and the new one comes last, so that none describes another file.
-        """
-        beside = sidecar_path(self.path)
-        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
-        content = {**sidecar, "file_bytes": self.partial.stat().st_size}
-        try:
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            beside.unlink(missing_ok=True)
-            os.replace(self.partial, self.path)
-            os.replace(partial, beside)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _aligned(position: int, page: int) -> int:
-    return -(-position // page) * page

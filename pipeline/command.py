@@ -21,8 +21,8 @@ def _interrupt(signum: int, frame: object) -> None:
 
 def run_command(action: Callable[[], int], writes: bool = True) -> int:
     """Run `action` and return its exit status, or 2 for bad input, 1 for a failure on the way and
-    130 for an interrupt (SIGTERM counts as one). `action` leaves nothing behind when it raises;
-    `writes`: so a failure adds that nothing was written."""
+    130 for an interrupt (SIGTERM counts as one). `writes`: what `action` raises adds that nothing
+    was written; one that keeps a part speaks for itself."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return action()

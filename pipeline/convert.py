@@ -3,87 +3,74 @@
     python -m pipeline.convert SRC DST.beton       SRC: photo folder, tar, tar of class tars
     python -m pipeline.convert DST.beton --verify  read an existing file back
 
-JPEGs are stored as they are, after a full decode proved them whole. Photos that cannot be read are
-left out and listed, with reasons, in DST.beton.json. The file appears only when it is whole.
+JPEGs are stored as they are, once their structure proved them whole. Photos that cannot be read are
+left out and listed, with reasons, in DST.beton.json. The file appears only when it is whole; after
+an interrupt, a failure or `kill -9` the same command goes on where it was. `--shard 2/8` converts
+the second of eight parts; `python -m pipeline.merge` makes one file of the eight.
 """
 
-import dataclasses
 import os
 import sys
 import time
-from collections.abc import Generator
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import PIL
 
-from options import Parser, add_options, fill, flag, option
-from pipeline.beton import BetonReader, BetonWriter
+from options import Parser, add_options, fill
+from pipeline.beton_writer import BetonWriter
 from pipeline.command import run_command
+from pipeline.convert_plan import ConvertOptions, chosen, listing, shard, stamp
+from pipeline.journal import Done, Journal, left_behind, partial_path
 from pipeline.progress import progress
 from pipeline.sources import UNLABELLED, Photo, Source, open_source
-from pipeline.stored import WRITE_MODES, Storage, StoredPhoto, checksum, store_photos
-from pipeline.verify import BLOCK, verify
-from pipeline.workers import cores, in_order
+from pipeline.stored import StoredPhoto, checksum, store_photos
+from pipeline.verify import BLOCK, verify, verify_existing
+from pipeline.workers import Job, Result, cores, in_order
 
 _CHUNK = 8  # photos a job: enough to hide its cost, few enough to hold in memory
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to store the photos. Defaults lose nothing: JPEGs keep their bytes."""
-
-    max_resolution: int = option(0, "shrink photos whose longer side has more pixels (0: none)")
-    quality: int = option(90, "JPEG quality where a photo is encoded, 1 to 100")
-    write_mode: str = option(
-        "keep", "keep JPEG bytes; jpg: encode all anew; raw: pixels; smart: by size", WRITE_MODES
-    )
-    smart_threshold: int = option(0, "smart: bytes of pixels above which a photo becomes JPEG")
-    workers: int = option(0, "worker processes (0: the cores at hand)")
-    shuffle: bool = option(False, "store in random order")
-    seed: int = option(0, "seed of --shuffle")
-    subset: int = option(0, "store so many photos, evenly spread or, with --shuffle, random")
-    verify: bool = option(False, "read every stored photo back before the file gets its name")
-    overwrite: bool = option(False, "replace an existing DST")
-
-    def check(self) -> None:
-        """Raise ValueError, naming the option, for values that cannot work."""
-        for name in ("max_resolution", "smart_threshold", "workers", "seed", "subset"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality {self.quality}: expected 1 to 100")
-        if self.write_mode not in WRITE_MODES:
-            raise ValueError(f"--write-mode {self.write_mode}: expected {', '.join(WRITE_MODES)}")
-        if (self.write_mode == "smart") != (self.smart_threshold > 0):
-            raise ValueError("--write-mode smart and --smart-threshold BYTES go together")
-
-    def storage(self) -> Storage:
-        return Storage(self.write_mode, self.quality, self.max_resolution, self.smart_threshold)
-
-
 @dataclass
 class ConversionReport:
-    """What a conversion did. counts: photos by how they were stored (kept, encoded, raw)."""
+    """What a conversion did: `photos` are stored, `before` were done by an interrupted one."""
 
     path: Path
     classes: list[str]
-    photos: int = 0
-    unlabelled: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    photos: int
+    done: Done
+    before: int = 0
     seconds: float = 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.done.counts
+
+    @property
+    def unlabelled(self) -> int:
+        return self.done.unlabelled
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        return self.done.unreadable
 
     def lines(self) -> list[str]:
         """The report for the screen."""
         how = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
-        size, rate = self.path.stat().st_size / 1e6, self.photos / max(self.seconds, 1e-9)
+        size = self.path.stat().st_size / 1e6
+        rate = (self.done.photos - self.before) / max(self.seconds, 1e-9)
         lines = [
             f"{self.path}: {self.photos:,} photos ({how}), {len(self.classes):,} classes,"
             f" {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
         ]
+        if self.before:
+            lines.append(f"went on after {self.before:,} photos of an unfinished conversion")
         if self.unlabelled:
             lines.append(f"{self.unlabelled:,} photos stand in no class folder: unlabelled (-1)")
         if self.unreadable:
@@ -97,31 +84,48 @@ def convert(
 ) -> ConversionReport:
     """Write the photos of `src` to `dst`, in sorted order unless shuffled, and `dst`.json beside.
 
-    The file does not depend on the number of workers. Raises ValueError, FileNotFoundError or
-    FileExistsError for bad input (also when no photo at all is readable), RuntimeError when a
-    worker dies or `--verify` finds a difference; whatever is raised, nothing is left behind.
+    The file depends neither on the number of workers nor on interrupts. Raises ValueError,
+    FileNotFoundError or FileExistsError for bad input (also when no photo at all is readable, or
+    when `dst` is half made from another source or with other options), RuntimeError when a worker
+    dies or `--verify` finds a difference. What was done by then is kept for the same call to go on
+    with, after bad input and faults that `--verify` found nothing is.
     """
     options = options or ConvertOptions()
     options.check()
     dst = Path(dst)
-    _check_destination(dst, options.overwrite)
+    check_destination(dst, options.overwrite)
     source, started = open_source(src), time.monotonic()
-    photos = _chosen(source, options)
-    report = ConversionReport(dst, source.classes)
-    with BetonWriter(dst, len(photos)) as writer:
-        checksums = _write(writer, photos, options, report)
+    every = chosen(source, options)
+    digest, photos = listing(every), shard(every, options)
+    binding = {
+        "source": source.path,
+        "list of photos": digest,
+        "options": options.content(),
+        "Pillow": PIL.__version__,
+    }
+
+    with (
+        Journal(dst, binding, lambda i, j: stamp(photos[i:j]), options.restart) as journal,
+        BetonWriter(dst, len(photos), partial_path(dst)) as writer,
+    ):
+        journal.resume(writer)
+        done, before = journal.done, journal.done.photos
+        _write(writer, photos, options, journal)
         if not writer.count:
-            name, reason = report.unreadable[0]
+            journal.discard()
+            name, reason = done.unreadable[0]
             raise ValueError(
                 f"{src}: none of {len(photos):,} photos is readable ({name}: {reason})"
             )
         partial = writer.seal()
         if options.verify:
             workers = options.workers or cores()
-            problems = verify(str(partial), checksums, len(source.classes), workers)
+            problems = verify(str(partial), done.checksums, len(source.classes), workers)
             if problems:
+                journal.discard()
                 raise RuntimeError(f"{len(problems)} faults on reading back: {problems[0]}")
-        writer.publish(_sidecar(source, options, report, checksums))
+        report = ConversionReport(dst, source.classes, writer.count, done, before)
+        writer.publish(_sidecar(source, options, report, digest))
     report.seconds = time.monotonic() - started
     return report
 
@@ -131,7 +135,8 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _check_destination(dst: Path, overwrite: bool) -> None:
+def check_destination(dst: Path, overwrite: bool) -> None:
+    """Raise ValueError or an OSError, naming `dst`, where no .beton file can be written."""
     if dst.suffix != ".beton":
         raise ValueError(f"{dst} must end in .beton, by which the loaders know the format")
     if not dst.parent.is_dir():
@@ -144,84 +149,101 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{dst} exists; --overwrite replaces it")
 
 
-def _chosen(source: Source, options: ConvertOptions) -> list[Photo]:
-    """The photos to store, in the order to store them."""
-    total = len(source.photos)
-    if options.subset > total:
-        raise ValueError(f"--subset {options.subset}: {source.path} has {total:,} photos")
-    wanted = options.subset or total
-    if options.shuffle:
-        order = np.random.default_rng(options.seed).permutation(total)[:wanted]
-    else:
-        order = np.arange(wanted) * total // wanted
-    return [source.photos[i] for i in order]
-
-
 def _write(
-    writer: BetonWriter, photos: list[Photo], options: ConvertOptions, report: ConversionReport
-) -> list[int]:
-    """Store all readable photos; returns the checksum of each block of samples."""
-    checksums: list[int] = []
-    with closing(_stored(photos, options)) as results:
+    writer: BetonWriter, photos: list[Photo], options: ConvertOptions, journal: Journal
+) -> None:
+    """Store all readable photos that are still to do."""
+    done = journal.done
+    with closing(_stored(photos[done.photos :], options)) as results:
         for photo, stored in results:
             if isinstance(stored, str):
-                report.unreadable.append((photo.name, stored))
-                continue
-            if writer.count % BLOCK == 0:
-                checksums.append(0)
-            size, data = (stored.width, stored.height), memoryview(stored.data)
-            writer.append(photo.label, stored.mode, *size, data)
-            checksums[-1] = checksum(checksums[-1], photo.label, stored.mode, *size, data)
-            report.counts[stored.how] = report.counts.get(stored.how, 0) + 1
-            report.unlabelled += photo.label == UNLABELLED
-    report.photos = writer.count
-    return checksums
+                done.unreadable.append((photo.name, stored))
+            else:
+                _append(writer, photo, stored, done)
+            done.photos += 1
+            journal.tick(writer, BLOCK)
+
+
+def _append(writer: BetonWriter, photo: Photo, stored: StoredPhoto, done: Done) -> None:
+    if writer.count % BLOCK == 0:
+        done.checksums.append(0)
+    sample = (photo.label, stored.mode, stored.width, stored.height, memoryview(stored.data))
+    writer.append(*sample)
+    done.checksums[-1] = checksum(done.checksums[-1], *sample)
+    done.counts[stored.how] = done.counts.get(stored.how, 0) + 1
+    done.unlabelled += photo.label == UNLABELLED
 
 
 def _stored(
     photos: list[Photo], options: ConvertOptions
 ) -> Generator[tuple[Photo, StoredPhoto | str], None, None]:
     """Each photo with what is to be stored of it, or why it is unreadable."""
-    chunks = [photos[i : i + _CHUNK] for i in range(0, len(photos), _CHUNK)]
-    jobs = ((chunk, options.storage()) for chunk in chunks)
-    workers = min(options.workers or cores(), len(chunks))
+    if not photos:
+        return  # all were done before
+    starts = range(0, len(photos), _CHUNK)
+    jobs = ((photos[i : i + _CHUNK], options.storage()) for i in starts)
+    workers = min(options.workers or cores(), len(starts))
+    # Photos that are stored as they are cost less than their way through a pipe.
+    spread = _in_threads if options.mostly_kept() else in_order
     with (
         progress("convert", len(photos)) as advance,
-        closing(in_order(store_photos, jobs, workers)) as results,
+        closing(spread(store_photos, jobs, workers)) as results,
     ):
-        for chunk, stored in zip(chunks, results, strict=True):
+        for i, stored in zip(starts, results, strict=True):
+            chunk = photos[i : i + _CHUNK]
             yield from zip(chunk, stored, strict=True)
             advance(len(chunk))
 
 
+def _in_threads(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Generator[Result, None, None]:
+    """What `in_order` does, in threads. Reading, writing and Pillow let go of the interpreter."""
+    threads = ThreadPoolExecutor(workers)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on photos
+            for job in jobs:
+                waiting.append(threads.submit(function, job))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
 def _sidecar(
-    source: Source, options: ConvertOptions, report: ConversionReport, checksums: list[int]
+    source: Source, options: ConvertOptions, report: ConversionReport, digest: str
 ) -> dict[str, Any]:
     """What stands in the JSON beside the file; the same for any number of workers."""
-    passing = ("workers", "verify", "overwrite")
-    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in passing}
     return {
         "source": source.path,
-        "options": kept,
+        "listing": digest,
+        "options": options.content(),
         "classes": report.classes,
         "photos": report.photos,
         "unlabelled": report.unlabelled,
         "counts": report.counts,
         "unreadable": report.unreadable,
-        "checksums": {"samples": BLOCK, "crc32": checksums},
+        "checksums": {"samples": BLOCK, "crc32": report.done.checksums},
     }
 
 
-def verify_existing(path: str, workers: int) -> tuple[list[str], str]:
-    """Faults of a finished .beton, and what can be said of it where there are none: without its
-    JSON (FFCV's own files) photos are decoded only."""
-    reader = BetonReader(path)
-    noted = reader.sidecar.get("checksums", {})
-    crc32 = noted["crc32"] if noted.get("samples") == BLOCK else None
-    faults = verify(path, crc32, len(reader.classes), workers or cores())
-    if crc32 is None:
-        return faults, f"{path}: every photo decodes; no checksums beside it to compare with"
-    return faults, f"{path}: every photo reads as written"
+def _convert_command(src: str, dst: str, options: ConvertOptions) -> int:
+    """Convert and print the report; a failure on the way also tells what is kept."""
+    try:
+        print("\n".join(convert(src, dst, options).lines()))
+        return 0
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError):
+        raise  # bad input
+    except KeyboardInterrupt:
+        what, status = "interrupted", 130
+    except (OSError, RuntimeError) as error:
+        what, status = f"error: {error}", 1
+    print(f"{what}; {left_behind(Path(dst)) or 'nothing was written'}", file=sys.stderr)
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def act() -> int:
         if given["dst"] is not None:
-            print("\n".join(convert(given["src"], given["dst"], options).lines()))
-            return 0
+            return _convert_command(given["src"], given["dst"], options)
         if not options.verify:
             raise ValueError("DST is missing: give the .beton file to write, or --verify")
         options.check()

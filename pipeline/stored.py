@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipeline.beton import JPG, MAX_SIDE, RAW
 from pipeline.decode import UnreadablePhoto, load_photo, to_rgb
+from pipeline.jpeg_walk import whole_jpeg_size
 from pipeline.sources import Photo, read_bytes
 
 WRITE_MODES = ("keep", "jpg", "raw", "smart")
@@ -39,14 +40,18 @@ class StoredPhoto:
 
 
 def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
-    """Decode `data`, all of it, and choose what is stored.
+    """Choose what is stored of `data`, which is proved whole.
 
     keep: the bytes themselves for a colour JPEG (three components, 8 bits) within the largest
-    resolution, so that nothing is compressed twice; all else is encoded anew. jpg: always anew.
+    resolution, so that nothing is compressed twice; all else is encoded anew. A usual JPEG is
+    proved by its structure, all else by decoding it. jpg: always anew.
     raw: pixels. smart: pixels, and JPEG where they take more than the threshold, as FFCV has it.
 
     Raises UnreadablePhoto with the reason.
     """
+    size = whole_jpeg_size(data) if storage.write_mode == "keep" else None
+    if size and max(size) <= (storage.max_resolution or MAX_SIDE):
+        return StoredPhoto("kept", *size, data)
     image = load_photo(data)
     small = _within(image, storage.max_resolution)
     if storage.write_mode == "keep" and small is image and _is_colour_jpeg(image):

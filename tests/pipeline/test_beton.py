@@ -19,9 +19,9 @@ from pipeline.beton import (
     RAW,
     SAMPLE,
     BetonReader,
-    BetonWriter,
     sidecar_path,
 )
+from pipeline.beton_writer import BetonWriter
 from pipeline.convert import ConvertOptions, convert
 from pipeline.decode import UnreadablePhoto
 

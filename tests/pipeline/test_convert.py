@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.beton import JPG, RAW, BetonReader, sidecar_path
 from pipeline.convert import ConversionReport, ConvertOptions, convert, verify_existing
 from pipeline.decode import decode_photo
-from pipeline.sources import open_source
+from pipeline.sources import open_source, read_bytes
 
 HARD = Path(__file__).parents[3] / "shared" / "data" / "hard_jpegs"
 
@@ -42,7 +42,7 @@ def file_bytes(source: Path, without: str = "\0") -> dict[str, bytes]:
     """The photos' bytes by name, leaving out the class `without`."""
     opened = open_source(source)
     photos = [photo for photo in opened.photos if not photo.name.startswith(without)]
-    return {photo.name: opened.read_bytes(photo) for photo in photos}
+    return {photo.name: read_bytes(photo) for photo in photos}
 
 
 # ---- what is stored ----

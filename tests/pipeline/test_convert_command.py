@@ -162,7 +162,7 @@ def started(long_work: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def partial_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob(".a.beton.*.partial"))
+    return sum(path.stat().st_size for path in folder.glob(".a.beton.partial"))
 
 
 def assert_only_the_old_file_is_left(folder: Path, group: int) -> None:

@@ -1,0 +1,207 @@
+"""Photos a second into a .beton: this project's converter against FFCV's own DatasetWriter.
+
+    python benchmarks/convert.py --data photos/ [--photos 2000] [--rounds 7] [--json FILE]
+
+Both get the same colour JPEGs, which need no encoding, and one worker. FFCV's writer gets them as
+its documentation has it, from Pillow images: with its default settings it stores pixels, with
+`write_mode="jpg"` it encodes anew. Ours keeps their bytes, lists its source, starts its worker anew
+and waits until the disk has the file, all of which is timed; FFCV's does none of it. The floor is a
+plain copy of the same bytes into one file, flushed to disk as ours is. The sides take turns. At the
+end counts, labels and decoded pixels of the files are compared.
+
+Without --data the photos are drawn (small ones: `pipeline/drawn_photos.py`). A few files stand for
+many: they are repeated, under other names, up to --photos. With --dst in /dev/shm no disk counts.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+# Not this folder, where files bear the names of packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import in_words, machine, spread
+from pipeline.beton import BetonReader
+from pipeline.convert import ConvertOptions, convert
+from pipeline.drawn_photos import DrawOptions, draw_photos
+from pipeline.jpeg_walk import whole_jpeg_size
+from pipeline.sources import Photo, open_source, read_bytes
+
+OURS, RAW, JPG, COPY = "ibeton, keep", "FFCV, raw (default)", "FFCV, jpg", "copy (floor)"
+
+
+class PillowPhotos:
+    """The data set that FFCV's writer gets: (Pillow image, label), decoded when asked for."""
+
+    def __init__(self, photos: list[Photo]) -> None:
+        self._photos = photos
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        photo = self._photos[index]
+        return Image.open(os.path.join(photo.path, photo.name)).convert("RGB"), photo.label
+
+
+def repeated(data: Path, folder: Path, count: int) -> list[Photo]:
+    """`count` links in `folder` to the colour JPEGs of the folder `data`, classes as there."""
+    kept = [p for p in open_source(data).photos if whole_jpeg_size(read_bytes(p))]
+    if not kept:
+        raise SystemExit(f"error: --data {data} holds no whole colour JPEG")
+    for i in range(count):
+        photo = kept[i % len(kept)]
+        name = Path(photo.name)
+        link = folder / name.parent / f"{name.stem}_{i // len(kept)}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.join(photo.path, photo.name))
+    return open_source(folder).photos
+
+
+def write_ours(source: Path, dst: Path) -> None:
+    convert(source, dst, ConvertOptions(workers=1))
+
+
+def write_ffcv(photos: list[Photo], dst: Path, **settings: str) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    fields = {"image": RGBImageField(**settings), "label": IntField()}
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # its progress bar
+        DatasetWriter(str(dst), fields, num_workers=1).from_indexed_dataset(PillowPhotos(photos))
+
+
+def copy(photos: list[Photo], dst: Path) -> None:
+    with open(dst, "wb") as file:
+        for photo in photos:
+            file.write(read_bytes(photo))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def seconds(work: Callable[[Path], None], dst: Path) -> float:
+    """Time of `work(dst)`, before which what others wrote is flushed."""
+    os.sync()
+    start = time.perf_counter()
+    work(dst)
+    return time.perf_counter() - start
+
+
+def measure(sides: dict[str, Callable[[Path], None]], room: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of each side in each round, after one that is not counted; the files stay."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, work in sides.items():
+            dst = room / f"{list(sides).index(name)}.beton"
+            dst.unlink(missing_ok=True)
+            took = seconds(work, dst)
+            if number:
+                times[name].append(took)
+    return times
+
+
+def compare(room: Path, names: list[str]) -> str:
+    """Whether the files hold the same samples; SystemExit where they do not."""
+    readers = {n: BetonReader(room / f"{i}.beton") for i, n in enumerate(names) if n != COPY}
+    ours, distances = readers[OURS], []
+    for name, theirs in readers.items():
+        if len(theirs) != len(ours) or not np.array_equal(theirs.labels, ours.labels):
+            raise SystemExit(f"error: {name} has other photos or labels than {OURS}")
+    for i in np.linspace(0, len(ours) - 1, min(300, len(ours))).astype(int):
+        pixels = ours.pixels(i)
+        if not np.array_equal(readers[RAW].pixels(i), pixels):
+            raise SystemExit(f"error: photo {i} has other pixels in {RAW} than in {OURS}")
+        distances.append(np.abs(readers[JPG].pixels(i).astype(int) - pixels).mean())
+    return (
+        f"same {len(ours):,} photos and labels in all; of {len(distances)} photos the pixels of"
+        f" {RAW} are equal, those of {JPG} are {np.mean(distances):.2f} of 255 away (encoded twice)"
+    )
+
+
+def show(results: dict[str, Any], note: str) -> None:
+    """Print the table and what it was measured with."""
+    console, times = Console(width=110), results["seconds"]
+    table = Table(title=f"{results['photos']:,} photos, {results['megabytes']:.1f} MB, one worker")
+    for heading in ("", "photos/s", "MB/s of JPEG", "ours is faster by", "file MB"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, took in times.items():
+        table.add_row(
+            name,
+            spread([results["photos"] / t for t in took], 4),
+            spread([results["megabytes"] / t for t in took]),
+            spread([t / mine for t, mine in zip(took, times[OURS], strict=True)]),
+            f"{results['file_megabytes'][name]:,.0f}",
+        )
+    console.print(table)
+    console.print(note)
+    console.print(
+        f"{in_words(results['machine'])}, written to {results['dst']}; medians (quartiles) of"
+        f" {len(times[OURS])} rounds, the sides in turns"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of photos (default: drawn ones)")
+    parser.add_argument("--photos", type=int, default=2000, help="a round, files repeated")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
+    parser.add_argument("--dst", type=Path, help="folder to write to (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    if args.photos < 1 or args.rounds < 2:
+        parser.error("--photos must be at least 1 and --rounds at least 2")
+    try:
+        import ffcv.writer  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"error: there is no ffcv to compare with ({error}): make ffcv")
+    room = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=args.dst))
+    try:
+        run(args, room)
+    finally:
+        shutil.rmtree(room)
+
+
+def run(args: argparse.Namespace, room: Path) -> None:
+    data, source = args.data, room / "photos"
+    if data is None:
+        draw_photos(room / "drawn", DrawOptions(images_per_class=30, val_per_class=1))
+        data = room / "drawn" / "train"
+    photos = repeated(data.resolve(), source, args.photos)
+    sides: dict[str, Callable[[Path], None]] = {
+        COPY: lambda dst: copy(photos, dst),
+        OURS: lambda dst: write_ours(source, dst),
+        RAW: lambda dst: write_ffcv(photos, dst),
+        JPG: lambda dst: write_ffcv(photos, dst, write_mode="jpg"),
+    }
+    about = machine("ffcv", "pillow", "numpy")
+    times = measure(sides, room, args.rounds)
+    files = {name: (room / f"{i}.beton").stat().st_size / 1e6 for i, name in enumerate(sides)}
+    results = {
+        "machine": about,
+        "dst": str(room.parent),
+        "data": str(args.data or "drawn"),
+        "photos": len(photos),
+        "megabytes": sum(os.stat(os.path.join(p.path, p.name)).st_size for p in photos) / 1e6,
+        "file_megabytes": files,
+        "seconds": times,
+    }
+    show(results, compare(room, list(sides)))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
