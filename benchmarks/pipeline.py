@@ -13,8 +13,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +41,20 @@ from pipeline.decode import decode_photo
 from pipeline.drawn_photos import DrawOptions, draw_photos
 from pipeline.draws import draw_views
 from pipeline.loader import dali_problem, ffcv_problem
+from pipeline.order import epoch_order, rank_batches
 from pipeline.pil_views import cut_views_reference
+from pipeline.replace import Replacements
 
+BATCH = 8
 RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
 Side = Callable[[], int]
-
-
-def endless_batches(loader: Any) -> Iterator[Any]:
-    epoch = 0
-    while True:
-        yield from loader.epoch(epoch)
-        epoch += 1
 
 
 class Bench:
     """The sides for one .beton file, `workers` threads each; `images` a round of a fast side."""
 
     def __init__(self, data: str, workers: int, images: int, stack: ExitStack) -> None:
-        self.config = PipelineConfig(data=data, workers=workers, batch_size=8)
+        self.config = PipelineConfig(data=data, workers=workers, batch_size=BATCH)
         self.reader, self.views = BetonReader(data), self.config.views()
         self.images, self.place = images, 0
         self.mean, self.std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
@@ -66,10 +66,10 @@ class Bench:
             (len(sizes) - globals_, 3, sizes[-1], sizes[-1]),
         )
 
-    def some(self, count: int) -> list[int]:
+    def some(self, number: int) -> list[int]:
         """The next samples, round and round."""
-        start, self.place = self.place, self.place + count
-        return [i % len(self.reader) for i in range(start, start + count)]
+        start, self.place = self.place, self.place + number
+        return [i % len(self.reader) for i in range(start, start + number)]
 
     def read(self) -> int:
         total = 0
@@ -94,7 +94,7 @@ class Bench:
             photo = Image.fromarray(decode_photo(self.reader.photo_bytes(index)))
             draws = draw_views(self.views, 0, 0, index, photo.height, photo.width)
             for view in cut_views_reference(photo, draws, sizes):
-                planes = torch.from_numpy(view.transpose(2, 0, 1)).contiguous()
+                planes = torch.from_numpy(view.transpose(2, 0, 1).copy())
                 planes.float().div(255).sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
         return few
 
@@ -109,44 +109,32 @@ class Bench:
         return self.images
 
     def loader(self, kind: str) -> Side:
-        from dataclasses import replace
-
         loader = build_loader(replace(self.config, loader=kind))
         self.stack.callback(loader.close)
-        batches = endless_batches(loader)
+        epochs = count()
 
         def side() -> int:
-            count = 0
-            while count < self.images:
-                count += len(next(batches).indices)
-            return count
+            # An epoch of a few steps: nothing is made ready in the turns of the others.
+            first_step = max(0, loader.steps_per_epoch - self.images * 4 // BATCH)
+            return sum(len(batch.indices) for batch in loader.epoch(next(epochs), first_step))
 
         return side
 
     def pixels_only(self) -> Side:
         """Packed pixels for croppers on a GPU."""
         from pipeline.ffcv_pixels import FfcvPixels
-        from pipeline.order import epoch_order, rank_batches
-        from pipeline.replace import Replacements
 
+        config = self.config
         replacements = Replacements(self.reader, self.views, 0)
-        source = FfcvPixels(self.config.data, 8, self.config.workers, 3, replacements, pinned=False)
+        room = (BATCH, config.workers, config.batches_ahead)
+        source = FfcvPixels(config.data, *room, replacements, pinned=False)
         self.stack.callback(source.close)
-
-        def photos() -> Iterator[Any]:
-            epoch = 0
-            while True:
-                order = epoch_order(len(self.reader), 0, epoch)
-                yield from source.photos(rank_batches(order, 8, 0, 1))
-                epoch += 1
-
-        batches = photos()
+        epochs = count()
 
         def side() -> int:
-            count = 0
-            while count < self.images:
-                count += len(next(batches).offsets)
-            return count
+            order = epoch_order(len(self.reader), 0, next(epochs))
+            batches = rank_batches(order, BATCH, 0, 1)[: self.images * 4 // BATCH]
+            return sum(len(photos.offsets) for photos in source.photos(batches))
 
         return side
 
@@ -174,6 +162,12 @@ def measure(data: str, cores: list[int], images: int, rounds: int) -> dict[str, 
         if len(cores) > 1:  # the others do not use more than one
             sides = {name: side for name, side in sides.items() if "ffcv" in name or "dali" in name}
         return take_turns(sides, rounds)
+
+
+def measured_apart(*arguments: Any) -> dict[str, list[float]]:
+    """The same in a process of its own: thread pools keep the size that they began with."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -215,13 +209,13 @@ def main() -> None:
 
     about = machine("torch", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
     at_hand = sorted(os.sched_getaffinity(0))
-    console = Console()
+    console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or drawn(Path(folder))
-        rates = {"1 core": measure(data, at_hand[:1], args.images, args.rounds)}
+        rates = {"1 core": measured_apart(data, at_hand[:1], args.images, args.rounds)}
         if args.cores > 1 and len(at_hand) >= args.cores:
             name = f"{args.cores} cores"
-            rates[name] = measure(data, at_hand[: args.cores], args.images, args.rounds)
+            rates[name] = measured_apart(data, at_hand[: args.cores], args.images, args.rounds)
         reader = BetonReader(data)
         megapixels = float((reader.heights.astype(float) * reader.widths).mean() / 1e6)
     for cores, sides in rates.items():

@@ -64,4 +64,4 @@ def normalised(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     scale = (1 / (255 * std)).view(3, 1, 1)
     shift = (-mean / std).view(3, 1, 1)
     out = torch.empty(crops.shape, dtype=torch.float32, device=mean.device)
-    return torch.mul(crops, scale, out=out).add_(shift)
+    return out.copy_(crops).mul_(scale).add_(shift)  # in one product it takes twice as long
