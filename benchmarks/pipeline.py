@@ -39,7 +39,7 @@ from pipeline.convert import ConvertOptions, convert
 from pipeline.crops import cut_views
 from pipeline.decode import decode_photo
 from pipeline.drawn_photos import DrawOptions, draw_photos
-from pipeline.draws import draw_views
+from pipeline.draws import draw_views, stack_shape
 from pipeline.loader import dali_problem, ffcv_problem
 from pipeline.order import epoch_order, rank_batches
 from pipeline.pil_views import cut_views_reference
@@ -59,12 +59,8 @@ class Bench:
         self.images, self.place = images, 0
         self.mean, self.std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         self.stack = stack
-        sizes = [view.size for view in self.views]
-        globals_ = self.config.global_crops_number
-        self.shapes = (
-            (globals_, 3, sizes[0], sizes[0]),
-            (len(sizes) - globals_, 3, sizes[-1], sizes[-1]),
-        )
+        views = self.config.global_crops_number
+        self.shapes = stack_shape(self.views[:views]), stack_shape(self.views[views:])
 
     def some(self, number: int) -> list[int]:
         """The next samples, round and round."""

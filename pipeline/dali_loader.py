@@ -27,7 +27,7 @@ from pipeline.beton import BetonReader
 from pipeline.crops import cut_views
 from pipeline.dali_decode import DaliDecoder
 from pipeline.decode import UnreadablePhoto
-from pipeline.draws import ViewSpec, draw_batch, spec_table
+from pipeline.draws import ViewSpec, draw_batch, spec_table, stack_shape
 from pipeline.jpeg import plain_jpeg_size
 from pipeline.photos import Photos
 from pipeline.replace import Replacements
@@ -167,7 +167,7 @@ class _CpuCutter:
     """Cuts the photos of a batch on the threads of a pool."""
 
     def __init__(self, views: list[ViewSpec], global_views: int) -> None:
-        self._shapes = [_shape(views[:global_views]), _shape(views[global_views:])]
+        self._shapes = [stack_shape(views[:global_views]), stack_shape(views[global_views:])]
 
     def cut(
         self, pool: Executor, photos: list[Tensor], draws: np.ndarray, indices: Tensor
@@ -209,8 +209,3 @@ class _GpuCutter:
         if self._stream is not None:
             self._stream.synchronize()  # any stream may read the views, and DALI has its memory
         return DeviceCrops(*views, indices)
-
-
-def _shape(views: list[ViewSpec]) -> tuple[int, int, int, int]:
-    size = views[0].size if views else 1
-    return len(views), 3, size, size

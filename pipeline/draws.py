@@ -122,6 +122,12 @@ def published_views(
     return [first] + [others] * (global_crops - 1) + [local] * local_crops
 
 
+def stack_shape(views: list[ViewSpec]) -> tuple[int, int, int, int]:
+    """Shape [V, 3, S, S] of views of one size, cut from one photo; also of none at all."""
+    size = views[0].size if views else 1
+    return len(views), 3, size, size
+
+
 def spec_table(views: list[ViewSpec]) -> np.ndarray:
     """SPEC records [V] of the views, the form that the compiled samplers read."""
     return np.array([view.row() for view in views], dtype=SPEC)

@@ -21,7 +21,7 @@ from numba import carray, cfunc, types
 from pipeline.batch import Crops
 from pipeline.compiled import SETTINGS
 from pipeline.crops import cut_views
-from pipeline.draws import DRAW, SPEC, ViewSpec, draw_sample, spec_table
+from pipeline.draws import DRAW, SPEC, ViewSpec, draw_sample, spec_table, stack_shape
 from pipeline.ffcv_epoch import EPOCH_BITS, INDEX_MASK, Epoch, open_loader
 from pipeline.replace import Replacements
 
@@ -64,7 +64,7 @@ class DecodeAndCut(Operation):
         super().__init__()
         self._specs = spec_table(views)
         self._seed = seed
-        self._shapes = [_stack_shape(views[:global_views]), _stack_shape(views[global_views:])]
+        self._shapes = [stack_shape(views[:global_views]), stack_shape(views[global_views:])]
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         pixels = np.dtype("<u1")
@@ -111,11 +111,6 @@ class DecodeAndCut(Operation):
 
         decode_and_cut.is_parallel = True  # type: ignore[attr-defined]
         return decode_and_cut
-
-
-def _stack_shape(views: list[ViewSpec]) -> tuple[int, int, int, int]:
-    size = views[0].size if views else 1
-    return len(views), 3, size, size
 
 
 class FfcvCrops:
