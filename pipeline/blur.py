@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from pipeline.compiled import compiled
-from pipeline.resize import padded, transpose
+from pipeline.resize import padded
+from pipeline.transpose import transpose
 
 _F32, _U32 = np.float32, np.uint32
 Array = np.ndarray
@@ -56,17 +57,17 @@ def gaussian_blur(view: Array, sigma: float) -> None:
     if radius <= 0:
         return
     height, width = view.shape[1], view.shape[2]
-    upright = np.empty((width, padded(height)), np.uint8)
-    lying = np.empty((height, padded(width)), np.uint8)
-    spare_upright, spare_lying = np.empty_like(upright), np.empty_like(lying)
+    # The three channels side by side, as few long rows are quicker than many short ones.
+    down, across = padded(height), padded(width)
+    upright = np.empty((2, width, 3 * down), np.uint8)
+    lying = np.empty((2, height, 3 * across), np.uint8)
     for c in range(3):
-        image, rows, cols = view[c], height, width
-        source, target = upright, spare_upright
-        for _ in range(2):  # across, then down
-            transpose(image, 0, 1, 0, rows, cols, source)
-            for _ in range(3):
-                _box_blur(source, radius, target)
-                source, target = target, source
-            image, rows, cols = source, cols, rows
-            source, target = lying, spare_lying
-        view[c] = image[:, :width]
+        transpose(view[c], 0, 1, 0, height, width, upright[0, :, c * down :])
+    for step in range(3):
+        _box_blur(upright[step % 2], radius, upright[1 - step % 2])
+    for c in range(3):
+        transpose(upright[1], 0, 1, c * down, width, height, lying[0, :, c * across :])
+    for step in range(3):
+        _box_blur(lying[step % 2], radius, lying[1 - step % 2])
+    for c in range(3):
+        view[c] = lying[1, :, c * across : c * across + width]

@@ -10,6 +10,7 @@ import torch
 from pipeline.batch import Batch, Crops, DeviceCrops, normalised
 from pipeline.config import PipelineConfig
 from pipeline.masks import MaskConfig, draw_masks
+from pipeline.memory import keep_freed_memory
 from pipeline.order import epoch_order, rank_batches, steps_per_epoch
 from pipeline.photos import is_beton, open_photos
 from pipeline.replace import Replacements
@@ -87,6 +88,7 @@ class Loader:
         self, config: PipelineConfig, device: torch.device, rank: int, world_size: int
     ) -> None:
         config.check()
+        keep_freed_memory()
         self.masks = MaskConfig(
             shape=config.pred_shape,
             ratio=config.pred_ratio,

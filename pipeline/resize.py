@@ -9,14 +9,16 @@ import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from pipeline.compiled import compiled, inlined
+from pipeline.compiled import compiled
+from pipeline.transpose import transpose
 
 BITS = 22  # Pillow's fixed point for 8-bit resampling
-_I32 = np.int32
-_U64 = np.uint64
-_HALF = _I32(1 << (BITS - 1))
-_LANES = 32  # a pass over rows of a multiple of this has no remainder to do one by one
+_LANES = 32  # pixels that a pass does at a time
 Array = np.ndarray
 Taps = tuple[Array, Array, Array]
 
@@ -25,11 +27,9 @@ Taps = tuple[Array, Array, Array]
 def _bicubic(x: float) -> float:
     """Keys' cubic kernel with a = -0.5."""
     x = abs(x)
-    if x < 1.0:
-        return (1.5 * x - 2.5) * x * x + 1.0
-    if x < 2.0:
-        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return 0.0
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return near if x < 1.0 else far if x < 2.0 else 0.0  # a choice, not a branch
 
 
 @compiled
@@ -37,12 +37,12 @@ def resize_taps(source: int, target: int) -> Taps:
     """Taps of a 1-D antialiased bicubic resize from `source` to `target` pixels.
 
     Returns first [target] (first source pixel), count [target] and weights int32 [target, taps] in
-    22-bit fixed point, 0 from count on; taps is a multiple of 4.
+    22-bit fixed point, 0 from count on.
     """
     scale = source / target
     stretch = max(scale, 1.0)  # antialiasing: the kernel grows with the reduction
     support = 2.0 * stretch
-    taps = (math.ceil(support) * 2 + 1 + 3) // 4 * 4
+    taps = math.ceil(support) * 2 + 1
     first = np.empty(target, np.int32)
     count = np.empty(target, np.int32)
     weights = np.zeros((target, taps), np.int32)
@@ -64,17 +64,42 @@ def resize_taps(source: int, target: int) -> Taps:
     return first, count, weights
 
 
-@inlined
-def _clip8(x: int) -> np.uint8:
-    """Fixed point to 0..255."""
-    return np.uint8(min(max(_I32(_I32(x) >> _I32(BITS)), _I32(0)), _I32(255)))
+@intrinsic
+def _resize_block(typing: Any, source: Any, stride: Any, weights: Any, count: Any, out: Any) -> Any:
+    """32 pixels of an output row: the weighted sum of `count` rows, rounded and clipped to uint8.
 
+    All are addresses and lengths in bytes: `source` of the first row, whose next are `stride`
+    apart, and of int32 `weights` and of the pixels to write. Sums stay in registers over all taps,
+    which numba's own loops would write out and read back.
+    """
 
-@inlined
-def _taps4(w: tuple, a: int, b: int, c: int, d: int) -> Any:
-    """Four weighted pixels; numba would widen each product to 64 bits, which halves a vector."""
-    high = _I32(_I32(w[0] * _I32(a)) + _I32(w[1] * _I32(b)))
-    return _I32(high + _I32(_I32(w[2] * _I32(c)) + _I32(w[3] * _I32(d))))
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, stride, weights, count, out = arguments
+        byte, word = ir.IntType(8), ir.IntType(32)
+        pixels, sums = ir.VectorType(byte, _LANES), ir.VectorType(word, _LANES)
+
+        def splat(value: int) -> Any:
+            return ir.Constant(sums, [value] * _LANES)
+
+        total = cgutils.alloca_once_value(builder, splat(1 << (BITS - 1)))
+        with cgutils.for_range(builder, count) as tap:
+            row = builder.add(source, builder.mul(stride, tap.index))
+            values = builder.load(builder.inttoptr(row, pixels.as_pointer()), align=1)
+            at = builder.gep(builder.inttoptr(weights, word.as_pointer()), [tap.index])
+            one = builder.insert_element(splat(0), builder.load(at, align=4), word(0))
+            weight = builder.shuffle_vector(one, splat(0), splat(0))
+            product = builder.mul(builder.zext(values, sums), weight)
+            builder.store(builder.add(builder.load(total), product), total)
+        value = builder.ashr(builder.load(total), splat(BITS))
+        for limit, keep in ((0, ">"), (255, "<")):
+            inside = builder.icmp_signed(keep, value, splat(limit))
+            value = builder.select(inside, value, splat(limit))
+        to = builder.inttoptr(out, pixels.as_pointer())
+        builder.store(builder.trunc(value, pixels), to, align=1)
+        return context.get_dummy_value()
+
+    address = types.intp
+    return types.void(address, address, address, address, address), emit
 
 
 @compiled
@@ -85,87 +110,22 @@ def resize_rows(
     `left` on, into out [S, k], rounded to uint8. With `flip` the last row comes first."""
     first, count, weights = taps
     rows, length = out.shape
-    total = np.empty(length, np.int32)
-    right = left + length
+    stride, begin, to = source.strides[0] * step, source.ctypes.data + left, out.ctypes.data
     for y in range(rows):
-        to = out[rows - 1 - y if flip else y]
-        at, last = start + step * first[y], count[y] - 1
-        for t in range(0, count[y], 4):
-            a = source[at + step * t, left:right]
-            b = source[at + step * min(t + 1, last), left:right]
-            c = source[at + step * min(t + 2, last), left:right]
-            d = source[at + step * min(t + 3, last), left:right]
-            w = (weights[y, t], weights[y, t + 1], weights[y, t + 2], weights[y, t + 3])
-            if last < 4:  # all there is
-                for x in range(length):
-                    to[x] = _clip8(_I32(_HALF + _taps4(w, a[x], b[x], c[x], d[x])))
-            elif t == 0:
-                for x in range(length):
-                    total[x] = _I32(_HALF + _taps4(w, a[x], b[x], c[x], d[x]))
-            elif t + 4 <= last:
-                for x in range(length):
-                    total[x] = _I32(total[x] + _taps4(w, a[x], b[x], c[x], d[x]))
-            else:
-                for x in range(length):
-                    to[x] = _clip8(_I32(total[x] + _taps4(w, a[x], b[x], c[x], d[x])))
-
-
-@inlined
-def _swap(a: int, b: int, bits: int, mask: int) -> tuple[int, int]:
-    """Exchange what `a` has outside the mask with what `b` has under it; uint64."""
-    return (a & mask) | ((b & mask) << bits), ((a >> bits) & mask) | (b & ~mask)
-
-
-_BITS1, _MASK1 = _U64(8), _U64(0x00FF00FF00FF00FF)
-_BITS2, _MASK2 = _U64(16), _U64(0x0000FFFF0000FFFF)
-_BITS4, _MASK4 = _U64(32), _U64(0x00000000FFFFFFFF)
-
-
-@inlined
-def _transposed(
-    a: int, b: int, c: int, d: int, e: int, f: int, g: int, h: int
-) -> tuple[int, int, int, int, int, int, int, int]:
-    """A block of 8 x 8 bytes, a row each, in three rounds: bytes, pairs and fours change places."""
-    a, b = _swap(a, b, _BITS1, _MASK1)
-    c, d = _swap(c, d, _BITS1, _MASK1)
-    e, f = _swap(e, f, _BITS1, _MASK1)
-    g, h = _swap(g, h, _BITS1, _MASK1)
-    a, c = _swap(a, c, _BITS2, _MASK2)
-    b, d = _swap(b, d, _BITS2, _MASK2)
-    e, g = _swap(e, g, _BITS2, _MASK2)
-    f, h = _swap(f, h, _BITS2, _MASK2)
-    a, e = _swap(a, e, _BITS4, _MASK4)
-    b, f = _swap(b, f, _BITS4, _MASK4)
-    c, g = _swap(c, g, _BITS4, _MASK4)
-    d, h = _swap(d, h, _BITS4, _MASK4)
-    return a, b, c, d, e, f, g, h
-
-
-@compiled
-def transpose(
-    source: Array, start: int, step: int, left: int, rows: int, cols: int, target: Array
-) -> None:
-    """target[x, y] = source[start + step * y, left + x] for `rows` x `cols` bytes. The rows of
-    `target` must hold a multiple of 8 bytes; what lies beyond `rows` there becomes rubbish."""
-    words, right = target.view(np.uint64), left + cols // 8 * 8
-    last = start + step * (rows - 1)
-    for y in range(0, rows, 8):
-        at = start + step * y
-        a = source[at, left:right].view(np.uint64)
-        b = source[min(at + step, last), left:right].view(np.uint64)
-        c = source[min(at + 2 * step, last), left:right].view(np.uint64)
-        d = source[min(at + 3 * step, last), left:right].view(np.uint64)
-        e = source[min(at + 4 * step, last), left:right].view(np.uint64)
-        f = source[min(at + 5 * step, last), left:right].view(np.uint64)
-        g = source[min(at + 6 * step, last), left:right].view(np.uint64)
-        h = source[min(at + 7 * step, last), left:right].view(np.uint64)
-        for k in range(a.size):
-            block = _transposed(a[k], b[k], c[k], d[k], e[k], f[k], g[k], h[k])
-            for i in range(8):
-                words[8 * k + i, y // 8] = block[i]
-    for x in range(cols // 8 * 8, cols):
-        for y in range(rows):
-            target[x, y] = source[start + step * y, left + x]
+        line = rows - 1 - y if flip else y
+        top = start + step * first[y]
+        if length < _LANES:
+            for x in range(length):
+                total = 1 << (BITS - 1)
+                for t in range(count[y]):
+                    total += weights[y, t] * source[top + step * t, left + x]
+                out[line, x] = min(max(total >> BITS, 0), 255)
+            continue
+        row, target = begin + top * source.strides[0], to + line * out.strides[0]
+        weight = weights.ctypes.data + y * weights.strides[0]
+        for block in range(0, length, _LANES):
+            x = min(block, length - _LANES)  # the last block overlaps the one before
+            _resize_block(row + x, stride, weight, count[y], target + x)
 
 
 @compiled
@@ -200,7 +160,6 @@ def resized_crop(
     half = np.empty((size, padded(length)), np.uint8)
     turned = np.empty((length, padded(size)), np.uint8)
     last = np.empty((size, padded(size)), np.uint8)
-    view = np.empty((size, padded(size)), np.uint8)
     for c in range(3):
         source, start, step, begin = columns, 3 * left + c, 3, top
         if rows_first:
@@ -210,5 +169,4 @@ def resized_crop(
         transpose(half, 0, 1, 0, size, length, turned)
         resize_rows(turned, 0, 1, 0, second, flip and rows_first, last if rows_first else out[c])
         if rows_first:
-            transpose(last, 0, 1, 0, size, size, view)
-            out[c] = view[:, :size]
+            transpose(last, 0, 1, 0, size, size, out[c])
