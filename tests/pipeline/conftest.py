@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.interpreter import mend
 from pipeline.convert import ConvertOptions, convert
 
 COUNT = 48
@@ -50,20 +50,6 @@ def raw_beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter takes loop bounds in a way that NumPy 2.4 refuses (triton #9171),
-    and its time goes into the number of operations, however large their blocks."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    from pipeline import gpu_kernels
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
-    monkeypatch.setattr(gpu_kernels, "BLOCK_PIXELS", 4096)
-    monkeypatch.setattr(gpu_kernels, "BLOCK_TAPS", 64)
+    """Triton's interpreter as it should be, where a test runs under it."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        mend(monkeypatch.setattr)

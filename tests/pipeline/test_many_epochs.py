@@ -1,0 +1,75 @@
+"""What a run of many epochs, some left half-way, leaves behind: nothing."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import Loader, PipelineConfig, build_loader
+from pipeline.loader import dali_problem, ffcv_problem
+
+PROBLEMS = {"ffcv": ffcv_problem(), "dali": dali_problem(), "pil": ""}
+EPOCHS, WARM = 30, 10  # counted after whole epochs: of others, batches may be under way
+SMALL = PipelineConfig(
+    batch_size=8,
+    workers=2,
+    local_crops_number=3,
+    global_crops_size=64,
+    local_crops_size=32,
+    patch_size=8,
+)
+MEGABYTES = 6.0  # a leak of one batch an epoch would be 14
+
+
+def held() -> tuple[int, int, int]:
+    """Threads, open files and child processes."""
+    gc.collect()
+    this = Path("/proc/self")
+    children = (this / "task").glob("*/children")
+    return (
+        len(list((this / "task").iterdir())),
+        len(list((this / "fd").iterdir())),
+        sum(len(path.read_text().split()) for path in children),
+    )
+
+
+def megabytes() -> float:
+    """Memory in use that is not of files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no RssAnon in /proc/self/status")
+
+
+def run_epoch(loader: Loader, epoch: int) -> None:
+    """Every third is left half-way."""
+    steps = loader.steps_per_epoch // (2 if epoch % 3 == 2 else 1)
+    batches = loader.epoch(epoch)
+    for _ in range(steps):
+        next(batches)
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])
+def test_thirty_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) -> None:
+    if PROBLEMS[kind]:
+        pytest.skip(PROBLEMS[kind])
+    at_first = held()
+    loader = build_loader(replace(SMALL, data=str(beton), loader=kind))
+    for epoch in range(WARM):
+        run_epoch(loader, epoch)
+    things, memory = held(), megabytes()
+    for epoch in range(WARM, EPOCHS + 1):
+        run_epoch(loader, epoch)
+        if epoch % 3 == 0:
+            assert held() <= things, f"after epoch {epoch}"
+    assert megabytes() - memory < MEGABYTES
+    loader.close()
+    # What a library starts once a process stays: numba's and torch's threads, a resource tracker.
+    assert held() <= things
+    del loader
+    again = build_loader(replace(SMALL, data=str(beton), loader=kind))
+    run_epoch(again, 0)
+    again.close()
+    assert held() <= things
+    assert at_first <= things
