@@ -31,7 +31,7 @@ from benchmarks.measure import in_words, machine, quartiles
 
 KERNEL_SHARE = 100 / 1.3  # % of copy speed: within 1.3 times the time of its bytes
 SPEED, MEMORY, PEAK = 3.0, 0.45, 0.40  # of the baseline's images/s and memory; of matrix products
-PART_LIMIT_S = 180
+PART_LIMIT_S, REHEARSAL_LIMIT_S = 180, 900
 SMALL_MODEL = (
     *("--arch", "vit_t", "--batch-size", "2", "--local-crops-number", "2", "--out-dim", "256"),
     *("--rounds", "2", "--device", "cpu"),
@@ -181,12 +181,13 @@ def main() -> int:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     out, console = args.out.resolve(), Console(width=110)
-    end = time.monotonic() + 60 * args.minutes
+    limit = REHEARSAL_LIMIT_S if args.rehearse else PART_LIMIT_S
+    end = time.monotonic() + (3 * limit if args.rehearse else 60 * args.minutes)
     done: list[Part] = []
     failed: dict[str, str] = {}
     for part in parts(out, args.rehearse):
         left = end - time.monotonic()
-        problem = run(part, out, min(left, PART_LIMIT_S), console) if left > 5 else "no time left"
+        problem = run(part, out, min(left, limit), console) if left > 5 else "no time left"
         if problem:
             failed[part.name] = problem
         else:
