@@ -38,9 +38,13 @@ bench: setup     ## loaders, masks and the model's step against the published wa
 	@$(PY) benchmarks/masks.py
 	@$(PY) benchmarks/kernels.py
 	@$(PY) benchmarks/model.py
+	@$(PY) benchmarks/features.py
+
+gpu: setup       ## all that wants a GPU, in one call of eight minutes: tests, then benchmarks
+	@$(PY) benchmarks/gpu.py --out runs/gpu
 
 clean:           ## remove runs and caches, keep .venv
 	rm -rf runs data/drawn .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help setup ffcv doctor train test test-all lint bench clean
+.PHONY: help setup ffcv doctor train test test-all lint bench gpu clean
 .DEFAULT_GOAL := help

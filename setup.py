@@ -1,4 +1,4 @@
-"""Installation: `make setup` does all of it; `pip install -e .[eval,dev]` is the same by hand.
+"""Installation: `make setup` does all of it; `pip install -e .[dali,export,dev]` is the same by hand.
 
 Ranges stand here, the tested versions in constraints.txt. torch 2.10 is the newest PyPI release
 that carries V100 (sm_70) kernels, so constraints.txt pins it; newer ones work on newer GPUs.
@@ -24,13 +24,16 @@ setup(
         "rich>=13",
         "tensorboard>=2.17",
         "matplotlib>=3.9",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",
     ],
     extras_require={
         # ffcv builds against OpenCV and libturbojpeg and imports distutils, which setuptools
         # supplies from Python 3.12 on.
         "ffcv": ["ffcv==1.0.2", "setuptools<81"],
         "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
-        "eval": ["scikit-learn>=1.5", "scipy>=1.13"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "scipy>=1.13"],
+        # Weights for Hugging Face; timm brings what its own need.
+        "export": ["transformers>=5"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11"],
     },
 )

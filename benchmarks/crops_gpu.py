@@ -113,9 +113,16 @@ class Bench:
 
     def step(self, crops: DeviceCrops) -> None:
         training_step(
-            *(self.ibot, self.optimizer, self.scaler),
-            *(crops.global_crops, crops.local_crops, self.masks),
-            **{"epoch": 1, "lr": 1e-5, "weight_decay": 0.04, "momentum": 0.996},
+            self.ibot,
+            self.optimizer,
+            self.scaler,
+            crops.global_crops,
+            crops.local_crops,
+            self.masks,
+            epoch=1,
+            lr=1e-5,
+            weight_decay=0.04,
+            momentum=0.996,
             autocast_dtype=self.dtype,
         )
 

@@ -8,20 +8,16 @@ with exp(similarity / temperature).
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from evaluation.features import PhotoSet, extract_features
-from options import Parser, fill
-from pipeline.workers import cores
+from evaluation.command import Protocol, Scores, Task, command
+from evaluation.features import Features, extract_features
+from evaluation.photos import PhotoSet
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -208,85 +204,72 @@ class RawPixels(nn.Module):
         return images.flatten(1).unsqueeze(1)
 
 
-def untrained_backbone(config: dict[str, Any], seed: int = 0) -> nn.Module:
-    """Return the checkpoint's teacher backbone as it is before training, from a fixed seed."""
-    from model.config import ModelConfig
-    from model.ibot import build_network
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_network(fill(ModelConfig, config), is_student=False).backbone
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m evaluation.knn", description="weighted k-NN accuracy of a checkpoint"
-    )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint that train.py wrote")
-    parser.add_argument(
-        "--train", required=True, help="photo folder, tar or .beton: the neighbours"
-    )
-    parser.add_argument("--val", required=True, help="photo folder, tar or .beton: the questions")
-    parser.add_argument("--network", choices=("teacher", "student"), default="teacher")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, nargs="+", default=KS, help="neighbours that vote")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes")
     parser.add_argument(
-        "--image-size", type=int, help="side of a view (as the model was built for)"
-    )
-    parser.add_argument("--batch-size", type=int, default=128, help="images at a time")
-    parser.add_argument("--workers", type=int, default=cores(), help="decoding processes")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--untrained", action="store_true", help="also before any training")
-    parser.add_argument(
         "--pixels", action="store_true", help=f"also raw {PIXELS} x {PIXELS} pixels"
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    return parser
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line asks for; "results" holds {features: {k: (top1, top5)}}."""
-    from model.checkpoint import load_backbone
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the option, for values that cannot work."""
+    if min(args.k) < 1:
+        raise ValueError(f"--k holds {min(args.k)}; a vote needs at least 1 neighbour")
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature is {args.temperature}; it must be above 0")
 
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {args.device}: no CUDA device is usable here; give --device cpu"
+
+def knn_scores(task: Task, train: Features | None = None) -> Scores:
+    """Top-1 and top-5 in percent for each k, by the photos of `train` (all of the training set's);
+    before them the best top-1 of all k.
+
+    With --pixels those of centred raw pixels, too.
+    """
+    train = train or task.train
+    by_k = classify_by_k(
+        F.normalize(train["cls"], dim=1),
+        train.labels,
+        F.normalize(task.val["cls"], dim=1),
+        task.val.labels,
+        task.args.k,
+        task.args.temperature,
+        task.num_classes,
+        task.how.device,
+    )
+    best = max(top1 for top1, _ in by_k.values())
+    scores = {"best_top1": best, **_named("", by_k)}
+    if task.args.pixels and train is task.train:
+        sets = (task.args.train, task.args.val, min(PIXELS, task.train_photos.size))
+        how = (task.args.temperature, task.how.batch_size, task.how.threads)
+        scores |= _named(
+            "pixels_", evaluate_knn(RawPixels(), *sets, task.args.k, *how, centred=True)
         )
-    if args.batch_size < 1 or args.workers < 0:
-        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
-    backbone, config = load_backbone(args.checkpoint, args.network)
-    image_size = args.image_size or config["image_size"]
-    rows: list[tuple[str, nn.Module, int, bool]] = [(args.network, backbone, image_size, False)]
-    if args.untrained:
-        rows.append(("untrained", untrained_backbone(config), image_size, False))
-    if args.pixels:
-        rows.append(("raw pixels", RawPixels(), min(PIXELS, image_size), True))
-    results = {}
-    for name, network, size, centred in rows:
-        sets = (args.train, args.val, size, args.k, args.temperature, args.batch_size, args.workers)
-        results[name] = evaluate_knn(network.to(args.device), *sets, args.device, centred)
-    given = ("checkpoint", "train", "val", "temperature")
-    return {**{n: getattr(args, n) for n in given}, "image_size": image_size, "results": results}
+    return scores
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        report = run(args)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    table = Table(title=f"k-NN, {args.val} by {args.train}")
-    table.add_column("features")
-    for heading in ("k", "top-1 %", "top-5 %"):
-        table.add_column(heading, justify="right")
-    for name, by_k in report["results"].items():
-        for k, (top1, top5) in by_k.items():
-            table.add_row(name, str(k), f"{top1:.2f}", f"{top5:.2f}")
-    Console().print(table)
+def _named(prefix: str, by_k: dict[int, Accuracy]) -> Scores:
+    return {
+        f"{prefix}k{k}_top{n}": value
+        for k, accuracy in by_k.items()
+        for n, value in zip((1, 5), accuracy, strict=True)
+    }
+
+
+PROTOCOL = Protocol(
+    "knn",
+    "weighted k-NN accuracy in percent",
+    lambda config: ("cls",),
+    knn_scores,
+    ("best_top1",),
+    (add_options,),
+    (check_options,),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command([PROTOCOL], argv=argv)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

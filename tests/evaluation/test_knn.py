@@ -1,22 +1,17 @@
 """k-NN: the published figures, any number of photos and classes, photos through a real backbone."""
 
 import json
-import logging
-import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from photo_folders import COLOURS, small_vit, write_photos
 from PIL import Image
-from torchvision import transforms
+from sklearn.neighbors import KNeighborsClassifier
 
 from evaluation import knn
-from evaluation.features import MEAN, STD, PhotoSet, extract_features
 from evaluation.knn import (
     KS,
     RawPixels,
@@ -26,10 +21,9 @@ from evaluation.knn import (
     knn_classify,
     vote,
 )
-from model.checkpoint import load_backbone, model_state, save_checkpoint
-from model.config import ModelConfig
-from model.ibot import build
-from model.vit import VisionTransformer
+from evaluation.networks import untrained
+from evaluation.photos import PhotoSet
+from model.checkpoint import load_backbone
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = np.load(ROOT / "tests" / "reference" / "knn.npz")
@@ -62,6 +56,19 @@ def test_accuracies_are_the_published_ones(name, classes):
             assert low - 1e-9 <= top5 <= high + 1e-9
             if low == high:
                 assert top5 == pytest.approx(PUBLISHED[f"{name}/top5"][i, j], abs=1e-9)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 30])
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_top_1_is_scikit_learns_vote(classes, k):
+    generator = torch.Generator().manual_seed(classes)
+    train, test = (F.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (60, 40))
+    labels, own = (torch.randint(classes, (n,), generator=generator) for n in (60, 40))
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(train.double().numpy(), labels.numpy())
+    right = (theirs.predict(test.double().numpy()) == own.numpy()).mean()
+    assert knn_classify(train, labels, test, own, k)[0] == pytest.approx(100 * right)
 
 
 def test_one_k_alone_gives_the_figures_of_several_at_once():
@@ -154,78 +161,6 @@ def test_impossible_questions_are_named(change, message):
         knn_classify(**args)
 
 
-def write_photos(folder: Path, classes: dict[str, tuple[int, int, int]], each: int) -> Path:
-    """Write `each` noisy photos of one colour for each class, of several shapes."""
-    noise = np.random.default_rng(len(classes) * 100 + each)
-    for name, colour in classes.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(each):
-            shape = ((40, 60), (60, 40), (48, 48), (100, 33))[i % 4]
-            pixels = np.array(colour) + noise.normal(0, 40, (*shape, 3))
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            image.save(folder / name / f"{i}.jpg", quality=95)
-    return folder
-
-
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("photos")
-    return write_photos(root / "train", COLOURS, 8), write_photos(root / "val", COLOURS, 3)
-
-
-def small_vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    return VisionTransformer(embed_dim=32, depth=2, num_heads=2, patch_size=8, image_size=32)
-
-
-def test_views_are_torchvisions_resize_and_centre_crop(folders):
-    for size, shorter_side in ((32, 37), (224, 256)):
-        photos = PhotoSet(folders[0], size)
-        files = sorted(folders[0].rglob("*.jpg"))
-        expected = transforms.Compose(
-            [
-                transforms.Resize(shorter_side, interpolation=3),
-                transforms.CenterCrop(size),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
-        views = torch.stack([expected(Image.open(file)) for file in files])
-        features, labels = extract_features(RawPixels(), photos, batch_size=5)
-        assert torch.allclose(features, views.flatten(1), atol=1e-5, rtol=0)
-        assert labels.tolist() == [sorted(COLOURS).index(file.parent.name) for file in files]
-
-
-def test_features_are_the_class_tokens_and_the_backbone_is_left_as_it_was(folders):
-    backbone, photos = small_vit().train(), PhotoSet(folders[1], 32)
-    backbone.blocks[1].eval()
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    features, _ = extract_features(backbone, photos, batch_size=4)
-    assert features.shape == (9, 32)
-    assert features.dtype == torch.float32
-    assert not features.is_inference()
-    assert backbone.training
-    assert not backbone.blocks[1].training
-    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
-    images = torch.stack([photos[i][0] for i in range(9)]).float() / 255
-    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    with torch.no_grad():
-        expected = backbone.eval()(images)[:, 0]
-    assert torch.allclose(features, expected, atol=1e-5)
-
-
-def test_batch_size_and_worker_processes_do_not_change_the_features(folders):
-    backbone, photos = small_vit(), PhotoSet(folders[1], 32)
-    alone, labels = extract_features(backbone, photos, batch_size=1)
-    for batch_size, workers in ((9, 0), (4, 1)):
-        features, again = extract_features(backbone, photos, "cpu", batch_size, workers)
-        assert torch.allclose(features, alone, atol=1e-5)
-        assert torch.equal(labels, again)
-
-
 def test_colours_are_told_apart_through_the_real_backbone(folders):
     result = evaluate_knn(small_vit(), *folders, image_size=32, ks=(1, 5, 200))
     assert list(result) == [1, 5, 200]
@@ -234,21 +169,6 @@ def test_colours_are_told_apart_through_the_real_backbone(folders):
     pixels = evaluate_knn(RawPixels(), *folders, image_size=32, ks=(5,), centred=True)
     assert pixels[5] == (100.0, 100.0)
     assert list(evaluate_knn(small_vit(), *folders, image_size=32)) == list(KS)
-
-
-def test_an_unreadable_photo_is_named_counted_and_left_out(folders, tmp_path, caplog):
-    val = write_photos(tmp_path / "val", COLOURS, 2)
-    (val / "green" / "0.jpg").write_bytes(b"no photo")
-    with caplog.at_level(logging.WARNING):
-        features, labels = extract_features(RawPixels(), PhotoSet(val, 16), batch_size=2)
-    assert labels.tolist() == [0, 0, 1, 2, 2]
-    assert len(features) == 5
-    assert "0.jpg" in caplog.text
-    assert "1 of 6 photos" in caplog.text
-    for photo in val.rglob("*.jpg"):
-        photo.write_bytes(b"no photo")
-    with pytest.raises(ValueError, match="none of the 6 photos"):
-        extract_features(RawPixels(), PhotoSet(val, 16))
 
 
 def test_classes_are_matched_by_name(folders, tmp_path):
@@ -276,53 +196,47 @@ def test_a_missing_set_is_named(tmp_path):
         PhotoSet(tmp_path / "nowhere", 16)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    torch.manual_seed(1)
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
-    head = {"out_dim": 16, "patch_out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8}
-    config = ModelConfig(**sizes, **head)
-    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
-    save_checkpoint(path, model_state(build(config)) | {"config": asdict(config)})
-    return path
-
-
-def command_line(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "evaluation.knn", *map(str, args), "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def test_the_command_prints_and_writes_every_figure(checkpoint, folders, tmp_path):
-    sets = ("--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1])
-    also = ("--untrained", "--pixels", "--json", tmp_path / "knn.json")
-    done = command_line(*sets, "--k", 5, 10, "--workers", 0, *also)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "knn.json").read_text())
-    assert report["image_size"] == 32
-    assert list(report["results"]) == ["teacher", "untrained", "raw pixels"]
-    for name, by_k in report["results"].items():
-        assert list(by_k) == ["5", "10"]
-        assert name in done.stdout
-        for top1, top5 in by_k.values():
-            assert f"{top1:.2f}" in done.stdout
-            assert 0 <= top1 <= top5 <= 100
-
-
 def test_the_untrained_backbone_is_seeded_and_differs_from_the_checkpoint(checkpoint):
     backbone, config = load_backbone(checkpoint)
     state = torch.random.get_rng_state()
-    one, two = knn.untrained_backbone(config), knn.untrained_backbone(config)
+    one, two = untrained(config)[0], untrained(config)[0]
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name])
     assert not torch.equal(one.pos_embed, backbone.pos_embed)
 
 
+def test_the_command_scores_every_k_of_checkpoint_untrained_and_pixels(
+    checkpoint, folders, tmp_path, capsys
+):
+    sets = ["--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1]]
+    also = ["--untrained", "--pixels", "--json", tmp_path / "knn.json", "--cache", tmp_path]
+    assert knn.main([str(a) for a in (*sets, *also, "--k", 5, 10, "--device", "cpu")]) == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "knn.json").read_text())
+    assert report["image_size"] == 32
+    assert list(report["scores"]) == ["teacher", "untrained"]
+    expected = ["k5_top1", "k5_top5", "k10_top1", "k10_top5"]
+    for name, protocols in report["scores"].items():
+        scores = protocols["knn"]
+        assert list(scores) == ["best_top1", *expected, *[f"pixels_{score}" for score in expected]]
+        assert scores["best_top1"] == max(scores["k5_top1"], scores["k10_top1"])
+        assert f"| {name} | {scores['best_top1']:.2f} |" in said
+        by_k = evaluate_knn(
+            load_backbone(checkpoint)[0]
+            if name == "teacher"
+            else untrained(load_backbone(checkpoint)[1])[0],
+            *folders,
+            image_size=32,
+            ks=(5,),
+        )
+        assert by_k[5] == pytest.approx((scores["k5_top1"], scores["k5_top5"]))
+
+
 @pytest.mark.parametrize("missing", ["--checkpoint", "--train", "--val"])
 def test_a_missing_path_is_one_sentence_and_exit_status_2(checkpoint, folders, missing, capsys):
     args = {"--checkpoint": checkpoint, "--train": folders[0], "--val": folders[1]}
-    args |= {missing: "/nowhere/at/all", "--workers": 0, "--device": "cpu"}
+    args |= {missing: "/nowhere/at/all", "--device": "cpu"}
     with pytest.raises(SystemExit) as stopped:
         knn.main([str(part) for pair in args.items() for part in pair])
     assert stopped.value.code == 2

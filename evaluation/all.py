@@ -1,0 +1,27 @@
+"""All protocols on frozen features, from one forward pass a photo.
+
+python -m evaluation.all --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ... --untrained
+"""
+
+from collections.abc import Sequence
+
+from evaluation import cluster, knn, linear, logistic, parts, retrieval, semi
+from evaluation.command import command
+
+PROTOCOLS = (
+    knn.PROTOCOL,
+    linear.PROTOCOL,
+    logistic.PROTOCOL,
+    semi.PROTOCOL,
+    cluster.PROTOCOL,
+    parts.PROTOCOL,
+    retrieval.PROTOCOL,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(PROTOCOLS, "all", "all protocols on frozen features", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,240 @@
+"""What all protocols share: options, features of both sets, and how scores are shown and kept.
+
+A protocol is a function from a `Task` to named scores. Its command prints a table, writes JSON
+beside the checkpoint and ends with a Markdown table of one line. Under torchrun all ranks compute
+features together; rank 0 does the rest.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from evaluation.cache import cached_features
+from evaluation.features import PRECISIONS, Extraction, Features
+from evaluation.networks import load_with_head, untrained
+from evaluation.photos import PhotoSet
+from model.head import IBOTHead
+from options import Parser
+
+Scores = dict[str, float]
+
+
+@dataclass
+class Task:
+    """What a protocol is to judge: one frozen backbone by two labelled sets."""
+
+    train: Features
+    val: Features
+    num_classes: int
+    args: argparse.Namespace
+    config: dict[str, Any]  # the run's settings
+    how: Extraction
+    backbone: nn.Module
+    train_photos: PhotoSet
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol and its command `python -m evaluation.NAME`."""
+
+    name: str
+    about: str
+    needs: Callable[[dict[str, Any]], tuple[str, ...]]  # settings of the run -> names of features
+    scores: Callable[[Task], Scores]
+    headlines: tuple[str, ...]  # the scores that stand for it in a line of Markdown
+    options: tuple[Callable[[argparse.ArgumentParser], None], ...] = ()  # what adds its options
+    checks: tuple[Callable[[argparse.Namespace], object], ...] = ()  # raise ValueError for bad ones
+
+
+def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
+    parser = Parser(prog=f"python -m evaluation.{name}", description=about)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="checkpoint that train.py wrote")
+    add("--train", required=True, help="labelled photos to learn from: folder, tar or .beton")
+    add("--val", required=True, help="labelled photos to be judged by: folder, tar or .beton")
+    add("--network", choices=("teacher", "student"), default="teacher")
+    add("--untrained", action="store_true", help="also the same network before any training")
+    add("--image-size", type=int, help="side of a view (default: as the model was built for)")
+    add("--batch-size", type=int, default=128, help="images at a time")
+    add("--workers", type=int, default=0, help="threads that decode (0: one a core)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the forward pass; auto: fp16 on a GPU, fp32 on a CPU",
+    )
+    add("--cache", type=Path, help="folder for features (default: features beside the checkpoint)")
+    add("--json", type=Path, help="file for the scores (default: beside the checkpoint)")
+    for add_options in dict.fromkeys(one for protocol in protocols for one in protocol.options):
+        add_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, Any]:
+    """Everything that the command line asks for; "scores" holds {network: {protocol: scores}},
+    which are there on rank 0 alone. Of several protocols, one that does not fit the network is
+    left out, and "left_out" says why. Raises ValueError or OSError with a sentence for the user."""
+    device = join_processes(args.device)
+    if args.batch_size < 1 or args.workers < 0:
+        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+    how = Extraction(device, args.batch_size, args.workers, args.precision)
+    how.dtype()  # what cannot be is refused before anything is read
+    for check in dict.fromkeys(one for protocol in protocols for one in protocol.checks):
+        check(args)
+    backbone, head, config = load_with_head(args.checkpoint, args.network)
+    networks: dict[str, tuple[nn.Module, IBOTHead | None]] = {args.network: (backbone, head)}
+    if args.untrained:
+        networks["untrained"] = untrained(config)
+    size = args.image_size or config["image_size"]
+    train = PhotoSet(args.train, size)
+    val = PhotoSet(args.val, size, train.classes)
+    names, left_out = _needs(protocols, config)
+    fitting = [protocol for protocol in protocols if protocol.name not in left_out]
+    # All features come first: no rank waits for the arithmetic of rank 0.
+    tasks = {
+        column: _task(args, how, config, parts, (train, val), names)
+        for column, parts in networks.items()
+    }
+    scores: dict[str, dict[str, Scores]] = {}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for column, task in tasks.items():
+            scores[column] = {protocol.name: protocol.scores(task) for protocol in fitting}
+    given: dict[str, Any] = {
+        name: str(getattr(args, name)) for name in ("checkpoint", "train", "val", "precision")
+    }
+    given |= {"network": args.network, "image_size": size, "left_out": left_out}
+    return {**given, "scores": scores}
+
+
+def _needs(
+    protocols: Sequence[Protocol], config: dict[str, Any]
+) -> tuple[set[str], dict[str, str]]:
+    """Features that the protocols need, and why some of several do not fit the network."""
+    names: set[str] = set()
+    left_out: dict[str, str] = {}
+    for protocol in protocols:
+        try:
+            names |= set(protocol.needs(config))
+        except ValueError as reason:
+            if len(protocols) == 1:
+                raise
+            left_out[protocol.name] = str(reason)
+    return names, left_out
+
+
+def _task(
+    args: argparse.Namespace,
+    how: Extraction,
+    config: dict[str, Any],
+    parts: tuple[nn.Module, IBOTHead | None],
+    photos: tuple[PhotoSet, PhotoSet],
+    names: set[str],
+) -> Task:
+    backbone, head = parts[0].to(how.device), parts[1]
+    if head is None:
+        names = names - {"prototype"}
+    else:
+        head = head.to(how.device)
+    folder = args.cache or args.checkpoint.parent / "features"
+    train, val = (
+        cached_features(folder, backbone, config, one, sorted(names), how, head) for one in photos
+    )
+    classes = max(one.num_classes for one in photos)
+    return Task(train, val, classes, args, config, how, backbone, photos[0])
+
+
+def join_processes(name: str) -> torch.device:
+    """The device of that name; under torchrun this rank's, and the group is joined."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is usable here; give --device cpu")
+    device = torch.device(name)
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # Ranks wait for each other at the end of an extraction only.
+        patience = datetime.timedelta(hours=2)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    return device
+
+
+def command(
+    protocols: Sequence[Protocol],
+    name: str = "",
+    about: str = "",
+    argv: Sequence[str] | None = None,
+) -> int:
+    """The whole command: 0 when done, exit status 2 with one sentence for bad input. `name` and
+    `about` are those of the one protocol, where nothing else is given."""
+    name, about = name or protocols[0].name, about or protocols[0].about
+    parser = make_parser(protocols, name, about)
+    args = parser.parse_args(argv)
+    try:
+        report = run(args, protocols)
+        if report["scores"]:
+            path = args.json or args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
+            write_json(report, path)
+            console = Console(width=None if sys.stdout.isatty() else 100)
+            console.print(table(report, name))
+            print(markdown(report, protocols))
+            for protocol, reason in report["left_out"].items():
+                print(f"left out: {protocol}: {reason}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write the file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def table(report: dict[str, Any], name: str) -> Table:
+    """One row a score, one column a network."""
+    columns = report["scores"]
+    out = Table(title=f"{name}: {report['val']} by {report['train']}")
+    for heading in ("protocol", "score"):
+        out.add_column(heading)
+    for column in columns:
+        out.add_column(column, justify="right")
+    first = next(iter(columns.values()))
+    for protocol, scores in first.items():
+        for score in scores:
+            values = [f"{of[protocol][score]:.4g}" for of in columns.values()]
+            out.add_row(protocol, score, *values)
+        out.add_section()
+    return out
+
+
+def markdown(report: dict[str, Any], protocols: Sequence[Protocol]) -> str:
+    """A table for a README: the headlines of each protocol, a line for each network."""
+    columns = report["scores"]
+    fitting = [protocol for protocol in protocols if protocol.name not in report["left_out"]]
+    headlines = [(protocol.name, score) for protocol in fitting for score in protocol.headlines]
+    headings = [f"{name} {score}" for name, score in headlines]
+    lines = [f"| network | {' | '.join(headings)} |", "| --- " * (1 + len(headings)) + "|"]
+    for column, by_protocol in columns.items():
+        values = [f"{by_protocol[name][score]:.2f}" for name, score in headlines]
+        lines.append(f"| {column} | {' | '.join(values)} |")
+    return "\n".join(lines)

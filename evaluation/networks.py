@@ -1,0 +1,36 @@
+"""The networks that an evaluation compares: a checkpoint's, and the same before any training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.checkpoint import load_backbone, load_checkpoint
+from model.config import ModelConfig
+from model.head import IBOTHead
+from model.ibot import build_network
+from options import fill
+
+
+def load_with_head(
+    path: str | Path, network: str
+) -> tuple[nn.Module, IBOTHead | None, dict[str, Any]]:
+    """Backbone, head and settings of a checkpoint's "teacher" or "student", on the CPU. The head
+    is None for a checkpoint that holds a backbone alone. Raises as `load_backbone`."""
+    backbone, config = load_backbone(path, network)
+    state = load_checkpoint(path)[network]
+    weights = {key[len("head.") :]: t for key, t in state.items() if key.startswith("head.")}
+    if not weights:
+        return backbone, None, config
+    head = build_network(fill(ModelConfig, config), is_student=network == "student").head
+    head.load_state_dict(weights)
+    return backbone, head.eval(), config
+
+
+def untrained(config: dict[str, Any], seed: int = 0) -> tuple[nn.Module, IBOTHead]:
+    """Backbone and head of the teacher that `config` describes, as they are before training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network(fill(ModelConfig, config), is_student=False).eval()
+    return network.backbone, network.head

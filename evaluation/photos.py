@@ -1,0 +1,211 @@
+"""Labelled photos -> batches of views, decoded by threads while who asked for them computes.
+
+The published evaluation view: shorter side resized to 256 (bicubic, as Pillow does it), centre
+224 x 224. The published view for training a linear layer: a random crop of 8 to 100 % of the photo,
+resized (bilinear), and a flip; its draws follow from (epoch, photo).
+
+Threads suffice, as Pillow decodes and resizes without the GIL; processes would have to start first,
+and to send every view through a pipe.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.decode import UnreadablePhoto
+from pipeline.photos import open_photos
+from pipeline.workers import cores
+
+LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
+_JOB = 8  # photos that a thread takes at a time
+_AHEAD = 3  # batches that are being decoded or ready
+
+Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
+
+
+def evaluation_view(image: Image.Image, size: int) -> Tensor:
+    """The published evaluation view scaled to `size`: shorter side to 256, centre 224 at size 224.
+
+    uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
+    torchvision alone takes more than a third of the time that a run takes to load.
+    """
+    shorter = round(size * 256 / 224)
+    sides = [shorter * side // min(image.size) for side in image.size]  # width, height
+    left, top = (round((side - size) / 2) for side in sides)
+    resized = image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    return _planes(resized.crop((left, top, left + size, top + size)))
+
+
+def random_view(image: Image.Image, size: int, epoch: int, index: int) -> Tensor:
+    """A random resized crop and flip, uint8 [3, size, size], drawn from (epoch, index)."""
+    from pipeline.draws import ViewSpec, draw_views  # only here: numba takes seconds to import
+
+    spec = ViewSpec(size, LINEAR_SCALE, blur_p=0.0, solarize_p=0.0)
+    draw = draw_views([spec], 0, epoch, index, image.height, image.width)[0]
+    left, top = int(draw["left"]), int(draw["top"])
+    box = (left, top, left + int(draw["width"]), top + int(draw["height"]))
+    view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return _planes(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
+
+
+def _planes(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class PhotoSet:
+    """The labelled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views.
+
+    `classes`: number the labels by these names (the training set's) instead of the set's own order.
+    Sets that carry no names go by number. An unreadable photo is an item without image.
+
+    Raises ValueError for a set without photos, with unlabelled photos, or with classes that
+    `classes` lacks; FileNotFoundError for a missing path.
+    """
+
+    def __init__(self, path: str | Path, size: int = 224, classes: list[str] | None = None) -> None:
+        if size < 1:
+            raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
+        self.path, self.size = Path(path), size
+        self._photos = open_photos(path)
+        self.classes = list(self._photos.classes)
+        self.labels = np.asarray(self._photos.labels, dtype=np.int64)
+        if not len(self.labels):
+            raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
+        if self.labels.min() < 0:
+            raise ValueError(
+                f"{path} holds {(self.labels < 0).sum()} photos without a class; "
+                "sort them into one folder a class"
+            )
+        if classes and self.classes:
+            self._renumber(list(classes))
+
+    def _renumber(self, classes: list[str]) -> None:
+        unknown = [name for name in self.classes if name not in set(classes)]
+        if unknown:
+            raise ValueError(
+                f"{self.path} has {len(unknown)} classes that the training set lacks "
+                f"({', '.join(unknown[:3])}, ...); give two sets with the same class names"
+            )
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels = np.array([number[name] for name in self.classes])[self.labels]
+        self.classes = classes
+
+    @property
+    def num_classes(self) -> int:
+        return max(len(self.classes), int(self.labels.max()) + 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, epoch: int | None = None) -> Sample:
+        """The evaluation view of a photo, or with `epoch` the random one of that epoch."""
+        label = int(self.labels[index])
+        try:
+            image = Image.fromarray(self._photos.pixels(index))
+        except UnreadablePhoto as reason:
+            return None, label, f"{self._photos.name(index)}: {reason}"
+        if epoch is None:
+            return evaluation_view(image, self.size), label, ""
+        return random_view(image, self.size, epoch, index), label, ""
+
+    def fingerprint(self) -> str:
+        """A name for the photos' contents and order that changes with every write to any of them.
+
+        It is made of names, sizes, inodes and times. The time of the last change (ctime) is the
+        kernel's own and cannot be set back, so that no byte has to be read.
+        """
+        digest = hashlib.sha256()
+        if self.path.is_file():
+            digest.update(_state_of(str(self.path)))
+            return digest.hexdigest()
+        for index in range(len(self)):
+            name = self._photos.name(index)
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            digest.update(_state_of(os.path.join(self.path, name)))
+        return digest.hexdigest()
+
+
+def _state_of(path: str) -> bytes:
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        return f"errno {error.errno};".encode()
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino};".encode()
+
+
+@dataclass
+class ViewBatch:
+    """Some views of a `PhotoSet`."""
+
+    images: Tensor  # uint8 [b, 3, S, S], on the CPU
+    indices: np.ndarray  # int64 [b], which photos they are
+    unreadable: list[str]  # the names of those left out, with reasons
+
+
+def view_batches(
+    photos: PhotoSet,
+    indices: Sequence[int] | np.ndarray,
+    batch_size: int,
+    threads: int = 0,
+    epoch: int | None = None,
+    pinned: bool = False,
+) -> Generator[ViewBatch, None, None]:
+    """The views of photos `indices`, in their order, `batch_size` at a time.
+
+    `threads` decode (0: one a core), at most three batches ahead. `epoch`: random views of that
+    epoch instead of evaluation views. `pinned`: in page-locked memory.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+
+    def decode(rows: np.ndarray, out: np.ndarray) -> list[str]:
+        """Views of photos `rows` into `out` uint8 [rows, S, S, 3]; for each, why there is none."""
+        reasons = []
+        for index, place in zip(rows.tolist(), out, strict=True):
+            view, _, reason = photos.sample(index, epoch)
+            reasons.append(reason)
+            if view is not None:
+                place[:] = view.permute(1, 2, 0).numpy()
+        return reasons
+
+    # Views lie as Pillow has them, [b, S, S, 3]: the device turns them into planes.
+    waiting: deque[tuple[Tensor, np.ndarray, list[Future[list[str]]]]] = deque()
+    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="ibeton-decode")
+    try:
+        for first in range(0, len(indices), batch_size):
+            rows = indices[first : first + batch_size]
+            out = torch.empty(
+                len(rows), photos.size, photos.size, 3, dtype=torch.uint8, pin_memory=pinned
+            )
+            jobs = [
+                pool.submit(decode, rows[i : i + _JOB], out.numpy()[i : i + _JOB])
+                for i in range(0, len(rows), _JOB)
+            ]
+            waiting.append((out, rows, jobs))
+            if len(waiting) == _AHEAD:
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(out: Tensor, rows: np.ndarray, jobs: list[Future[list[str]]]) -> ViewBatch:
+    reasons = [reason for job in jobs for reason in job.result()]
+    images = out.permute(0, 3, 1, 2)
+    unreadable = [reason for reason in reasons if reason]
+    if unreadable:
+        kept = np.array([not reason for reason in reasons])
+        images, rows = images[torch.from_numpy(kept)], rows[kept]
+    return ViewBatch(images, rows, unreadable)

@@ -1,0 +1,1 @@
+"""Pictures of what a backbone learned; `python -m evaluation.show` draws them."""

@@ -1,0 +1,52 @@
+"""Where the class token looks: the last block's self-attention, head by head (iBOT, figure 5)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.features import evaluating
+from evaluation.photos import PhotoSet
+from evaluation.pictures.canvas import (
+    class_name,
+    new_figure,
+    normalised,
+    save,
+    show,
+    to_look_at,
+    views_of,
+)
+
+
+def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Normalised images [B, 3, S, S] -> attention of the class token to each patch, float32 [B, H,
+    h, w] on the CPU. Heads sum to less than 1: the class token attends to itself too.
+
+    Raises ValueError for a Swin, which has no class token.
+    """
+    if not hasattr(backbone, "cls_token"):
+        raise ValueError("attention of the class token is a ViT's: a Swin has none")
+    with evaluating(backbone), torch.inference_mode():
+        attention = _last_attention(backbone, images)[:, :, 0, 1:]
+    rows = images.shape[2] // int(backbone.patch_size)  # type: ignore[arg-type]
+    return attention.unflatten(2, (rows, -1)).float().cpu()
+
+
+def _last_attention(backbone: Any, images: Tensor) -> Tensor:
+    return backbone.get_last_selfattention(images)
+
+
+def draw_attention(
+    backbone: nn.Module, photos: PhotoSet, indices: list[int], device: str, path: Path
+) -> None:
+    """A row for each photo: the photo, a map for each head, and the mean of the heads."""
+    maps = class_attention(backbone, normalised(views_of(photos, indices), device))
+    images = views_of(to_look_at(photos), indices)
+    figure, axes = new_figure(len(indices), maps.shape[1] + 2)
+    for row, (index, image, heads) in enumerate(zip(indices, images, maps, strict=True)):
+        show(axes[row, 0], image, class_name(photos, index))
+        for column, head in enumerate([*heads, heads.mean(dim=0)], start=1):
+            title = "mean" if column > len(heads) else f"head {column}"
+            show(axes[row, column], head, title if row == 0 else "", cmap="magma", vmin=0)
+    save(figure, path, "Self-attention of the class token, last block; each map from 0 to its peak")

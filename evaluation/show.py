@@ -1,0 +1,116 @@
+"""Pictures of what a backbone learned, one PNG a call.
+
+python -m evaluation.show attention       where the class token looks, head by head
+python -m evaluation.show patterns        the patches most central to a prototype
+python -m evaluation.show correspondence  patches of two views, or two photos, that find each other
+python -m evaluation.show neighbours      the photos nearest to a photo
+
+all with --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evaluation.features import Extraction, feature_batches
+from evaluation.networks import load_with_head
+from evaluation.photos import PhotoSet
+from evaluation.pictures.attention import draw_attention
+from evaluation.pictures.canvas import spread
+from evaluation.pictures.correspondence import draw_correspondence, two_photos, two_views
+from evaluation.pictures.neighbours import draw_neighbours
+from evaluation.pictures.patterns import assign, central_patterns, draw_patterns
+from model.checkpoint import load_backbone, load_checkpoint
+from options import Parser
+from pipeline.photos import open_photos
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m evaluation.show", description="pictures of a backbone")
+    kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
+    attention = kinds.add_parser("attention", help="where the class token looks")
+    patterns = kinds.add_parser("patterns", help="the patches most central to a prototype")
+    matches = kinds.add_parser("correspondence", help="patches that find each other")
+    neighbours = kinds.add_parser("neighbours", help="the photos nearest to a photo")
+    for kind in (attention, patterns, matches, neighbours):
+        kind.add_argument("--checkpoint", required=True, help="of train.py, or an imported one")
+        kind.add_argument("--data", required=True, help="labelled photos: folder, tar or .beton")
+        kind.add_argument("--output", required=True, type=Path, help="PNG to write")
+        kind.add_argument("--network", choices=("teacher", "student"), default="teacher")
+        kind.add_argument("--image-size", type=int, help="side of a view (as the model was built)")
+        kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for kind in (attention, matches, neighbours):
+        kind.add_argument("--photos", type=int, nargs="+", help="numbers (default: four, spread)")
+    matches.add_argument("--pairs", action="store_true", help="photos two by two, not two views")
+    patterns.add_argument("--patterns", type=int, default=6, help="how many prototypes")
+    neighbours.add_argument("--neighbours", type=int, default=8, help="how many of each photo")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw what the command line asks for."""
+    if args.output.suffix.lower() != ".png":
+        raise ValueError(f"--output {args.output}: give a name that ends in .png")
+    if not args.output.parent.is_dir():
+        raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device is usable; give --device cpu")
+    for name in ("patterns", "neighbours"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
+    backbone, config = load_backbone(args.checkpoint, args.network)
+    backbone.to(args.device)
+    photos = PhotoSet(args.data, args.image_size or config["image_size"])
+    if args.kind == "patterns":
+        show_patterns(args, photos)
+        return
+    indices = args.photos or spread(photos, 4)
+    if args.kind == "attention":
+        draw_attention(backbone, photos, indices, args.device, args.output)
+    elif args.kind == "neighbours":
+        how = Extraction(args.device)
+        draw_neighbours(backbone, photos, indices, args.neighbours, how, args.output)
+    else:
+        if args.pairs and len(indices) % 2:
+            raise ValueError(f"--pairs with {len(indices)} photos: give two for each row")
+        if args.pairs:
+            couples = zip(indices[::2], indices[1::2], strict=True)
+            pairs = [two_photos(photos, first, second) for first, second in couples]
+        else:
+            source = open_photos(args.data)
+            pairs = [two_views(photos, source, index) for index in indices]
+        draw_correspondence(backbone, pairs, config["patch_size"], args.device, args.output)
+
+
+def show_patterns(args: argparse.Namespace, photos: PhotoSet) -> None:
+    """The patterns of the network's own head."""
+    backbone, head, config = load_with_head(args.checkpoint, args.network)
+    if head is None:
+        raise ValueError(
+            f"{args.checkpoint} holds a backbone without a head, and patterns are the head's"
+            " prototypes: give a whole checkpoint"
+        )
+    backbone.to(args.device)
+    head.to(args.device)
+    center = load_checkpoint(args.checkpoint)["ibot_loss"]["center2"].flatten()
+    every = range(len(photos))
+    batches = feature_batches(backbone, photos, ("patches",), every, Extraction(args.device))
+    assigned = assign(batches, head, center, args.device)
+    patterns = central_patterns(assigned, args.patterns)
+    draw_patterns(photos, patterns, photos.size // config["patch_size"], args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

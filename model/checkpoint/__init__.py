@@ -1,0 +1,25 @@
+"""Checkpoints: this program's own, those of others read in, and exports that others read.
+
+`python -m model.checkpoint import|export|inspect` is the command.
+"""
+
+from model.checkpoint.files import (
+    check_same_model,
+    load_backbone,
+    load_checkpoint,
+    model_state,
+    restore_model,
+    save_checkpoint,
+)
+from model.checkpoint.foreign import load_weights_into, read_foreign
+
+__all__ = [
+    "check_same_model",
+    "load_backbone",
+    "load_checkpoint",
+    "load_weights_into",
+    "model_state",
+    "read_foreign",
+    "restore_model",
+    "save_checkpoint",
+]

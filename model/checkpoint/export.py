@@ -1,0 +1,61 @@
+"""What every export does: it is loaded by the program that it is for, and must give the features
+that our backbone gives, before it appears under its name.
+
+timm and transformers resize the position table of a ViT by rules of their own, which move features
+by far more than rounding. Here the published rule is applied, once, for one image size: an export
+is for that size, and exact at it.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint.foreign import State
+
+TOLERANCE = 1e-5  # largest difference, as a part of the largest feature
+
+
+def check_features(
+    library: str,
+    backbone: nn.Module,
+    theirs: Callable[[Tensor], Tensor],
+    in_chans: int,
+    side: int,
+) -> None:
+    """Raise ValueError unless both give the same tokens for the same images."""
+    images = torch.randn(2, in_chans, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, given = backbone(images), theirs(images)
+    error = float((given - expected).abs().max() / expected.abs().max())
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"the model in {library} gives other features at {side} pixels (off by {error:.1e} of"
+            f" the largest, {TOLERANCE:g} allowed); not written. Swins agree where windows tile"
+            " every map, as at 224 and 448"
+        )
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise FileExistsError for what is there, FileNotFoundError where its folder is not."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists: remove it, or give another name")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no folder: make it, or give another name")
+
+
+def partial_name(target: Path) -> Path:
+    """What `target` is called until it has been checked."""
+    return target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+
+
+def save_tensors(state: State, path: Path, facts: dict[str, str]) -> None:
+    """Write tensors as safetensors, with `facts` in its header, and bind them to the disk."""
+    from safetensors.torch import save
+
+    with open(path, "wb") as file:  # safetensors' own save_file makes files that only we can read
+        file.write(save(state, {"format": "pt", **facts}))
+        file.flush()
+        os.fsync(file.fileno())

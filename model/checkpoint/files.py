@@ -1,0 +1,193 @@
+"""Checkpoints on disk: written whole or not at all, refused with a clear word where they misfit.
+
+A checkpoint of a run holds `student`, `teacher`, `ibot_loss` and the run's `config` (and what the
+run needs to go on). One that was imported from a backbone alone holds a `teacher` without a head, a
+`config`, and nothing else.
+"""
+
+import argparse
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.ibot import IBOT, build_backbone
+from options import fill, flag
+
+# Settings that give tensors their shapes and names.
+SHAPE_SETTINGS = (
+    "arch",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qkv_bias",
+    "patch_size",
+    "image_size",
+    "in_chans",
+    "layer_scale",
+    "mean_pool",
+    "out_dim",
+    "patch_out_dim",
+    "shared_head",
+    "shared_head_teacher",
+    "norm_last_layer",
+    "norm_in_head",
+    "hidden_dim",
+    "bottleneck_dim",
+    "head_layers",
+)
+NETWORKS = ("teacher", "student")
+NAMED = 8  # tensors named in one message; the others are counted
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` under `path` in one step: a kill or a full disk leaves what was there.
+
+    Raises OSError, with the temporary file removed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """What torch.save wrote under `path`, on the CPU. Nothing in the file is executed: besides
+    tensors and plain values only `argparse.Namespace` is let in, which published checkpoints hold.
+
+    Raises FileNotFoundError, or ValueError for what is not a whole file of this kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no checkpoint, or a damaged one ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def is_own(content: Mapping[str, Any]) -> bool:
+    """Whether this program wrote it."""
+    return isinstance(content.get("config"), dict) and "teacher" in content
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this program onto the CPU. Nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError for what is not a whole checkpoint, or another
+    program's.
+    """
+    content = read_file(path)
+    if not is_own(content):
+        missing = sorted({"teacher", "config"} - set(content))
+        raise ValueError(
+            f"{path} is no checkpoint of ibeton: it lacks {' and '.join(missing) or 'settings'};"
+            " turn one of iBOT, DINO or timm into one by python -m model.checkpoint import"
+        )
+    return content
+
+
+def check_same_model(path: str | Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise ValueError, naming options and values, where a checkpoint is of another model."""
+    differing = [
+        f"{flag(name)} {saved.get(name)} (now {wanted[name]})"
+        for name in SHAPE_SETTINGS
+        if saved.get(name) != wanted[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {path} is of another architecture: {', '.join(differing)};"
+            " give the same options or another --output-dir"
+        )
+
+
+def check_tensors(where: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming them, where tensors of `state` are missing, left over or of another
+    shape than those of `expected`. `where` names the file and the network."""
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {list(state[name].shape)} (expected {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    wrong = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    words = [f"{what}: {listed(names)}" for what, names in wrong if names]
+    if words:
+        raise ValueError(f"{where} does not fit, and nothing was loaded; {'; '.join(words)}")
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def model_state(ibot: IBOT) -> dict[str, Any]:
+    """The model's part of a checkpoint, under the published top-level names."""
+    return {
+        "student": ibot.student.state_dict(),
+        "teacher": ibot.teacher.state_dict(),
+        "ibot_loss": ibot.loss.state_dict(),
+    }
+
+
+def restore_model(ibot: IBOT, content: dict[str, Any]) -> None:
+    """Load what `model_state` gave; every tensor must be there, none may be left over."""
+    ibot.student.load_state_dict(content["student"])
+    ibot.teacher.load_state_dict(content["teacher"])
+    ibot.loss.load_state_dict(content["ibot_loss"])
+
+
+def backbone_state(content: Mapping[str, Any], network: str, path: str | Path) -> dict[str, Tensor]:
+    """The backbone's tensors of a checkpoint's network, without prefix. Raises ValueError for a
+    network that the file lacks."""
+    if network not in NETWORKS:
+        raise ValueError(f"--network {network}: expected teacher or student")
+    if network not in content:
+        raise ValueError(
+            f"--network {network}: {path} holds one backbone alone, which counts as the teacher's"
+        )
+    return without_prefix(content[network])
+
+
+def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's part of a network's tensors."""
+    return {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in state.items()
+        if name.startswith("backbone.")
+    }
+
+
+def load_backbone(path: str | Path, network: str = "teacher") -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone of a checkpoint's `network` ("teacher" or "student"), in eval mode on the CPU,
+    and the run's settings.
+
+    The backbone takes images float32 [B, 3, H, W], normalised, and gives tokens [B, 1 + N, C], the
+    class token first (Swin: the mean of the others), then N patch tokens row by row. Raises as
+    `load_checkpoint`, and ValueError for another network or tensors that do not fit the settings.
+    """
+    content = load_checkpoint(path)
+    state = backbone_state(content, network, path)
+    config = fill(ModelConfig, content["config"])
+    backbone = build_backbone(config, is_student="masked_embed" in state)
+    check_tensors(f"{path}: backbone of {config.arch}", state, backbone.state_dict())
+    backbone.load_state_dict(state)
+    return backbone.eval(), content["config"]

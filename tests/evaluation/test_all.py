@@ -1,0 +1,158 @@
+"""All protocols as people run them, on one process and on two, and in training."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation import all as every
+from evaluation import cluster, linear, logistic, parts, retrieval, semi
+from evaluation.quick import quick_scores
+from model.checkpoint import load_checkpoint, model_state, save_checkpoint
+from model.config import ModelConfig
+from model.ibot import build, build_network
+from options import fill
+
+ROOT = Path(__file__).parents[2]
+FAST = ["--epochs", "3", "--k", "5", "--device", "cpu"]
+
+
+def arguments(checkpoint, folders, *also):
+    sets = ("--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1])
+    return [str(part) for part in (*sets, *also)]
+
+
+def two_processes(*given) -> str:
+    """What evaluation.all says under torchrun."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "evaluation.all", *given],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_one_command_runs_all_protocols_and_two_processes_score_the_same(
+    checkpoint, folders, tmp_path, capsys
+):
+    def given(name):
+        folder = ("--cache", tmp_path / name, "--json", tmp_path / f"{name}.json")
+        return [*arguments(checkpoint, folders, *folder, "--untrained"), *FAST]
+
+    assert every.main(given("one")) == 0
+    said = capsys.readouterr().out
+    scores = json.loads((tmp_path / "one.json").read_text())["scores"]
+    assert list(scores) == ["teacher", "untrained"]
+    for protocols in scores.values():
+        assert list(protocols) == [protocol.name for protocol in every.PROTOCOLS]
+        for protocol in every.PROTOCOLS:
+            found = protocols[protocol.name]
+            assert set(protocol.headlines) <= set(found)
+            for score, value in found.items():
+                assert 0 <= value <= 100 or score.endswith("ari")
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| untrained"]
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert two_processes(*given("two")).count("| network") == 1
+    again = json.loads((tmp_path / "two.json").read_text())["scores"]
+    for network, protocols in scores.items():
+        for name, values in protocols.items():
+            assert again[network][name] == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize("module", [linear, logistic, semi, cluster, parts, retrieval])
+def test_each_protocol_is_a_command_of_its_own(module, checkpoint, folders, tmp_path, capsys):
+    own = ("--cache", tmp_path, "--json", tmp_path / "scores.json", "--device", "cpu")
+    fast = ("--epochs", "2") if module in (linear, semi, parts) else ()
+    assert module.main(arguments(checkpoint, folders, *own, *fast)) == 0
+    report = json.loads((tmp_path / "scores.json").read_text())
+    (scores,) = report["scores"]["teacher"].values()
+    assert all(f"{score} " in capsys.readouterr().out for score in list(scores)[:1])
+
+
+def test_scores_stand_beside_the_checkpoint_unless_told_otherwise(checkpoint, folders):
+    retrieval.main(arguments(checkpoint, folders, "--device", "cpu"))
+    path = checkpoint.with_name("checkpoint.retrieval.json")
+    assert json.loads(path.read_text())["checkpoint"] == str(checkpoint)
+    assert list((checkpoint.parent / "features").iterdir())
+
+
+@pytest.fixture(scope="module")
+def swin_checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    sizes = {"arch": "swin_t7", "embed_dim": 192, "patch_size": 32, "image_size": 32}
+    head = {"out_dim": 16, "patch_out_dim": 16, "hidden_dim": 16, "bottleneck_dim": 8}
+    config = ModelConfig(**sizes, **head)
+    path = tmp_path_factory.mktemp("swin") / "checkpoint.pt"
+    save_checkpoint(path, model_state(build(config)) | {"config": asdict(config)})
+    return path
+
+
+def test_all_of_a_swin_leaves_out_parts_and_says_so(swin_checkpoint, folders, capsys):
+    assert every.main(arguments(swin_checkpoint, folders, *FAST, "--network", "student")) == 0
+    report = json.loads(swin_checkpoint.with_name("checkpoint.all.json").read_text())
+    assert "parts" not in report["scores"]["student"]
+    assert "linear" in report["scores"]["student"]
+    assert "left out: parts: part-wise probing of swin_t7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "also", "says"),
+    [
+        (logistic, ["--precision", "fp16", "--device", "cpu"], "--precision fp16"),
+        (logistic, ["--batch-size", "0"], "--batch-size"),
+        (logistic, ["--image-size", "33"], "33"),
+        (linear, ["--epochs", "0"], "--epochs"),
+        (linear, ["--lr", "-1"], "--lr"),
+        (parts, ["--sgd-batch", "0"], "--sgd-batch"),
+        (semi, ["--k", "0"], "--k"),
+        (semi, ["--temperature", "0"], "--temperature"),
+        (cluster, ["--network", "both"], "--network"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    module, also, says, checkpoint, folders, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(arguments(checkpoint, folders, *also, "--cache", tmp_path))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said
+    assert len(said.splitlines()) == 1
+    computed = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not computed, "features were computed before the options were checked"
+
+
+def test_parts_of_a_swin_alone_are_refused(swin_checkpoint, folders, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parts.main(arguments(swin_checkpoint, folders, "--device", "cpu"))
+    assert stopped.value.code == 2
+    assert "give a ViT" in capsys.readouterr().err
+
+
+def test_quick_scores_are_those_of_the_commands(checkpoint, folders, tmp_path):
+    content = load_checkpoint(checkpoint)
+    network = build_network(fill(ModelConfig, content["config"]), is_student=False).train()
+    network.load_state_dict(content["teacher"])
+    quick = quick_scores(network, *folders, image_size=32, k=5)
+    assert network.training
+    assert all(type(value) in (float, int) for value in quick.values())
+    every.main(
+        arguments(checkpoint, folders, *FAST, "--cache", tmp_path, "--json", tmp_path / "s.json")
+    )
+    scores = json.loads((tmp_path / "s.json").read_text())["scores"]["teacher"]
+    assert quick["knn_top1"] == scores["knn"]["k5_top1"]
+    assert quick["knn_top5"] == scores["knn"]["k5_top5"]
+    for name in ("acc", "ari", "nmi", "fmi", "clusters"):
+        assert quick[f"head_{name}"] == pytest.approx(scores["cluster"][f"head_{name}"])
