@@ -45,7 +45,7 @@ from pipeline.order import epoch_order, rank_batches
 from pipeline.pil_views import cut_views_reference
 from pipeline.replace import Replacements
 
-BATCH = 8
+BATCH = 32  # of fewer, threads would wait for the one with the largest photos
 RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
 Side = Callable[[], int]
 
@@ -200,8 +200,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="write a bar chart to this PNG file")
     args = parser.parse_args()
-    if args.images < 8 or args.rounds < 2:
-        parser.error("--images must be at least 8 and --rounds at least 2")
+    if args.images < BATCH or args.rounds < 2:
+        parser.error(f"--images must be at least {BATCH} and --rounds at least 2")
 
     about = machine("torch", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
     at_hand = sorted(os.sched_getaffinity(0))
