@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["pipeline*", "model*", "evaluation*", "training*"]),
-    py_modules=["train", "options"],
+    py_modules=["train", "options", "stages"],
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",

@@ -6,90 +6,58 @@
 Photos become batches (pipeline), a batch becomes a loss (model), and this file turns the handle.
 """
 
-import dataclasses
-import datetime
 import itertools
 import json
-import os
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from evaluation.features import PhotoSet
-from evaluation.knn import evaluate_knn
-from model import IBOT, build, training_step
-from model.checkpoint import (
-    check_same_model,
-    load_checkpoint,
-    model_state,
-    restore_model,
-    save_checkpoint,
-)
+from evaluation.quick import quick_scores
+from model import build, training_step
 from model.optim import build_optimizer
-from model.schedules import cosine_schedule
-from pipeline import Batch, Loader, build_loader
+from pipeline import Batch, build_loader
+from pipeline.workers import cores
+from training.bottleneck import Room
+from training.checkpoints import NEWEST
+from training.collapse import PROBED, spread
 from training.config import Config, parse
 from training.curves import plot_curves
+from training.folder import RunFolder
+from training.guard import RunError
 from training.metrics import LateMetrics
+from training.preflight import preflight
+from training.processes import join_processes
+from training.rescue import go_back
+from training.run import Run, claim, rates, resume, save, seed_step
 from training.run_log import RunLog
+from training.speed import cores_a_process
+from training.stops import INTERRUPTED, STOPPED, StopRequested, Stops, shelter_workers
+from training.watch import Watch
+from training.watchdog import Watchdog
 
-CHECKPOINT = "checkpoint.pt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything that a run holds. `step` counts the steps done since the start of training."""
-
-    config: Config
-    device: torch.device
-    rank: int
-    world_size: int
-    loader: Loader
-    ibot: IBOT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    precision: str
-    step: int = 0
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run.output_dir)
-
-    @property
-    def global_batch(self) -> int:
-        return self.config.pipeline.batch_size * self.world_size
-
-
-def join_processes(name: str) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes; under torchrun, joins the group."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is usable here; use --device cpu")
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # The others wait while rank 0 saves and evaluates.
-    patience = datetime.timedelta(hours=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return device, dist.get_rank(), dist.get_world_size()
 
 
 def prepare(config: Config) -> Run:
     """Open the data, build the model, resume. Raises ValueError or FileNotFoundError, with a
     sentence for the user."""
     device, rank, world_size = join_processes(config.run.device)
+    dog = Watchdog(rank, world_size, config.run.lost_after, config.run.stall_after)
+    with dog.telling():
+        return _prepare(config, device, rank, world_size, dog)
+
+
+def _prepare(
+    config: Config, device: torch.device, rank: int, world_size: int, dog: Watchdog
+) -> Run:
+    config.share_batch(world_size)
     loader = build_loader(config.pipeline, device, rank, world_size)
+    if loader.kind == "pil":
+        shelter_workers()
     precision = config.run.precision
     if precision == "auto":
         precision = "fp16" if device.type == "cuda" else "fp32"
@@ -100,82 +68,14 @@ def prepare(config: Config) -> Run:
         PhotoSet(config.run.eval_val, classes=memory.classes)
     torch.manual_seed(config.pipeline.seed)  # the same weights on every rank
     ibot = build(config.model).to(device)
-    optimizer = build_optimizer(ibot.student, config.run.optimizer)
+    sharded = config.run.shard_optimizer and world_size > 1
+    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    run = Run(config, device, rank, world_size, loader, ibot, optimizer, scaler, precision)
+    run = Run(config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, dog)
     resume(run)
     if world_size > 1:
         ibot.wrap_ddp(device)
     return run
-
-
-def resume(run: Run) -> None:
-    """Go on from the checkpoint that --resume names; never write over one that it does not."""
-    wanted, last = run.config.run.resume, run.folder / CHECKPOINT
-    if wanted == "no":
-        if last.exists():
-            raise ValueError(
-                f"{run.folder} already holds a run: go on with --resume auto, or give another"
-                " --output-dir"
-            )
-        return
-    path = last if wanted == "auto" else Path(wanted)
-    if wanted == "auto" and not path.exists():
-        return
-    content = load_checkpoint(path)
-    check_same_model(path, content["config"], run.config.resolved())
-    saved = (content["steps_per_epoch"], content["global_batch"])
-    now = (run.loader.steps_per_epoch, run.global_batch)
-    if saved != now:
-        raise ValueError(
-            f"checkpoint {path} has {saved[0]} steps an epoch of {saved[1]} images, this run"
-            f" {now[0]} of {now[1]}: keep --data and (--batch-size x processes) as they were"
-        )
-    restore_model(run.ibot, content)
-    run.optimizer.load_state_dict(content["optimizer"])
-    if run.scaler is not None and content["fp16_scaler"]:
-        run.scaler.load_state_dict(content["fp16_scaler"])
-    run.step = content["step"]
-
-
-def save(run: Run) -> None:
-    """Write the checkpoint; at every --keep-every epochs one that stays, too. The RNG's state is
-    (seed, step): every draw is a function of the two, see `seed_step`. Rank 0 writes."""
-    if run.rank:
-        return
-    config, per_epoch = run.config, run.loader.steps_per_epoch
-    content = {
-        **model_state(run.ibot),
-        "optimizer": run.optimizer.state_dict(),
-        "fp16_scaler": run.scaler.state_dict() if run.scaler else None,
-        "step": run.step,
-        "epoch": run.step // per_epoch,  # the next one
-        "rng": {"seed": config.pipeline.seed, "step": run.step},
-        "steps_per_epoch": per_epoch,
-        "global_batch": run.global_batch,
-        "config": config.resolved(),
-    }
-    save_checkpoint(run.folder / CHECKPOINT, content)
-    epoch, keep = run.step // per_epoch, config.run.keep_every
-    if keep and run.step % per_epoch == 0 and epoch % keep == 0:
-        save_checkpoint(run.folder / f"checkpoint{epoch:04d}.pt", content)
-
-
-def seed_step(run: Run) -> None:
-    """Stochastic depth draws from (seed, step, rank) alone, so that a resumed run draws what an
-    unbroken one would have drawn."""
-    entropy = np.random.SeedSequence([run.config.pipeline.seed, run.step, run.rank])
-    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-
-
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that the training stood still for it."""
-    while True:
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - asked
 
 
 def is_due(run: Run, last: int) -> bool:
@@ -186,78 +86,99 @@ def is_due(run: Run, last: int) -> bool:
     return run.step == last or (run.step // per_epoch) % every == 0
 
 
-def evaluate(run: Run, log: RunLog | None) -> None:
-    """k-NN of the teacher, on rank 0, unless a run that was killed had come that far."""
-    if log is not None and run.step not in log.scores():
+def evaluate(run: Run, log: RunLog | None, stops: Stops) -> None:
+    """Quick scores of the teacher, on rank 0, unless a run that was killed had come that far. A
+    request to stop leaves them undone: the run has been saved, and evaluates when it goes on."""
+    if log is not None and run.step not in log.scores() and not stops.wanted():
         options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
-        top1, top5 = evaluate_knn(
-            run.ibot.teacher.backbone,
-            options.eval_train,
-            options.eval_val,
-            image_size=run.config.model.image_size,
-            ks=[options.eval_k],
-            device=run.device,
-        )[options.eval_k]
-        scores = {"knn_top1": top1, "knn_top5": top5, "knn_k": options.eval_k}
-        log.record({"step": run.step, "epoch": epoch} | scores)
-        log.say(f"epoch {epoch}: k-NN top-1 {top1:.2f} %  top-5 {top5:.2f} %  (k {options.eval_k})")
-        plot_curves(run.folder)
-    if run.world_size > 1:
-        dist.barrier()
+        photos, size = (options.eval_train, options.eval_val), run.config.model.image_size
+        with suppress(StopRequested), stops.leaving_undone(), run.dog.patient("evaluation"):
+            scores = quick_scores(run.ibot.teacher, *photos, size, options.eval_k, run.device)
+            top1, top5, nmi = scores["knn_top1"], scores["knn_top5"], scores["head_nmi"]
+            log.record({"step": run.step, "epoch": epoch, **scores, "knn_k": options.eval_k})
+            log.say(
+                f"epoch {epoch}: k-NN top-1 {top1:.2f} %  top-5 {top5:.2f} %  (k {options.eval_k})"
+                f"  head NMI {nmi:.2f} %, {scores['head_clusters']} clusters"
+            )
+            plot_curves(run.folder)
+    with run.dog.patient("evaluation"):
+        stops.agreed(run.device)  # the others wait for rank 0 here
 
 
-def rates(run: Run) -> list[dict[str, float]]:
-    """Learning rate, weight decay and teacher momentum of every step of the whole run."""
-    options, per_epoch = run.config.run, run.loader.steps_per_epoch
-    peak = options.lr * run.global_batch / 256
-    lr = cosine_schedule(peak, options.min_lr, options.epochs, per_epoch, options.warmup_epochs)
-    decay = cosine_schedule(
-        options.weight_decay, options.weight_decay_end, options.epochs, per_epoch
-    )
-    momentum = cosine_schedule(options.momentum_teacher, 1.0, options.epochs, per_epoch)
-    names = ("lr", "weight_decay", "momentum")
-    return [
-        dict(zip(names, map(float, step), strict=True))
-        for step in zip(lr, decay, momentum, strict=True)
-    ]
+def watch(run: Run) -> Watch:
+    """The clock and the figures of this rank; with --profile, a trace of rank 0."""
+    batch_size, at_hand = run.config.pipeline.batch_size, cores_a_process(cores())
+    workers = run.config.pipeline.workers or cores()
+    room = Room(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    dtype = DTYPES[run.precision]
+    watching = Watch(batch_size, run.rank, run.world_size, run.device, dtype, room)
+    if run.config.run.profile and run.rank == 0:
+        watching.trace(run.folder, run.config.run.profile)
+    return watching
 
 
-def train(run: Run, log: RunLog | None) -> None:
-    """All steps up to the end, or to --stop-after; at the end of epochs save and evaluate."""
-    options, per_epoch = run.config.run, run.loader.steps_per_epoch
-    last = options.epochs * per_epoch
-    last = min(last, options.stop_after or last)
+def train(run: Run, log: RunLog | None, watch: Watch, stops: Stops) -> bool:
+    """All steps up to the end, or to --stop-after; at the end of epochs save and evaluate. False
+    where it was asked to stop before."""
+    last = run.config.run.epochs * run.loader.steps_per_epoch
+    last = min(last, run.config.run.stop_after or last)
     schedule, late = rates(run), LateMetrics(run.world_size)
     if is_due(run, last):
-        evaluate(run, log)
-    while run.step < last:
-        epoch, first = divmod(run.step, per_epoch)
-        batches = itertools.islice(run.loader.epoch(epoch, first), last - run.step)
-        started = time.perf_counter()
-        for batch, waited in timed(batches):
-            metrics = train_step(run, batch, epoch, schedule[run.step])
-            show(late.settle(), log, options.log_steps)  # of the step before: keeps pace with it
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            speed = {"images_per_s": run.global_batch / seconds, "data_wait": waited / seconds}
-            record = {"step": run.step, "epoch": epoch, **schedule[run.step], **speed}
-            late.push(record | {"unreadable": len(run.loader.unreadable)}, metrics)
-            run.step += 1
-            ends = run.step == last or run.step % per_epoch == 0  # saved below
-            if options.save_steps and run.step % options.save_steps == 0 and not ends:
-                show(late.settle(), log, options.log_steps)  # never save what a bad loss touched
-                save(run)
-                started = time.perf_counter()
-        show(late.settle(), log, options.log_steps, always=run.step == last)
-        save(run)
+        evaluate(run, log, stops)
+    while run.step < last and not stops.agreed(run.device):
+        train_epoch(run, log, watch, stops, late, schedule[:last])
+        if run.guard.in_trouble():
+            late.settle()
+            with run.dog.patient("going back"):
+                go_back(run, log, DTYPES[run.precision])
+            continue
+        with run.dog.patient("saving"):
+            save(run)
         if is_due(run, last):
-            evaluate(run, log)
+            evaluate(run, log, stops)
+    return run.step >= last and not stops.agreed(run.device)
+
+
+def train_epoch(
+    run: Run,
+    log: RunLog | None,
+    watch: Watch,
+    stops: Stops,
+    late: LateMetrics,
+    schedule: list[dict[str, float]],
+) -> None:
+    """Steps to the end of the epoch or the schedule, or until the run is to stop or to go back."""
+    options, per_epoch = run.config.run, run.loader.steps_per_epoch
+    epoch, first = divmod(run.step, per_epoch)
+    last, leave = min(len(schedule), (epoch + 1) * per_epoch), False
+    batches = itertools.islice(run.loader.epoch(epoch, first), last - run.step)
+    watch.clock.start()
+    for batch in watch.waiting(run.dog.batches(batches, run.step)):
+        with watch.counting():
+            metrics = train_step(run, batch, epoch, schedule[run.step])
+        leave = show(run, late.settle(), log, watch)  # of the step before: keeps pace with it
+        record: dict[str, Any] = {"step": run.step, "epoch": epoch, **schedule[run.step]}
+        record |= {"unreadable": len(run.loader.unreadable), "indices": batch.indices}
+        late.push(record, metrics, watch.clock, stops.wanted())
+        watch.stepped()
+        run.step += 1
+        if leave:
+            break
+        if options.save_steps and run.step % options.save_steps == 0 and run.step < last:
+            if show(run, late.settle(), log, watch):  # or the log would lack what is saved
+                return
+            with run.dog.patient("saving"):
+                save(run)
+            watch.clock.start()
+    if not run.guard.in_trouble():
+        show(run, late.settle(), log, watch, always=run.step == len(schedule))
 
 
 def train_step(
     run: Run, batch: Batch, epoch: int, rates: dict[str, float]
 ) -> dict[str, torch.Tensor]:
-    seed_step(run)
-    return training_step(
+    seed_step(run, run.step)
+    metrics = training_step(
         run.ibot,
         run.optimizer,
         run.scaler,
@@ -270,64 +191,115 @@ def train_step(
         freeze_last_layer=run.config.run.freeze_last_layer,
         autocast_dtype=DTYPES[run.precision],
     )
+    if run.step % run.config.run.log_steps == 0:
+        probe = batch.global_crops[0, :PROBED]
+        metrics["spread"] = spread(run.ibot.teacher.backbone, probe, DTYPES[run.precision])
+    return metrics
 
 
 def show(
-    record: dict[str, Any] | None, log: RunLog | None, every: int, always: bool = False
-) -> None:
-    """Bring a settled step to screen and, each so many steps, to the log."""
-    if record is not None and log is not None:
+    run: Run, record: dict[str, Any] | None, log: RunLog | None, watch: Watch, always: bool = False
+) -> bool:
+    """Bring a settled step to screen and, each so many steps, to the log. Every rank takes part.
+    True where the run is to leave the epoch: to stop, or to go back."""
+    if record is None:
+        return False
+    lines = watch.add(record.pop("parts"), record.pop("efforts"))
+    record |= watch.figures()
+    stop, indices = record.pop("stop"), record.pop("indices")
+    if line := run.guard.judge(record):
+        lines.append(line)
+        record["indices"] = indices.tolist()
+    if "spread" in record:
+        lines += run.alarm.add(record)
+    due = always or record["step"] % run.config.run.log_steps == 0 or "skipped" in record
+    if due:
+        of_ranks, more = watch.compare_ranks()
+        record |= of_ranks
+        lines += more
+    if log is not None:
+        for line in lines:
+            log.say(line)
         log.progress(record["step"] + 1, record)
-        if always or record["step"] % every == 0:
+        if due:
             log.record(record)
+    return stop or run.guard.in_trouble()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when the run is done, 1 when it failed on the way, 2 when it could not begin."""
+    """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed on the
+    way, 2 when it could not begin, 130 at a second Ctrl-C."""
+    with Stops() as stops:
+        try:
+            config = parse(arguments)
+            stops.limit(config.run.max_hours)
+            with stops.leaving_undone():
+                run = prepare(config)
+            with run.dog.telling():
+                folder = claim(run) if run.rank == 0 else None
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except StopRequested:
+            print("stopped before the first step: nothing to save", file=sys.stderr)
+            return STOPPED
+        return carry_out(run, folder, stops)
+
+
+def carry_out(run: Run, folder: RunFolder | None, stops: Stops) -> int:
+    """Train, and leave everything in order. The exit status, as in `main`."""
+    log, watching, state, status = None, watch(run), "failed", 1
     try:
-        config = parse(arguments)
-        run = prepare(config)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    log = None
-    if run.rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        resolved = json.dumps(config.resolved(), indent=2)
-        (run.folder / "config.json").write_text(resolved + "\n")
-        per_epoch = run.loader.steps_per_epoch
-        log = RunLog(run.folder, run.step, config.run.epochs * per_epoch, per_epoch)
-        log.say(resolved)
-        log.say(
-            f"{len(run.loader.photos):,} photos, {per_epoch} steps an epoch, {run.world_size}"
-            f" process(es) on {run.device}, {run.precision}; loader {run.loader.reason}"
-        )
-        if run.step:
-            log.say(f"resumed at step {run.step} (epoch {run.step // per_epoch})")
-    try:
-        train(run, log)
-        if log is not None:
-            report(run, log)
-    except FloatingPointError as error:
-        print(
-            f"error: {error}; the last checkpoint in {run.folder} is sound. Go on from it with"
-            " --resume auto and --precision fp32, or a smaller --lr or --clip-grad",
-            file=sys.stderr,
-        )
-        return 1
+        with run.dog.telling():
+            log = start_log(run) if folder is not None else None
+            if train(run, log, watching, stops):
+                state, status = "finished", 0
+                if log is not None:
+                    report(run, log)
+            else:
+                state, status = "stopped", STOPPED
+                if log is not None:
+                    why = stops.reason or "another process was asked to"
+                    log.say(f"stopped ({why}) at step {run.step}, saved: --resume auto goes on")
+    except (RunError, OSError) as error:
+        state = f"failed: {str(error).splitlines()[0]}"
+        print(f"error: {error}\nthe last checkpoint in {run.folder} is sound", file=sys.stderr)
+    except KeyboardInterrupt:
+        state, status = "interrupted", INTERRUPTED
+        print("interrupted at once; --resume auto goes on from the last save", file=sys.stderr)
     finally:
+        watching.close()
         run.loader.close()
-        if log is not None:
-            log.close()
+        with suppress(OSError):  # a full disk, which has been told
+            if log is not None:
+                log.close()
+            if folder is not None:
+                folder.close(state)
+        run.dog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    return status
+
+
+def start_log(run: Run) -> RunLog:
+    """The log, with what is to be known of the run from the start."""
+    per_epoch = run.loader.steps_per_epoch
+    log = RunLog(run.folder, run.step, run.config.run.epochs * per_epoch, per_epoch)
+    log.say(json.dumps(run.config.resolved(), indent=2))
+    log.say(
+        f"{len(run.loader.photos):,} photos, {per_epoch} steps an epoch, {run.world_size}"
+        f" process(es) on {run.device}, {run.precision}; loader {run.loader.reason}"
+    )
+    for note in run.notes:
+        log.say(note)
+    log.say(preflight(run, DTYPES[run.precision]))
+    return log
 
 
 def report(run: Run, log: RunLog) -> None:
     """What the run came to, in a few lines."""
     picture = plot_curves(run.folder)
-    log.say(f"checkpoint {run.folder / CHECKPOINT}, log {run.folder / 'log.jsonl'}, plot {picture}")
+    log.say(f"checkpoint {run.folder / NEWEST}, log {run.folder / 'log.jsonl'}, plot {picture}")
     scores = log.scores()
     if 0 in scores and len(scores) > 1:
         now = scores[max(scores)]

@@ -33,11 +33,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model.blocks
 from benchmarks.measure import in_words, machine, spread
 from model import ModelConfig, build
+from model.flops import flop_counter
 from model.ibot import IBOT
 from model.kernels.cross_entropy import cross_entropy_reference
 from model.kernels.gelu_linear import gelu_linear_reference
@@ -243,19 +243,7 @@ def without(change: str | None) -> Iterator[None]:
 
 def flops(side: Side, batch: Batch) -> float:
     """Floating-point operations of one step's matrix products and attention."""
-    aten = torch.ops.aten
-
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    mapping: dict[Any, Any] = {  # the CPU's attention is unknown to the counter
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with flop_counter() as counter:
         side.step(batch)
     return float(counter.get_total_flops())
 

@@ -5,7 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import SWIN_DIM, SWINS, ModelConfig
@@ -14,6 +16,7 @@ from model.loss import IBOTLoss
 from model.masking import masked_patches
 from model.network import Logits, Network
 from model.vit import VisionTransformer
+from stages import rest_is, stage
 
 if TYPE_CHECKING:
     from model.swin import SwinTransformer
@@ -50,6 +53,10 @@ class IBOT(nn.Module):
     def wrap_ddp(self, device: torch.device) -> None:
         """Average the student's gradients over ranks from now on. Networks must be on `device`, and
         the process group initialised. Batch norms in the head take statistics over all ranks.
+
+        Gradients travel in buckets while the backward goes on, and lie in those buckets. All
+        parameters take part in every step, so DDP need not look for unused ones, and the graph
+        is static unless micro-steps leave some backwards unreduced.
         Raises ValueError for batch norms on a CPU, where PyTorch cannot synchronise them."""
         if self.student.head.couples_tokens():
             if device.type != "cuda":
@@ -59,7 +66,15 @@ class IBOT(nn.Module):
             self.student.head.sync_batch_norm()
             self.teacher.head.sync_batch_norm()
         device_ids = [device] if device.type == "cuda" else None
-        self.__dict__["student_call"] = DistributedDataParallel(self.student, device_ids)
+        student_call = DistributedDataParallel(
+            self.student,
+            device_ids,
+            broadcast_buffers=False,  # constants, or batch statistics that all ranks share
+            gradient_as_bucket_view=True,
+            static_graph=self.micro_steps == 1,
+        )
+        student_call.register_comm_hook(None, _all_reduce)
+        self.__dict__["student_call"] = student_call
 
     def forward(
         self,
@@ -75,10 +90,12 @@ class IBOT(nn.Module):
         """
         patches = masked_patches(masks, global_crops.device)
         masks = masks.to(global_crops.device, non_blocking=True)
-        with torch.no_grad():
+        with stage("teacher"), torch.no_grad():
             teacher = self.teacher.targets(global_crops, patches.places)
-        student = self.student_call(global_crops, local_crops, masks, patches.places)
-        return self.loss(student, teacher, patches, epoch)
+        with stage("student"):
+            student = self.student_call(global_crops, local_crops, masks, patches.places)
+        with stage("loss"):
+            return self.loss(student, teacher, patches, epoch)
 
     def without_reduction(self) -> AbstractContextManager[None]:
         """Gradients of what runs in it stay on this rank until the next backward outside it."""
@@ -88,13 +105,36 @@ class IBOT(nn.Module):
         return nullcontext()
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float, skipped: Tensor | None = None) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, after the optimiser's step, for
-        the parameters that both have by name; buffers stay (published code)."""
+        the parameters that both have by name; buffers stay (published code). Where `skipped`, a
+        bool on the device, is true, the teacher stays too."""
         student = dict(self.student.named_parameters())
         teacher = {name: p for name, p in self.teacher.named_parameters() if name in student}
         matching: list[Tensor] = [student[name] for name in teacher]
-        torch._foreach_lerp_(list(teacher.values()), matching, 1 - momentum)
+        # A step of SGD with "gradient" teacher - student: the one update of lists that can be told
+        # on the device not to happen. Its numbers are `torch.lerp`'s.
+        torch._fused_sgd_(
+            list(teacher.values()),
+            matching,  # negated by `maximize`
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - momentum,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=None if skipped is None else skipped.float(),
+        )
+
+
+def _all_reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own mean of gradients. With the last bucket nothing is left of the backward to compute:
+    what remains of it is the wait for other ranks."""
+    if bucket.is_last():
+        rest_is("comm")
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
 
 def build_backbone(config: ModelConfig, is_student: bool) -> "VisionTransformer | SwinTransformer":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,22 +26,65 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
-def build_optimizer(student: nn.Module, name: str = "adamw") -> Optimizer:
+def build_optimizer(student: nn.Module, name: str = "adamw", sharded: bool = False) -> Optimizer:
     """Optimiser of the student. Learning rate and decay are 0 until `training_step` sets them.
 
     AdamW runs fused, where the parameters are on a CPU or CUDA device: one pass over memory, and
-    under a GradScaler it skips an overflown step on the device, without asking the host. Raises
-    ValueError for an unknown name.
+    under a GradScaler it skips an overflown step on the device, without asking the host. `sharded`
+    divides state and update among the ranks (ZeRO, Rajbhandari et al. 2020, stage 1), which then
+    send each other the weights; it needs the process group, and under a GradScaler it does ask the
+    host. Raises ValueError for an unknown name.
     """
     groups = parameter_groups(student)
+    kind: type[Optimizer]
+    settings: dict[str, Any]
     if name == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in student.parameters())
-        return torch.optim.AdamW(groups, 0.0, (0.9, 0.999), 1e-8, weight_decay=0.0, fused=fused)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    if name == "lars":
-        return LARS(groups)
-    raise ValueError(f"--optimizer {name}: expected one of {', '.join(OPTIMIZERS)}")
+        kind, settings = torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "fused": fused}
+        settings["weight_decay"] = 0.0
+    elif name == "sgd":
+        kind, settings = torch.optim.SGD, {"momentum": 0.9}
+    elif name == "lars":
+        kind, settings = LARS, {}
+    else:
+        raise ValueError(f"--optimizer {name}: expected one of {', '.join(OPTIMIZERS)}")
+    if sharded:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # only here: takes seconds
+
+        return ZeroRedundancyOptimizer(groups, kind, lr=0.0, **settings)
+    return kind(groups, lr=0.0, **settings)  # type: ignore[call-arg]
+
+
+def is_sharded(optimizer: Optimizer) -> bool:
+    """Whether this rank holds a part of the state only."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
+    """The state dict for a checkpoint. That of a sharded optimiser, for which all ranks must ask,
+    is an unsharded one's on rank 0, and None on the others."""
+    if not is_sharded(optimizer):
+        return optimizer.state_dict()
+    sharded: Any = optimizer
+    sharded.consolidate_state_dict(to=0)
+    if dist.get_rank():
+        return None
+    state = optimizer.state_dict()
+    sharded._all_state_dicts = []  # or the whole state would stay on rank 0's CPU
+    return state
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Go on from what `optimizer_state` gave, sharded or not, on any number of ranks."""
+    if not is_sharded(optimizer):
+        optimizer.load_state_dict(state)
+        return
+    sharded: Any = optimizer
+    optimizer.load_state_dict({**state, "state": dict(state["state"])})  # it empties what it reads
+    optimizer.state.clear()  # a second copy: what counts is in `optimizer.optim`
+    for parameter, own in sharded.optim.state.items():
+        if "step" in own:  # on the CPU by now, where fused AdamW does not look for it
+            own["step"] = own["step"].to(parameter.device)
 
 
 class LARS(Optimizer):

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from model.ibot import IBOT
 from model.optim import cancel_last_layer_gradients, clip_gradients
+from stages import stage
 
 
 def training_step(
@@ -26,7 +27,8 @@ def training_step(
     freeze_last_layer: int = 1,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Forward, backward, clip, freeze, optimiser, teacher. Nothing here waits for the device.
+    """Forward, backward, clip, freeze, optimiser, teacher. Nothing here waits for the device,
+    unless the optimiser must be told from here whether to step (SGD, LARS, a sharded one).
 
     `clip_grad` 0 does not clip; `freeze_last_layer` is in epochs; `autocast_dtype` None computes
     in the parameters' own dtype, float16 wants a `scaler` (else ValueError). `ibot.micro_steps`
@@ -35,9 +37,9 @@ def training_step(
     norm in the head takes its statistics part by part.)
 
     Returns scalars without gradient: those of `IBOTLoss.forward`, `grad_norm` (L2 over all
-    gradients, before clipping) and `finite` (bool: the loss is a number). The published trainer
-    stops where it is not; the caller decides when to look, and a loss that is not finite has by
-    then reached the weights, unless a scaler skipped the step.
+    gradients, before clipping) and `finite` (bool). A step whose loss or gradients are not finite,
+    on any rank, is skipped on all: weights, optimiser, teacher, centers and batch statistics
+    stay as they were. (The published trainer stops, with the weights spoilt.)
     """
     if autocast_dtype is torch.float16 and scaler is None:
         raise ValueError("float16 needs a GradScaler: small gradients vanish without loss scaling")
@@ -47,6 +49,8 @@ def training_step(
     set_rates(optimizer, lr, weight_decay)
     optimizer.zero_grad(set_to_none=True)
     scaler = scaler or torch.amp.GradScaler(global_crops.device.type, enabled=False)
+    buffers = list(ibot.buffers())
+    before = [buffer.clone() for buffer in buffers]
     parts = []
     for i in range(micro_steps):
         part = slice(i * images // micro_steps, (i + 1) * images // micro_steps)
@@ -57,17 +61,45 @@ def training_step(
                 global_crops.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
             ):
                 terms = ibot(global_crops[:, part], local_part, masks[:, part], epoch)
-            scaler.scale(terms["loss"] / micro_steps).backward()
+            with stage("backward"):
+                loss = _none_if_not_finite(terms["loss"])
+                scaler.scale(loss / micro_steps).backward()
         parts.append({name: term.detach() for name, term in terms.items()})
-    ibot.loss.update_centers()
-    scaler.unscale_(optimizer)
-    norms = clip_gradients(ibot.student.parameters(), clip_grad)
-    cancel_last_layer_gradients(ibot.student, epoch, freeze_last_layer)
-    scaler.step(optimizer)
-    scaler.update()
-    ibot.update_teacher(momentum)
+    with stage("comm"):  # one all-reduce, and little else
+        ibot.loss.update_centers()
+    with stage("optimizer"):
+        scaler.unscale_(optimizer)
+        norms = clip_gradients(ibot.student.parameters(), clip_grad)
+        skipped = ~norms.norm().isfinite()  # the same on all ranks, as the gradients are
+        cancel_last_layer_gradients(ibot.student, epoch, freeze_last_layer)
+        if scaler.is_enabled():  # it has seen the gradients itself
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            _step_unless(skipped, optimizer)
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(torch.where(skipped, old, buffer))
+    with stage("ema"):
+        ibot.update_teacher(momentum, skipped)
     metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-    return metrics | {"grad_norm": norms.norm(), "finite": metrics["loss"].isfinite()}
+    return metrics | {"grad_norm": norms.norm(), "finite": ~skipped}
+
+
+def _none_if_not_finite(loss: Tensor) -> Tensor:
+    """The loss, with gradients that are no numbers where it is none: as the ranks average their
+    gradients, all of them learn of it, without a word more to each other."""
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+
+
+def _step_unless(skipped: Tensor, optimizer: Optimizer) -> None:
+    """The optimiser's step, unless `skipped`. Fused optimisers look at it on the device, by the
+    attributes that a GradScaler would set."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        vars(optimizer).update(grad_scale=None, found_inf=skipped.float())
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not skipped:
+        optimizer.step()
 
 
 def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:

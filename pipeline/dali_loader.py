@@ -11,6 +11,7 @@ colours are not used: they are not the published ones.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from pipeline.draws import ViewSpec, draw_batch, spec_table, stack_shape
 from pipeline.jpeg import plain_jpeg_size
 from pipeline.photos import Photos
 from pipeline.replace import Replacements
+from stages import StageClock, work
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class DaliCrops:
         if device.type == "cuda":
             self._cutter = _GpuCutter(views, global_views, mean, std, device)
         else:
-            self._cutter = _CpuCutter(views, global_views)
+            self._cutter = _CpuCutter(views, global_views, workers)
         self._refused: set[int] = set()  # photos that look sound and that DALI does not decode
         self._replacing = threading.Lock()
         self._running: Generator[Crops | DeviceCrops, None, None] | None = None
@@ -118,7 +120,11 @@ class DaliCrops:
     def _read_one(self, index: int) -> Read:
         if index not in self._refused:
             with suppress(UnreadablePhoto):  # Pillow's turn to say so
+                began = time.perf_counter()
                 data = self._photos.photo_bytes(index)
+                # A byte a page: the wait for the disk is no part of the decode.
+                np.frombuffer(data, np.uint8)[::4096].max(initial=0)
+                work.add("read", time.perf_counter() - began, 1, self._workers)
                 if self._is_for_dali(index, data):
                     return index, np.frombuffer(data, np.uint8)
         return self._decode_by_pillow(index)
@@ -150,7 +156,11 @@ class DaliCrops:
 
     def _finish(self, batch: list[Read]) -> Used:
         used, photos = [], []
+        began = time.perf_counter()
         by_dali = iter(self._decoder.finish())
+        # The wait for it: DALI tells no more, and where the decode limits it is all of its time.
+        if batch:
+            work.add("decode", time.perf_counter() - began, len(batch), lanes=1, shared=False)
         for index, data in batch:
             pixels = next(by_dali) if data.ndim == 1 else torch.from_numpy(data)
             if pixels is None:
@@ -166,7 +176,8 @@ class DaliCrops:
 class _CpuCutter:
     """Cuts the photos of a batch on the threads of a pool."""
 
-    def __init__(self, views: list[ViewSpec], global_views: int) -> None:
+    def __init__(self, views: list[ViewSpec], global_views: int, workers: int) -> None:
+        self._workers = workers
         self._shapes = [stack_shape(views[:global_views]), stack_shape(views[global_views:])]
 
     def cut(
@@ -176,9 +187,16 @@ class _CpuCutter:
             np.empty((len(photos), *shape), np.uint8) for shape in self._shapes
         )
         jobs = zip(photos, draws, global_crops, local_crops, strict=True)
-        for _ in pool.map(lambda job: cut_views(job[0].numpy(), *job[1:]), jobs):
-            pass
+        spent = sum(pool.map(_cut_timed, jobs))
+        work.add("crop", spent, len(photos), self._workers)
         return Crops(torch.from_numpy(global_crops), torch.from_numpy(local_crops), indices)
+
+
+def _cut_timed(job: tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]) -> float:
+    """Cut one photo: pixels, draws, global and local views to write; the seconds it took."""
+    began = time.perf_counter()
+    cut_views(job[0].numpy(), *job[1:])
+    return time.perf_counter() - began
 
 
 class _GpuCutter:
@@ -197,6 +215,7 @@ class _GpuCutter:
         self._device = device
         self._cropper = GpuCropper(views, global_views, mean, std, device, torch.float32)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._clock = StageClock(device)  # of that stream
 
     def cut(
         self, pool: Executor, photos: list[Tensor], draws: np.ndarray, indices: Tensor
@@ -204,8 +223,16 @@ class _GpuCutter:
         heights, widths = np.array([photo.shape[:2] for photo in photos], np.int64).T
         ends = np.cumsum(3 * heights * widths)
         with torch.cuda.stream(self._stream):
+            self._clock.start()
+            self._clock.enter("copy")
             pixels = torch.cat([photo.to(self._device).reshape(-1) for photo in photos])
+            self._clock.leave()
+            self._clock.enter("crop")
             views = self._cropper.cut(pixels, ends - 3 * heights * widths, heights, widths, draws)
+            self._clock.leave()
+            spent = self._clock.lap().seconds()  # waits for the stream, which comes anyway
+        for name in ("copy", "crop"):
+            work.add(name, spent[name], len(photos), lanes=1, shared=False)
         if self._stream is not None:
             self._stream.synchronize()  # any stream may read the views, and DALI has its memory
         return DeviceCrops(*views, indices)

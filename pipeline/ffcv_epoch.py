@@ -4,7 +4,9 @@ What is closed here of FFCV 1.0.2: an exception in its thread left the consumer 
 epoch left early leaked its thread and buffers, and its loader changed torch's number of threads.
 """
 
+import ctypes
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
@@ -17,9 +19,18 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.operation import Operation
 from ffcv.pipeline.pipeline_spec import PipelineSpec
 
+from stages import work
+
 # Compiled operations see nothing but the batch's indices, so the epoch travels in their upper bits.
 EPOCH_BITS = np.uint64(40)
 INDEX_MASK = np.uint64((1 << 40) - 1)
+
+# For compiled code: writes the monotonic clock's seconds and nanoseconds, int64 [2], to an address.
+read_clock = ctypes.CDLL(None).clock_gettime
+read_clock.argtypes, read_clock.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_int
+MONOTONIC = time.CLOCK_MONOTONIC
+# Compiled code reads a byte a page of a photo, so that the wait for the disk is no part of decode.
+PAGE = 4096
 
 _WAIT_S = 0.5  # how often a waiting consumer looks whether the loader thread lives
 
@@ -42,6 +53,14 @@ def open_loader(
         )
     finally:
         torch.set_num_threads(threads)  # FFCV sets its own number for the whole process
+
+
+def note_times(times: np.ndarray, stages: tuple[str, ...], workers: int) -> None:
+    """Add a batch to `stages.work`: what `read_clock` wrote before the first of `stages` and after
+    each, int64 [B, 1 + stages, 2]."""
+    nanoseconds = times[..., 0] * 1_000_000_000 + times[..., 1]
+    for name, spent in zip(stages, np.diff(nanoseconds).sum(axis=0), strict=True):
+        work.add(name, float(spent) / 1e9, len(times), workers)
 
 
 class Epoch(EpochIterator):

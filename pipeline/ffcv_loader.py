@@ -22,8 +22,19 @@ from pipeline.batch import Crops
 from pipeline.compiled import SETTINGS
 from pipeline.crops import cut_views
 from pipeline.draws import DRAW, SPEC, ViewSpec, draw_sample, spec_table, stack_shape
-from pipeline.ffcv_epoch import EPOCH_BITS, INDEX_MASK, Epoch, open_loader
+from pipeline.ffcv_epoch import (
+    EPOCH_BITS,
+    INDEX_MASK,
+    MONOTONIC,
+    PAGE,
+    Epoch,
+    note_times,
+    open_loader,
+    read_clock,
+)
 from pipeline.replace import Replacements
+
+STAGES = ("read", "decode", "crop")
 
 
 @cfunc(
@@ -56,8 +67,9 @@ def _draw_and_cut(  # type: ignore[no-untyped-def]
 class DecodeAndCut(Operation):
     """FFCV operation: JPEG or raw bytes -> one decode -> all views.
 
-    Yields (global uint8 [B, V, 3, S, S], local uint8 [B, L, 3, s, s], status int32 [B, 1]). A
-    status other than 0 is libjpeg-turbo's complaint about a photo; its views are then not cut.
+    Yields (global uint8 [B, V, 3, S, S], local uint8 [B, L, 3, s, s], status int32 [B, 1], times
+    int64 [B, 4, 2]). A status other than 0 is libjpeg-turbo's complaint about a photo; its views
+    are then not cut. Times are `read_clock`'s, before and after each of STAGES.
     """
 
     def __init__(self, views: list[ViewSpec], global_views: int, seed: int) -> None:
@@ -72,6 +84,7 @@ class DecodeAndCut(Operation):
             AllocationQuery(self._shapes[0], pixels),
             AllocationQuery(self._shapes[1], pixels),
             AllocationQuery((1,), np.dtype("<i4")),
+            AllocationQuery((1 + len(STAGES), 2), np.dtype("<i8")),
         )
         return replace(previous_state, jit_mode=True, shape=None, dtype=pixels), memory
 
@@ -83,14 +96,21 @@ class DecodeAndCut(Operation):
         specs, seed = self._specs, self._seed
         (views, _, size, _), (rest, _, side, _) = self._shapes
         cut = _draw_and_cut.ctypes
+        clock, monotonic = read_clock, MONOTONIC
 
         def decode_and_cut(keys, memory, metadata, storage):  # type: ignore[no-untyped-def]
-            global_crops, local_crops, status = memory
+            global_crops, local_crops, status, times = memory
             for i in each(len(keys)):
                 index = keys[i] & INDEX_MASK
                 epoch = keys[i] >> EPOCH_BITS
                 field = metadata[index]
+                clock(monotonic, times[i, 0].ctypes.data)
                 data = read(field["data_ptr"], storage)
+                touched = 0
+                for place in range(0, len(data), PAGE):
+                    touched += data[place]
+                times[i, 1, 0] = touched  # or the compiler would leave the loop out
+                clock(monotonic, times[i, 1].ctypes.data)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
                 status[i, 0] = 0
                 if field["mode"] == jpg:
@@ -100,6 +120,7 @@ class DecodeAndCut(Operation):
                     )
                 else:
                     pixels = data.reshape(height, width, 3)
+                clock(monotonic, times[i, 2].ctypes.data)
                 if status[i, 0] == 0:
                     cut(
                         *(pixels.ctypes.data, height, width),
@@ -107,6 +128,7 @@ class DecodeAndCut(Operation):
                         *(global_crops[i].ctypes.data, views, size),
                         *(local_crops[i].ctypes.data, rest, side),
                     )
+                clock(monotonic, times[i, 3].ctypes.data)
             return memory
 
         decode_and_cut.is_parallel = True  # type: ignore[attr-defined]
@@ -137,7 +159,9 @@ class FfcvCrops:
         self.close()
         self._running = running = Epoch(self._loader, epoch, batches)
         try:
-            for indices, (global_crops, local_crops, status) in zip(batches, running, strict=True):
+            for indices, result in zip(batches, running, strict=True):
+                global_crops, local_crops, status, times = result
+                note_times(times, STAGES, self._loader.num_workers)
                 for i in np.flatnonzero(status[:, 0]):
                     indices[i] = self._replacements.fill(
                         int(indices[i]), epoch, global_crops[i], local_crops[i]

@@ -15,20 +15,35 @@ from ffcv.pipeline.state import State
 
 from pipeline.batch import Decoded
 from pipeline.beton import BetonReader
-from pipeline.ffcv_epoch import INDEX_MASK, Epoch, Memory, open_loader
+from pipeline.ffcv_epoch import (
+    INDEX_MASK,
+    MONOTONIC,
+    PAGE,
+    Epoch,
+    Memory,
+    note_times,
+    open_loader,
+    read_clock,
+)
 from pipeline.replace import Replacements
+
+STAGES = ("read", "decode")
 
 
 class DecodePacked(Operation):
     """FFCV operation: JPEG or raw bytes -> pixels, photo behind photo in one buffer for a batch.
 
     Yields (pixels uint8 [B, room], a flat buffer in B rows, offsets int64 [B, 1] in bytes, status
-    int32 [B, 1]). A status other than 0 is libjpeg-turbo's complaint about a photo. The real buffer
-    is put in its place by `FfcvPixels`, which knows the batches.
+    int32 [B, 1], times int64 [B, 3, 2]). A status other than 0 is libjpeg-turbo's complaint about a
+    photo. Times are `read_clock`'s, before and after each of STAGES. The real buffer is put in its
+    place by `FfcvPixels`, which knows the batches.
     """
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        memory = tuple(AllocationQuery((1,), np.dtype(kind)) for kind in ("<u1", "<i8", "<i4"))
+        memory = (
+            *(AllocationQuery((1,), np.dtype(kind)) for kind in ("<u1", "<i8", "<i4")),
+            AllocationQuery((1 + len(STAGES), 2), np.dtype("<i8")),
+        )
         return replace(previous_state, jit_mode=True, shape=None, dtype=np.dtype("<u1")), memory
 
     def generate_code(self) -> Callable:
@@ -36,9 +51,10 @@ class DecodePacked(Operation):
         read = self.memory_read
         each = Compiler.get_iterator()
         decode_jpeg = Compiler.compile(imdecode)
+        clock, monotonic = read_clock, MONOTONIC
 
         def decode_packed(keys, memory, metadata, storage):  # type: ignore[no-untyped-def]
-            pixels, offsets, status = memory
+            pixels, offsets, status, times = memory
             flat = pixels.reshape(-1)
             end = 0
             for i in range(len(keys)):
@@ -47,7 +63,13 @@ class DecodePacked(Operation):
                 end += 3 * int(field["height"]) * int(field["width"])
             for i in each(len(keys)):
                 field = metadata[keys[i] & INDEX_MASK]
+                clock(monotonic, times[i, 0].ctypes.data)
                 data = read(field["data_ptr"], storage)
+                touched = 0
+                for place in range(0, len(data), PAGE):
+                    touched += data[place]
+                times[i, 1, 0] = touched  # or the compiler would leave the loop out
+                clock(monotonic, times[i, 1].ctypes.data)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
                 start = offsets[i, 0]
                 photo = flat[start : start + 3 * int(height) * int(width)]
@@ -58,6 +80,7 @@ class DecodePacked(Operation):
                     )
                 else:
                     photo[:] = data
+                clock(monotonic, times[i, 2].ctypes.data)
             return memory
 
         decode_packed.is_parallel = True  # type: ignore[attr-defined]
@@ -97,7 +120,9 @@ class FfcvPixels:
 
         self._running = running = Epoch(self._loader, 0, batches, place)
         try:
-            for indices, (pixels, offsets, status) in zip(batches, running, strict=True):
+            for indices, result in zip(batches, running, strict=True):
+                pixels, offsets, status, times = result
+                note_times(times, STAGES, self._loader.num_workers)
                 heights, widths = self._heights[indices], self._widths[indices]
                 used = int((3 * heights * widths).sum())
                 photos = Decoded(

@@ -1,5 +1,6 @@
 """Decoded photos -> finished views on the GPU, a batch ahead of the training step."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -10,6 +11,7 @@ from pipeline.batch import Decoded, DeviceCrops
 from pipeline.draws import ViewSpec, draw_batch, spec_table
 from pipeline.ffcv_pixels import FfcvPixels
 from pipeline.gpu_crops import GpuCropper
+from stages import Lap, StageClock, work
 
 
 class GpuFeed:
@@ -30,6 +32,8 @@ class GpuFeed:
         self._source, self._cropper = source, cropper
         self._specs, self._seed, self._device = spec_table(views), seed, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._clock = StageClock(device)  # of that stream
+        self._laps: deque[tuple[Lap, int]] = deque()  # under way, and their photos
 
     def batches(self, epoch: int, batches: np.ndarray) -> Iterator[DeviceCrops]:
         """Finished views of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`,
@@ -56,10 +60,25 @@ class GpuFeed:
         shapes = decoded.heights, decoded.widths
         draws = draw_batch(self._specs, self._seed, epoch, wanted, *shapes)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            self._clock.start()
+            self._clock.enter("copy")
             pixels = decoded.pixels.to(self._device, non_blocking=True)
+            self._clock.leave()
             copied = self._done()
+            self._clock.enter("crop")
             global_crops, local_crops = self._cropper.cut(pixels, decoded.offsets, *shapes, draws)
+            self._clock.leave()
+            self._laps.append((self._clock.lap(), len(wanted)))
+        self._note_laps()
         return DeviceCrops(global_crops, local_crops, decoded.indices.clone()), copied
+
+    def _note_laps(self) -> None:
+        """Hand on the times of what the stream has done."""
+        while self._laps and self._laps[0][0].done():
+            lap, photos = self._laps.popleft()
+            spent = lap.seconds()
+            for name in ("copy", "crop"):
+                work.add(name, spent[name], photos, lanes=1, shared=False)
 
     def _done(self) -> torch.cuda.Event | None:
         """An event behind what the stream has been given so far."""

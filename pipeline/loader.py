@@ -15,6 +15,7 @@ from pipeline.order import epoch_order, rank_batches, steps_per_epoch
 from pipeline.photos import is_beton, open_photos
 from pipeline.replace import Replacements
 from pipeline.workers import cores
+from stages import stage
 
 _INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
 
@@ -155,12 +156,14 @@ class Loader:
         config = self._config
         global_crops, local_crops = crops.global_crops, crops.local_crops
         if isinstance(crops, Crops):
-            global_crops = normalised(global_crops, self._mean, self._std)
-            local_crops = normalised(local_crops, self._mean, self._std)
+            with stage("copy"):
+                global_crops = normalised(global_crops, self._mean, self._std)
+                local_crops = normalised(local_crops, self._mean, self._std)
         cells = config.global_crops_size // config.patch_size
-        masks = draw_masks(
-            self.masks, config.seed, epoch, wanted, config.global_crops_number, (cells, cells)
-        )
+        with stage("mask"):
+            masks = draw_masks(
+                self.masks, config.seed, epoch, wanted, config.global_crops_number, (cells, cells)
+            )
         used = crops.indices.clone()
         return Batch(
             global_crops=global_crops,

@@ -4,7 +4,9 @@ Slow by nature (twelve separate crops and a dozen passes each), and needing noth
 yardstick for the other loaders, and the one that is there when they are not.
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,17 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.batch import Crops
+from pipeline.decode import UnreadablePhoto
 from pipeline.draws import ViewSpec, draw_views
 from pipeline.photos import Photos, open_photos
 from pipeline.pil_views import cut_views_reference
 from pipeline.replace import Replacements
+from stages import work
 
-Sample = tuple[np.ndarray, np.ndarray, int, dict[int, str]]
+STAGES = ("read", "decode", "crop")
+# Global views, local views, the photo used, unreadable ones, seconds of each of STAGES.
+Sample = tuple[np.ndarray, np.ndarray, int, dict[int, str], np.ndarray]
+Notes = tuple[dict[int, str], np.ndarray]  # the last two, of a batch
 
 
 class _Views(Dataset):
@@ -34,20 +41,24 @@ class _Views(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         if self._replacements is None:
-            photos: Photos = open_photos(self._path)
-            self._replacements = Replacements(photos, self._views, self._seed)
+            self._photos: Photos = open_photos(self._path)
+            self._replacements = Replacements(self._photos, self._views, self._seed)
+        times = [time.perf_counter()]
+        with suppress(UnreadablePhoto):  # a byte a page: what follows finds the rest in memory
+            np.frombuffer(self._photos.photo_bytes(index), np.uint8)[::4096].max(initial=0)
+        times.append(time.perf_counter())
         used, pixels = self._replacements.readable(index)
+        times.append(time.perf_counter())
         draws = draw_views(self._views, self._seed, epoch, index, *pixels.shape[:2])
         views = cut_views_reference(
             Image.fromarray(pixels), draws, [view.size for view in self._views]
         )
         unreadable = dict(self._replacements.unreadable) if used != index else {}
-        return (
-            _stack(views[: self._global_views]),
-            _stack(views[self._global_views :]),
-            used,
-            unreadable,
+        global_crops, local_crops = (
+            _stack(some) for some in (views[: self._global_views], views[self._global_views :])
         )
+        times.append(time.perf_counter())
+        return global_crops, local_crops, used, unreadable, np.diff(times)
 
 
 def _stack(views: list[np.ndarray]) -> np.ndarray:
@@ -57,14 +68,15 @@ def _stack(views: list[np.ndarray]) -> np.ndarray:
     ]
 
 
-def _collate(samples: list[Sample]) -> tuple[Crops, dict[int, str]]:
-    global_crops, local_crops, used, unreadable = zip(*samples, strict=True)
+def _collate(samples: list[Sample]) -> tuple[Crops, Notes]:
+    global_crops, local_crops, used, unreadable, times = zip(*samples, strict=True)
     crops = Crops(
         torch.from_numpy(np.stack(global_crops)),
         torch.from_numpy(np.stack(local_crops)),
         torch.tensor(used, dtype=torch.int64),
     )
-    return crops, {index: reason for part in unreadable for index, reason in part.items()}
+    lost = {index: reason for part in unreadable for index, reason in part.items()}
+    return crops, (lost, np.sum(times, axis=0))
 
 
 class _Keys:
@@ -109,9 +121,11 @@ class PilCrops:
     def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
         """Crops of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`."""
         self._keys.batches = [[(epoch, int(index)) for index in batch] for batch in batches]
-        for crops, unreadable in self._loader:
+        for crops, (unreadable, times) in self._loader:
             for index, reason in unreadable.items():
                 self._replacements.take_over(index, reason)
+            for name, spent in zip(STAGES, times, strict=True):
+                work.add(name, float(spent), len(crops.indices), self._loader.num_workers)
             yield crops
 
     def close(self) -> None:

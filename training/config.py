@@ -49,8 +49,18 @@ class RunConfig:
     recipe: str = option("", "preset to start from (default: the one of --arch)", tuple(RECIPES))
     output_dir: str = option("", "run folder (default: runs/ARCH)")
     resume: str = option("no", "no, auto (go on if the run folder has a checkpoint), or a file")
+    init_from: str = option(
+        "", "start student and teacher from the backbone of this file (own, iBOT, DINO or timm)"
+    )
     epochs: int = option(800, "length of the run, and of every schedule, in epochs")
     stop_after: int = option(0, "end after so many steps; schedules stay those of --epochs (0: no)")
+    max_hours: float = option(0.0, "save and stop after so many hours, with status 85 (0: no)")
+    global_batch_size: int = option(
+        0, "images a step over all processes, in equal parts (0: --batch-size in each)"
+    )
+    shard_optimizer: bool = option(False, "each process keeps its part of the optimiser's state")
+    lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
+    stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
     precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
     optimizer: str = option("adamw", "optimiser", OPTIMIZERS)
@@ -63,8 +73,10 @@ class RunConfig:
     clip_grad: float = option(3.0, "largest L2 norm of each gradient tensor (0: no clipping)")
     freeze_last_layer: int = option(1, "epochs in which the prototypes stand still")
     save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
+    keep_last: int = option(3, "keep so many of the last checkpoints")
     keep_every: int = option(40, "keep a checkpoint of its own every so many epochs (0: none)")
     log_steps: int = option(10, "steps between records in log.jsonl")
+    profile: int = option(0, "trace so many early steps into trace.json.gz, for Perfetto (0: no)")
     eval_train: str = option("", "labelled photos for k-NN: the memory (.beton or folder)")
     eval_val: str = option("", "labelled photos for k-NN: the queries (.beton or folder)")
     eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
@@ -72,16 +84,25 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""
-        for name in ("epochs", "log_steps", "eval_k"):
+        for name in ("epochs", "log_steps", "eval_k", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1")
-        for name in ("stop_after", "save_steps", "keep_every", "eval_every", "freeze_last_layer"):
+        for name in (
+            *("stop_after", "save_steps", "keep_every", "eval_every", "freeze_last_layer"),
+            *("profile", "max_hours"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} must not be negative")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
             )
+        if self.global_batch_size < 0:
+            raise ValueError("--global-batch-size must not be negative")
+        if self.init_from and self.resume not in ("no", "auto"):
+            raise ValueError("--init-from starts a run, --resume FILE goes on with one: give one")
+        if self.lost_after < 5 or self.stall_after < 5:
+            raise ValueError("--lost-after and --stall-after must be at least 5 seconds")
         if self.lr <= 0 or self.min_lr < 0 or self.clip_grad < 0:
             raise ValueError("--lr must be above 0, --min-lr and --clip-grad not below")
         if not 0 <= self.momentum_teacher <= 1:
@@ -102,6 +123,24 @@ class Config:
         """Every setting by name, for the saved configuration."""
         parts = (self.run, self.pipeline, self.model)
         return {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
+
+    def share_batch(self, world_size: int) -> None:
+        """Give each of `world_size` processes its part of --global-batch-size, if that is given.
+        Raises ValueError where the images cannot be divided, naming the options."""
+        whole = self.run.global_batch_size
+        if whole % world_size:
+            raise ValueError(
+                f"--global-batch-size {whole} cannot be shared by {world_size} processes: give a"
+                " multiple of their number"
+            )
+        if whole:
+            self.pipeline.batch_size = whole // world_size
+        batch, parts = self.pipeline.batch_size, self.model.micro_steps
+        if batch % parts:
+            raise ValueError(
+                f"--micro-steps {parts} does not divide --batch-size {batch}"
+                + (f", the part of each of {world_size} processes" if whole else "")
+            )
 
 
 def from_values(values: dict[str, Any]) -> Config:
@@ -124,9 +163,11 @@ def from_values(values: dict[str, Any]) -> Config:
     config.run.check()
     config.pipeline.check()
     config.model.check()
-    batch, parts = config.pipeline.batch_size, config.model.micro_steps
-    if batch % parts:
-        raise ValueError(f"--micro-steps {parts} does not divide --batch-size {batch}")
+    if config.run.global_batch_size:
+        if "batch_size" in values:
+            raise ValueError("--batch-size and --global-batch-size: give one of them")
+    else:
+        config.share_batch(world_size=1)
     return config
 
 

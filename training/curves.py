@@ -15,7 +15,7 @@ _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
 def plot_curves(folder: Path) -> Path | None:
     """Draw curves.png in the run folder; None where the log has nothing to draw yet."""
     records = read_records(folder / "log.jsonl")
-    losses = [r for r in records if "loss" in r]
+    losses = [r for r in records if r.get("loss") is not None]
     scores = [r for r in records if "knn_top1" in r]
     if not losses:
         return None

@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm")
+from stages import Effort, Lap, StageClock, stage, work
+
+LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm", "spread")
 
 
 class LateMetrics:
@@ -15,26 +17,48 @@ class LateMetrics:
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._pending: dict[str, Any] | None = None
+        self._lap: Lap | None = None
+        self._efforts: dict[str, Effort] = {}
+        self._names: list[str] = []
         self._values = torch.empty(0)
+        self._copied: torch.cuda.Event | None = None
 
-    def push(self, record: dict[str, Any], metrics: dict[str, Tensor]) -> None:
-        """Keep `record` of a step, and of `metrics` the LOGGED ones, averaged over ranks. The step
-        before must have been settled."""
-        values = torch.stack([metrics[name].float() for name in LOGGED])
+    def push(
+        self,
+        record: dict[str, Any],
+        metrics: dict[str, Tensor],
+        clock: StageClock,
+        stop: bool = False,
+    ) -> None:
+        """Keep `record` of a step, of `metrics` those that are LOGGED, averaged over ranks, the lap
+        of `clock` that ends here, the loader's work, and whether this rank wants to `stop`. The
+        step before must have been settled."""
+        self._names = [name for name in LOGGED if name in metrics]
+        wish = torch.full((), float(stop), device=metrics["loss"].device)
+        values = torch.stack([*(metrics[name].float() for name in self._names), wish])
         if self._world_size > 1:
-            dist.all_reduce(values)
-            values /= self._world_size
-        self._pending, self._values = record, values
+            with stage("comm"):
+                dist.all_reduce(values)
+                values /= self._world_size
+        if values.is_cuda:  # or reading them would wait for all that is queued by then
+            self._values = torch.empty(len(values), pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._values = values
+        self._pending, self._lap, self._efforts = record, clock.lap(), work.take()
 
     def settle(self) -> dict[str, Any] | None:
-        """The pending record with its numbers, waiting for the device; None where none pends.
-
-        Raises FloatingPointError where the loss is no number, on every rank alike.
-        """
-        if self._pending is None:
+        """The pending record with its numbers, under "parts" the seconds of its lap, under
+        "efforts" the loader's work and under "stop" whether any rank wants to; waits for the device
+        to end that step. None where none pends. All ranks are given the same numbers."""
+        if self._pending is None or self._lap is None:
             return None
-        numbers = dict(zip(LOGGED, self._values.tolist(), strict=True))
-        record, self._pending = self._pending | numbers, None
-        if not torch.isfinite(self._values[0]):
-            raise FloatingPointError(f"the loss of step {record['step']} is {record['loss']}")
+        if self._copied is not None:
+            self._copied.synchronize()
+        *numbers, stop = self._values.tolist()
+        record = self._pending | dict(zip(self._names, numbers, strict=True))
+        record |= {"parts": self._lap.seconds(), "efforts": self._efforts, "stop": stop > 0}
+        self._pending = None
         return record

@@ -1,6 +1,7 @@
 """What a run leaves and shows: log.jsonl, TensorBoard scalars, a progress line."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +27,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _done(record: dict[str, Any]) -> int:
     """Steps done when `record` was written: a score stands between steps, a loss is of a step."""
     return record["step"] + ("loss" in record)
@@ -40,14 +45,8 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
         self.console = Console(stderr=False, highlight=False)
         self._path = folder / "log.jsonl"
-        kept = [r for r in read_records(self._path) if _done(r) <= first_step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(partial, self._path)
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._total, self._per_epoch = total_steps, per_epoch
-        self._started, self._first = time.monotonic(), first_step
+        self._open(first_step)
         self._last_plain = time.monotonic()
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -59,15 +58,37 @@ class RunLog:
         self._task = self._progress.add_task("", total=total_steps, epoch=0, text="")
         self._progress.start()
 
+    def _open(self, first_step: int) -> None:
+        """Keep what was written up to `first_step`, and write on from there."""
+        kept = [r for r in read_records(self._path) if _done(r) <= first_step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(partial, self._path)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
+        board = self._path.with_name("tensorboard")
+        self._board = SummaryWriter(str(board), purge_step=first_step)
+        self._started, self._first = time.monotonic(), first_step
+
+    def go_back(self, step: int) -> None:
+        """Forget all from `step` on: the run goes on from there."""
+        self._file.close()
+        self._board.close()
+        self._open(step)
+
     def say(self, text: str) -> None:
         """One line for the person watching, above the progress line."""
         self.console.print(text, soft_wrap=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one JSON line; numbers also go to TensorBoard."""
+        """Append one JSON line; numbers also go to TensorBoard, those of a dict as dict/name. What
+        is not finite is written as null: JSON has no word for it."""
+        record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
+            if isinstance(value, dict):
+                for part, number in value.items():
+                    self._board.add_scalar(f"{name}/{part}", number, record["step"])
+            elif name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
@@ -76,7 +97,8 @@ class RunLog:
         text = (
             f"loss {numbers['loss']:.3f} (cls {numbers['cls']:.3f} patch {numbers['patch']:.3f})"
             f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
-            f"  ETA {_clock(left)}"
+            + (f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else "")
+            + f"  {numbers['memory_gib']:.1f} GiB  ETA {_clock(left)}"
         )
         epoch = (step - 1) // self._per_epoch + 1
         if self.console.is_terminal:

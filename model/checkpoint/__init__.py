@@ -10,6 +10,7 @@ from model.checkpoint.files import (
     model_state,
     restore_model,
     save_checkpoint,
+    write_through,
 )
 from model.checkpoint.foreign import load_weights_into, read_foreign
 
@@ -22,4 +23,5 @@ __all__ = [
     "read_foreign",
     "restore_model",
     "save_checkpoint",
+    "write_through",
 ]

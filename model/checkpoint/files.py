@@ -7,7 +7,6 @@ run needs to go on). One that was imported from a backbone alone holds a `teache
 
 import argparse
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,27 +53,43 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(partial, content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_through(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` to the disk itself, not only to its cache. Raises OSError, also where
+    torch.save has another word for a disk that is full."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """What torch.save wrote under `path`, on the CPU. Nothing in the file is executed: besides
     tensors and plain values only `argparse.Namespace` is let in, which published checkpoints hold.
+    Every record is held against the CRC-32 that torch.save wrote beside it; torch.load does not.
 
     Raises FileNotFoundError, or ValueError for what is not a whole file of this kind.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
+        if zipfile.is_zipfile(path):  # files of torch before 1.6 are not
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"{damaged} fails its checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # what damage leads to has no bounds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint, or a damaged one ({reason})") from error
     if not isinstance(content, dict):

@@ -5,18 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from smooth_photos import smooth_photo
 
 from benchmarks.interpreter import mend
 from pipeline.convert import ConvertOptions, convert
 
 COUNT = 48
-
-
-def smooth_photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Coarse noise, enlarged: has edges, gradients and colour at every place."""
-    coarse = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")

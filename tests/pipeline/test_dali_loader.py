@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import smooth_photo
 from PIL import Image
 from pillow_parity import SAME_ARITHMETIC
+from smooth_photos import smooth_photo
 from torch import Tensor
 
 from pipeline import Batch, PipelineConfig, build_loader, pil_loader

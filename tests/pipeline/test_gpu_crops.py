@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import smooth_photo
 from PIL import Image
+from smooth_photos import smooth_photo
 
 from pipeline import gpu_crops, gpu_kernels
 from pipeline.batch import normalised

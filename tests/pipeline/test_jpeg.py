@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import smooth_photo
 from PIL import Image
+from smooth_photos import smooth_photo
 
 from pipeline.decode import MAX_PIXELS
 from pipeline.jpeg import plain_jpeg_size

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import smooth_photo
 from PIL import Image
+from smooth_photos import smooth_photo
 
 from pipeline.decode import UnreadablePhoto, load_photo
 from pipeline.jpeg_walk import whole_jpeg_size

@@ -1,0 +1,188 @@
+"""One clock for the stages of training, under the same names everywhere.
+
+Two things are measured. What stands on the training's critical path, `with stage("teacher"):`; its
+parts add up to the step. And what the loader's threads, processes and streams put in beside it,
+`work.add("decode", seconds, ...)`; from that follows what the loader could give at most.
+"""
+
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+STAGES = (
+    *("read", "decode", "copy", "crop", "mask"),
+    *("teacher", "student", "loss", "backward", "optimizer", "ema", "comm"),
+)
+WAIT, OTHER = "wait", "other"  # standing still for a batch; what no stage is named for
+PARTS = (WAIT, *STAGES, OTHER)
+
+
+class StageClock:
+    """Splits the time of one stream of work into stages.
+
+    Each beginning and end of a stage is a mark: a CUDA event on the current stream, or the
+    monotonic clock on a CPU. From a mark to the next, time belongs to the innermost stage. So a
+    stage inside another is not counted twice, and the parts of a lap add up to it. On a GPU the
+    marks follow the device: a wait of the host that finds the device busy costs nothing there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.named = False  # whether a profiler is told the names
+        self._on_gpu = device.type == "cuda"
+        self._spare: list[torch.cuda.Event] = []
+        self._open: list[str] = []
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        """Begin a lap here; what was marked since the last one is forgotten."""
+        self._marks.clear()
+        self._mark(self._innermost())
+
+    def enter(self, name: str) -> None:
+        self._open.append(name)
+        self._mark(name)
+
+    def leave(self) -> None:
+        self._open.pop()
+        self._mark(self._innermost())
+
+    def rest_is(self, name: str) -> None:
+        """What is left of the open stage counts as stage `name`."""
+        self._mark(name)
+
+    def lap(self) -> "Lap":
+        """End the lap and begin the next. Its times may be asked for when the device is done."""
+        self._mark(self._innermost())
+        lap = Lap(self._marks, self._spare if self._on_gpu else None)
+        self._marks = self._marks[-1:]
+        return lap
+
+    def _innermost(self) -> str:
+        return self._open[-1] if self._open else OTHER
+
+    def _mark(self, name: str) -> None:
+        if not self._on_gpu:
+            self._marks.append((name, time.perf_counter()))
+            return
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((name, event))
+
+
+class Lap:
+    """The marks of a lap: what begins with each, and when."""
+
+    def __init__(self, marks: list[tuple[str, Any]], spare: list[torch.cuda.Event] | None) -> None:
+        self._marks, self._spare = marks, spare
+
+    def done(self) -> bool:
+        """Whether the device has come to the end of it."""
+        return self._spare is None or self._marks[-1][1].query()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part that occurs, which add up to the lap; waits for the device. To be
+        called once, as the events are used again."""
+        if self._spare is not None:
+            self._marks[-1][1].synchronize()
+        parts: dict[str, float] = defaultdict(float)
+        for (name, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            gone = end - begin if self._spare is None else begin.elapsed_time(end) / 1000
+            parts[name] += gone
+        if self._spare is not None:  # the last one begins the next lap
+            self._spare.extend(event for _, event in self._marks[:-1])
+        return dict(parts)
+
+
+_clock: StageClock | None = None
+
+
+def use(clock: StageClock | None) -> None:
+    """Let `stage` report to `clock` from now on, or to none."""
+    global _clock
+    _clock = clock
+
+
+class stage:
+    """`with stage("teacher"):` times a part of the training's own thread, if there is a clock, and
+    names it to a profiler that runs. Raises ValueError for a name that is none of PARTS."""
+
+    __slots__ = ("_clock", "_label", "_name")
+
+    def __init__(self, name: str) -> None:
+        if name not in PARTS:
+            raise ValueError(f"stage {name!r}: expected one of {', '.join(PARTS)}")
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._clock, self._label = _clock, None
+        if self._clock is not None:
+            self._clock.enter(self._name)
+            if self._clock.named:
+                self._label = torch.profiler.record_function(self._name)
+                self._label.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        if self._label is not None:
+            self._label.__exit__(*raised)
+        if self._clock is not None:
+            self._clock.leave()
+
+
+def rest_is(name: str) -> None:
+    """What is left of the open stage counts as stage `name`. Any thread that the training's own
+    waits for may say so."""
+    if _clock is not None:
+        _clock.rest_is(name)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Work of one stage in the loader: `seconds` over all of `lanes` threads, processes or streams,
+    for `photos`."""
+
+    seconds: float
+    photos: int
+    lanes: int
+    shared: bool = True  # whether the lanes are the loader's workers, which do other stages too
+
+    def plus(self, more: "Effort") -> "Effort":
+        """Both together."""
+        seconds, photos = self.seconds + more.seconds, self.photos + more.photos
+        return Effort(seconds, photos, more.lanes, more.shared)
+
+    @property
+    def per_photo(self) -> float:
+        """Seconds of one lane for one photo."""
+        return self.seconds / self.photos
+
+    @property
+    def ceiling(self) -> float:
+        """Images/s, if the lanes did nothing else."""
+        return self.lanes / self.per_photo if self.seconds else float("inf")
+
+
+class Work:
+    """Sums of the loader's work by stage. Any thread may add; one takes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sums: dict[str, Effort] = {}
+
+    def add(self, name: str, seconds: float, photos: int, lanes: int, shared: bool = True) -> None:
+        effort = Effort(seconds, photos, lanes, shared)
+        with self._lock:
+            before = self._sums.get(name)
+            self._sums[name] = effort if before is None else before.plus(effort)
+
+    def take(self) -> dict[str, Effort]:
+        """What was added since the last call."""
+        with self._lock:
+            sums, self._sums = self._sums, {}
+        return sums
+
+
+work = Work()

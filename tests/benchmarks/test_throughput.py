@@ -1,0 +1,122 @@
+"""benchmarks/throughput.py as people run it, small."""
+
+import html
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.convert import ConvertOptions, convert
+
+_path = list(sys.path)
+from benchmarks.throughput import main  # noqa: E402
+
+sys.path[:] = _path  # benchmarks mend it for when they are scripts
+
+SMALL = shlex.split(
+    "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
+    " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --batch-size 2"
+    " --out-dim 64 --hidden-dim 32 --bottleneck-dim 16 --loader pil --workers 1 --device cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    (root / "photos").mkdir()
+    for i in range(60):
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "photos" / f"{i}.jpg")
+    convert(root / "photos", root / "photos.beton", ConvertOptions(workers=1))
+    return root / "photos.beton"
+
+
+@pytest.fixture(scope="module")
+def report(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a report."""
+    folder = tmp_path_factory.mktemp("report")
+    options = ["--rounds", "2", "--steps", "1", "--baseline", "--report", str(folder)]
+    assert main([*SMALL, "--data", str(beton), *options]) == 0
+    return folder
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "throughput.json").read_text())
+
+
+def test_every_side_has_a_rate_a_round(report: Path) -> None:
+    rates = result(report)["images_per_s"]
+    own = {"loader", "model", "model, clock off", "both"}
+    assert set(rates) == own | {"published loader", "plain model"}
+    assert all(len(side) == 2 and min(side) > 0 for side in rates.values())
+
+
+def test_the_stages_add_up_to_the_step(report: Path) -> None:
+    measured = result(report)
+    by_round = np.sum(list(measured["step_ms"].values()), axis=0)
+    step = 1000 * measured["run"]["batch_size"] / np.array(measured["images_per_s"]["both"])
+    np.testing.assert_allclose(by_round, step, rtol=1e-6)
+    stages = {"wait", "copy", "mask", "teacher", "student", "loss", "backward", "optimizer", "ema"}
+    assert stages <= set(measured["step_ms"])
+    assert set(measured["loader_ms"]) == {"read", "decode", "crop"}
+
+
+def test_floors_are_there_for_what_has_one(report: Path) -> None:
+    floor = result(report)["floor_ms"]
+    expected = {"decode", "crop", "copy", "teacher", "student", "loss", "backward", "optimizer"}
+    assert set(floor) == expected | {"ema"}
+    assert min(floor.values()) > 0
+    assert floor["backward"] > floor["student"], "a backward is twice the forward"
+
+
+def test_picture_and_page_are_left(report: Path) -> None:
+    assert Image.open(report / "throughput.png").size[0] > 1000
+    page = (report / "throughput.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page, "it opens offline"
+    verdict = result(report)["verdict"]
+    assert any("Both together give" in line for line in verdict)
+    assert all(html.escape(line) in page for line in verdict)
+
+
+@pytest.mark.parametrize(("rounds", "found"), [(4, "ema, ms."), (2, "nothing.")])
+def test_compare_names_what_changed_beyond_noise(
+    report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rounds: int, found: str
+) -> None:
+    measured = result(report)
+    measured["step_ms"]["ema"] = (measured["step_ms"]["ema"] * 2)[:rounds]
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(measured))
+    measured["step_ms"]["ema"] = [50 * ms for ms in measured["step_ms"]["ema"]]
+    after.write_text(json.dumps(measured))
+    assert main(["--compare", str(before), str(after)]) == 0
+    assert f"Beyond noise: {found}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("--compare {data} nowhere.json", "photos.beton is not what"),
+        ("--compare nowhere.json {data}", "nowhere.json does not exist"),
+        ("--data nowhere.beton", "nowhere.beton"),
+        ("--data {data} --steps 100", "fewer --steps"),
+        ("--data {data} --rounds 0", "--rounds"),
+        ("--data {data} --arch vit_z", "--arch"),
+        ("--nonsense 1 --data {data}", "--nonsense"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    beton: Path, capsys: pytest.CaptureFixture[str], arguments: str, names: str
+) -> None:
+    try:
+        status = main([*SMALL, *arguments.format(data=beton).split()])
+    except SystemExit as stop:  # argparse's way
+        status = int(stop.code or 0)
+    assert status == 2
+    assert names in capsys.readouterr().err.strip().splitlines()[-1]

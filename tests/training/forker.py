@@ -1,0 +1,42 @@
+"""Runs of train.py without its imports each time: this process imports once, and forks.
+
+Reads a line of JSON for each run: arguments, the file for what it says, and Python that puts a
+fault in. Answers with the process id at once, and with the exit status at its end.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+if __name__ == "__main__":  # the loader's worker processes import this file
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    import train
+    from pipeline.loader import dali_problem
+
+    dali_problem()  # imports it, where it is installed
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            sys.argv = ["train.py", *job["arguments"]]
+            status = 1
+            try:
+                exec(job["fault"])
+                status = train.main(job["arguments"])
+            except SystemExit as stop:
+                status = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -1,0 +1,101 @@
+"""A run that is asked to stop finishes its step, saves, and says by its status: resume me."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import PER_EPOCH, Process, Start, losses, records
+
+from training.folder import is_held, read_run
+from training.stops import INTERRUPTED, STOPPED
+
+SLOW_STEP = """
+import time, train
+step = train.train_step
+def slow(run, *rest):
+    print("step", run.step, "begins", flush=True)
+    time.sleep({seconds})
+    return step(run, *rest)
+train.train_step = slow
+"""
+SLOW_EVALUATION = """
+import time, train
+scores = train.quick_scores
+def slow(*arguments):
+    print("evaluating", flush=True)
+    for _ in range(1200):
+        time.sleep(0.1)
+    return scores(*arguments)
+train.quick_scores = slow
+"""
+
+
+def asked(process: Process, number: signal.Signals) -> int:
+    """Send a signal to the run and its workers, as terminals and SLURM do; its exit status."""
+    process.until(lambda: '"step": 2,' in process.log())
+    os.killpg(process.pid, number)
+    return process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    number: signal.Signals, start: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ("--resume", "auto", "--loader", "pil")  # which has worker processes
+    process = start(folder, *options, fault=SLOW_STEP.format(seconds=0.2))
+    assert asked(process, number) == STOPPED, process.said()[-2000:]
+    assert f"stopped ({number.name}) at step" in process.said()
+    assert "Traceback" not in process.said()
+    done = len(losses(folder))
+    assert 3 <= done < PER_EPOCH, "in mid-epoch"
+    assert read_run(folder)["state"] == "stopped"
+    assert not is_held(folder)
+    again = start(folder, "--resume", "auto", "--stop-after", "10")
+    assert again.wait() == 0, again.said()[-2000:]
+    assert f"resumed at step {done} " in again.said()
+    assert [r[0] for r in losses(folder)] == list(range(10))
+    assert [s["step"] for s in read_run(folder)["starts"]] == [0, done]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
+    process = start(tmp_path / "run", fault=SLOW_STEP.format(seconds="60 if run.step else 0"))
+    process.until(lambda: "step 1 begins" in process.said())
+    os.killpg(process.pid, signal.SIGINT)
+    process.until(lambda: "SIGINT: the run will finish its step" in process.said())
+    time.sleep(1.5)  # sooner, it would count as the same press of a key
+    assert Path(f"/proc/{process.pid}/exe").exists(), "it waits for its step"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == INTERRUPTED
+    assert "interrupted at once" in process.said()
+    assert read_run(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_max_hours_end_a_run_like_a_signal(start: Start, tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "--max-hours", "0.0001")
+    assert process.wait() == STOPPED
+    assert "--max-hours 0.0001 are over" in process.said() or "before the first" in process.said()
+
+
+def test_sigterm_during_an_evaluation_leaves_it_for_the_next_start(
+    start: Start, tmp_path: Path, tiny: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--eval-train", str(tiny), "--eval-val", str(tiny), "--eval-every", "1"]
+    options += ["--resume", "auto", "--epochs", "1"]
+    finished = start(folder, *options, "--stop-after", "4", fault="")  # scores at step 0
+    assert finished.wait() == 0, finished.said()[-2000:]
+    process = start(folder, *options, fault=SLOW_EVALUATION)
+    process.until(lambda: "evaluating" in process.said())
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait() == STOPPED, process.said()[-2000:]
+    assert time.monotonic() - began < 60, "it did not wait for the evaluation, of two minutes"
+    assert len(losses(folder)) == PER_EPOCH
+    again = start(folder, *options)
+    assert again.wait() == 0, again.said()[-2000:]
+    scores = [r for r in records(folder) if "knn_top1" in r]
+    assert [r["step"] for r in scores] == [0, PER_EPOCH]
+    assert {"head_nmi", "head_ari", "head_acc"} <= set(scores[-1])

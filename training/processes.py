@@ -1,0 +1,164 @@
+"""Joining the group of processes: a plain process, one of torchrun's, or one of SLURM's."""
+
+import datetime
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+JOIN_S = 300  # until all processes must have come, and have made themselves heard
+# What ranks do together may then take this long, as rank 0 saves and evaluates alone. Whether the
+# others live meanwhile is the watchdog's to see.
+PATIENCE = datetime.timedelta(hours=4)
+VERDICT = "ibeton/verdict"  # why the group ends; empty as long as it does not
+_PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
+
+
+def beat_key(rank: int) -> str:
+    """Where rank `rank` leaves its signs of life in the store."""
+    return f"ibeton/beat/{rank}"
+
+
+def join_processes(name: str) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes; under torchrun or srun, joins the group.
+
+    `name` is "auto", "cpu", "cuda" or "cuda:N". Raises ValueError, with a sentence for the user,
+    for a device that is not there and for a group that does not come together in JOIN_S.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is usable here; use --device cpu")
+    adopt_slurm(os.environ)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if device.type == "cuda":
+        device = own_gpu(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    store = meet(rank, world_size)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=JOIN_S),
+        world_size=world_size,
+        rank=rank,
+        store=store,
+    )
+    try:
+        here = torch.ones(1, device=device)
+        dist.all_reduce(here)  # a network that does not carry shows now
+        here.item()
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank {rank} of {world_size} cannot exchange data with the others ({error}): give the"
+            " network interface in GLOO_SOCKET_IFNAME (CPU) or NCCL_SOCKET_IFNAME (GPU)"
+        ) from error
+    _set_pg_timeout(PATIENCE)
+    return device, rank, world_size
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """The GPU of the process that is `local_rank` on this machine. SLURM may show each process one
+    GPU alone. Raises ValueError where there are too few."""
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise ValueError(
+            f"process {local_rank} of this machine finds {count} GPUs: start one process a GPU"
+            " (torchrun --nproc_per_node, srun --ntasks-per-node)"
+        )
+    return torch.device("cuda", local_rank if count > 1 else 0)
+
+
+def adopt_slurm(environ: MutableMapping[str, str]) -> None:
+    """Say in torchrun's words (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) what srun
+    says in its own.
+
+    Leaves `environ` as it is where torchrun has spoken, and where srun started one task or none.
+    The address is the first machine of the step; the port follows from the ids of job and step, so
+    that all tasks find the same. Either may be given. Raises ValueError for half of a SLURM.
+    """
+    if "RANK" in environ or "SLURM_PROCID" not in environ:
+        return
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    if _number(environ, tasks, "1") == 1:
+        return
+    nodes = [environ[name] for name in _NODE_LISTS if environ.get(name)]
+    if not nodes and "MASTER_ADDR" not in environ:
+        raise ValueError(f"{tasks} is set, {_NODE_LISTS[-1]} is not: start with srun, or torchrun")
+    job, step = _number(environ, "SLURM_JOB_ID", "0"), _number(environ, "SLURM_STEP_ID", "0")
+    words = {
+        "RANK": str(_number(environ, "SLURM_PROCID")),
+        "WORLD_SIZE": str(_number(environ, tasks)),
+        "LOCAL_RANK": str(_number(environ, "SLURM_LOCALID")),
+    }
+    environ.setdefault("MASTER_ADDR", first_node(nodes[0]) if nodes else "")
+    environ.setdefault("MASTER_PORT", str(_PORTS[(job * 16 + step) % len(_PORTS)]))
+    environ.update(words)
+
+
+_NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a SLURM list: gpu[07-09,12],login1 -> gpu07."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]
+
+
+def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    value = environ.get(name, default)
+    if not value.isdecimal():
+        raise ValueError(f"{name} is {value!r}, expected a number: start with srun, or torchrun")
+    return int(value)
+
+
+def address() -> tuple[str, int]:
+    """Host and port of the group's store, which torchrun or rank 0 serves."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def serves_store(rank: int) -> bool:
+    """Whether the store lives in this process; torchrun keeps one of its own."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def connect(rank: int, serve: bool = False) -> dist.TCPStore:
+    """A connection to the store, which this process serves from now on if it is to. Raises
+    ValueError where there is none within JOIN_S."""
+    host, port = address()
+    patience = datetime.timedelta(seconds=JOIN_S)
+    try:
+        return dist.TCPStore(host, port, None, serve, timeout=patience, wait_for_workers=False)
+    except RuntimeError as error:
+        trouble = (
+            f"rank 0 cannot listen at {host}:{port}; set MASTER_PORT to a free port"
+            if serve
+            else f"rank {rank} cannot reach rank 0 at {host}:{port} within {JOIN_S} s; is it"
+            " running, and MASTER_ADDR right?"
+        )
+        raise ValueError(f"{trouble} ({str(error).splitlines()[0]})") from error
+
+
+def meet(rank: int, world_size: int) -> dist.TCPStore:
+    """The store, as soon as all ranks have come to it. Raises ValueError, naming those that have
+    not, after JOIN_S."""
+    store = connect(rank, serves_store(rank))
+    if rank == 0:
+        store.set(VERDICT, "")
+    store.set(beat_key(rank), f'{{"host": "{socket.gethostname()}"}}')
+    everyone = range(world_size)
+    try:
+        store.wait([beat_key(r) for r in everyone], datetime.timedelta(seconds=JOIN_S))
+    except RuntimeError as error:
+        missing = ", ".join(str(r) for r in everyone if not store.check([beat_key(r)]))
+        host, port = address()
+        raise ValueError(
+            f"rank {rank} of {world_size} waited {JOIN_S} s at {host}:{port}, and rank {missing}"
+            " did not come: look at the machines of those (a SLURM batch script starts all of them"
+            " by `srun python train.py`)"
+        ) from error
+    return store

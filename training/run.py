@@ -1,0 +1,268 @@
+"""A run: all that it holds, what of that a checkpoint keeps, and how it goes on from one."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import IBOT
+from model.checkpoint import (
+    check_same_model,
+    load_checkpoint,
+    load_weights_into,
+    model_state,
+    restore_model,
+)
+from model.optim import load_optimizer_state, optimizer_state
+from model.schedules import cosine_schedule
+from options import flag
+from pipeline import Loader
+from pipeline.decode import UnreadablePhoto
+from pipeline.photos import Photos
+from training import checkpoints
+from training.collapse import CollapseAlarm
+from training.config import Config
+from training.folder import RunFolder, identity, new_identity, read_config
+from training.guard import Guard, RunError
+from training.watchdog import Watchdog
+
+_ALARM_AFTER = 1000  # steps of collapse, and an epoch, until the alarm
+_PROBES = 16  # photos that are compared when a run goes on
+# Settings that may change on the way without a word: they do not change what is computed.
+_FREE = {
+    *("output_dir", "resume", "init_from", "stop_after", "max_hours", "device", "recipe"),
+    *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
+    *("eval_train", "eval_val", "eval_every", "eval_k"),
+    *("data", "loader", "batch_size", "global_batch_size", "workers", "batches_ahead"),
+    *("micro_steps", "checkpoint_blocks", "shard_optimizer"),
+}
+
+
+@dataclass
+class Run:
+    """Everything that a run holds. `step` counts the steps done since the start of training, `seen`
+    is the name of the run that its folder belonged to, `notes` are lines for the log's start."""
+
+    config: Config
+    device: torch.device
+    rank: int
+    world_size: int
+    loader: Loader
+    ibot: IBOT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    precision: str
+    dog: Watchdog
+    step: int = 0
+    name: str = ""
+    seen: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        per_epoch, model = self.loader.steps_per_epoch, self.config.model
+        self.guard = Guard(self.scaler is not None, grace=per_epoch)
+        patience = max(_ALARM_AFTER, per_epoch)
+        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, patience)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.pipeline.batch_size * self.world_size
+
+
+def rates(run: Run) -> list[dict[str, float]]:
+    """Learning rate, weight decay and teacher momentum of every step of the whole run."""
+    options, per_epoch = run.config.run, run.loader.steps_per_epoch
+    peak = options.lr * run.global_batch / 256
+    lr = cosine_schedule(peak, options.min_lr, options.epochs, per_epoch, options.warmup_epochs)
+    decay = cosine_schedule(
+        options.weight_decay, options.weight_decay_end, options.epochs, per_epoch
+    )
+    momentum = cosine_schedule(options.momentum_teacher, 1.0, options.epochs, per_epoch)
+    names = ("lr", "weight_decay", "momentum")
+    return [
+        dict(zip(names, map(float, step), strict=True))
+        for step in zip(lr, decay, momentum, strict=True)
+    ]
+
+
+def seed_step(run: Run, step: int) -> None:
+    """Stochastic depth draws from (seed, step, rank) alone, so that a resumed run draws what an
+    unbroken one would have drawn."""
+    entropy = np.random.SeedSequence([run.config.pipeline.seed, step, run.rank])
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def claim(run: Run) -> RunFolder:
+    """The run's folder, from now on held by this process. Raises ValueError, see `RunFolder`."""
+    begins = {"step": run.step, "processes": run.world_size}
+    begins["steps_per_epoch"] = run.loader.steps_per_epoch
+    return RunFolder(run.folder, run.name, run.seen, run.config.resolved(), begins)
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint; at every --keep-every epochs one that stays, too. The RNG's state is
+    (seed, step): every draw is a function of the two, see `seed_step`. All ranks take part, rank 0
+    writes. Raises RunError where it cannot."""
+    optimizer = optimizer_state(run.optimizer)
+    if run.rank:
+        return
+    options, per_epoch = run.config.run, run.loader.steps_per_epoch
+    epoch = run.step // per_epoch  # the next one
+    content = {
+        **model_state(run.ibot),
+        "optimizer": optimizer,
+        "fp16_scaler": run.scaler.state_dict() if run.scaler else None,
+        "step": run.step,
+        "epoch": epoch,
+        "rng": {"seed": run.config.pipeline.seed, "step": run.step},
+        "steps_per_epoch": per_epoch,
+        "global_batch": run.global_batch,
+        "data": fingerprint(run.loader.photos),
+        "guard": run.guard.state(),
+        "run": run.name,
+        "config": run.config.resolved(),
+    }
+    keep = options.keep_every
+    stays = epoch if keep and run.step % per_epoch == 0 and epoch % keep == 0 else None
+    try:
+        checkpoints.write(run.folder, content, options.keep_last, stays)
+    except OSError as error:
+        raise RunError(f"no checkpoint could be written at step {run.step} ({error})") from error
+
+
+def resume(run: Run) -> None:
+    """Start, or go on from the checkpoint that --resume names; never mix two runs in a folder.
+
+    All ranks take the checkpoint that rank 0 finds. Raises ValueError or FileNotFoundError.
+    """
+    options = run.config.run
+    run.seen = identity(run.folder) if run.rank == 0 else ""
+    if options.resume == "no" and run.rank == 0 and (run.seen or checkpoints.listed(run.folder)):
+        raise ValueError(
+            f"{run.folder} already holds a run: go on with --resume auto, or give another"
+            " --output-dir"
+        )
+    path = newest(run) if options.resume == "auto" else Path(options.resume)
+    if options.resume == "no" or path is None:
+        _check_begun(run)
+        run.name = run.seen or new_identity()
+        if options.init_from:
+            fresh = load_weights_into(run.ibot, options.init_from)
+            new = f"; new are the heads and {', '.join(fresh)}" if fresh else "; the heads are new"
+            run.notes.append(f"student and teacher start from {options.init_from}{new}")
+        return
+    restore(run, path, load_checkpoint(path))
+    run.name = run.seen or new_identity()  # in a folder of its own, what comes is another run
+    run.notes.append(
+        f"resumed at step {run.step} (epoch {run.step // run.loader.steps_per_epoch}) from {path}"
+    )
+
+
+def restore(run: Run, path: Path, content: dict[str, Any]) -> None:
+    """Bring the run to where the checkpoint at `path` left it. Raises ValueError, with nothing
+    changed, where it is of another model, data set, global batch, seed or folder."""
+    _check_same(run, path, content)
+    restore_model(run.ibot, content)
+    load_optimizer_state(run.optimizer, content["optimizer"])
+    if run.scaler is not None and content["fp16_scaler"]:
+        run.scaler.load_state_dict(content["fp16_scaler"])
+    run.guard.restore(content.get("guard", run.guard.state()))
+    run.step = content["step"]
+
+
+def newest(run: Run) -> Path | None:
+    """The newest whole checkpoint of the run's folder, as rank 0 finds it; all ranks must ask."""
+    found = checkpoints.newest(run.folder) if run.rank == 0 else None
+    path = None
+    if found is not None:
+        path, _, damaged = found
+        run.notes += damaged
+    if run.world_size > 1:
+        box = [path]
+        dist.broadcast_object_list(box, device=run.device)
+        path = box[0]
+    return path
+
+
+def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
+    if "optimizer" not in content:
+        raise ValueError(
+            f"--resume {path}: it holds weights alone, and no run to go on with; start a run from"
+            f" them by --init-from {path}"
+        )
+    config = run.config.resolved()
+    check_same_model(path, content["config"], config)
+    saved = (content["steps_per_epoch"], content["global_batch"])
+    now = (run.loader.steps_per_epoch, run.global_batch)
+    if saved != now:
+        raise ValueError(
+            f"checkpoint {path} has {saved[0]} steps an epoch of {saved[1]} images, this run"
+            f" {now[0]} of {now[1]}: keep --data and (--batch-size x processes) as they were"
+        )
+    seed = content["rng"]["seed"]
+    if seed != config["seed"]:
+        raise ValueError(
+            f"checkpoint {path} is of --seed {seed}, this run of {config['seed']}: photos would"
+            " come twice or not at all; give the same seed"
+        )
+    if not _same_photos(content.get("data"), fingerprint(run.loader.photos)):
+        raise ValueError(
+            f"checkpoint {path} was trained on other photos than --data {config['data']}: give the"
+            " same, or start a run from its weights by --init-from"
+        )
+    owner = content.get("run")
+    if run.seen and owner and owner != run.seen:
+        raise ValueError(
+            f"checkpoint {path} is of another run than {run.folder}: give another --output-dir"
+        )
+    if changed := _changed(content["config"], config):
+        run.notes.append(f"other settings than the run began with: {changed}")
+
+
+def _check_begun(run: Run) -> None:
+    """A run that was ended before its first checkpoint may begin again, with the same settings."""
+    if not run.seen:
+        return
+    if changed := _changed(read_config(run.folder), run.config.resolved()):
+        raise ValueError(
+            f"{run.folder} holds a run of other settings, without a checkpoint yet ({changed}):"
+            " give another --output-dir, or remove it"
+        )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ and matter, as "--name old is now new"; empty where none does."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return ", ".join(
+        f"{flag(name)} {before.get(name)} is now {value}"
+        for name, value in now.items()
+        if name not in _FREE and plain(before.get(name)) != plain(value)
+    )
+
+
+def fingerprint(photos: Photos) -> list[str]:
+    """A few words by which a data set is known again, whatever stores it: its labels, and some of
+    its photos; an empty word for one that cannot be read now."""
+    words = [hashlib.sha256(photos.labels.tobytes()).hexdigest()]
+    for index in np.linspace(0, len(photos) - 1, _PROBES).astype(int):
+        try:
+            words.append(hashlib.sha256(photos.photo_bytes(int(index))).hexdigest())
+        except UnreadablePhoto:
+            words.append("")
+    return words
+
+
+def _same_photos(saved: list[str] | None, now: list[str]) -> bool:
+    """Whether two fingerprints differ in nothing that both could read."""
+    return saved is None or all(a == b for a, b in zip(saved, now, strict=True) if a and b)

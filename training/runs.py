@@ -1,0 +1,119 @@
+"""Lists runs: python -m training.runs [FOLDER]
+
+A line for each run folder in FOLDER (default: runs), or for FOLDER itself: architecture, epochs
+done, last loss, last k-NN top-1 in %, images/s, and state. A run that says it is running, and that
+no process holds, was killed.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from options import Parser
+from pipeline.command import run_command
+from training.folder import CONFIG, is_held, read_config, read_run
+
+_HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
+_TAIL = 1 << 16  # bytes of a log in which its last records stand
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 2 where there is no run, with a sentence."""
+    parser = Parser(prog="python -m training.runs", description="List runs and their state.")
+    parser.add_argument("folder", nargs="?", default="runs", help="of runs, or of one run")
+    folder = Path(parser.parse_args(arguments).folder)
+
+    def show() -> int:
+        print_table([_HEADS, *(_row(run) for run in run_folders(folder))])
+        return 0
+
+    return run_command(show, writes=False)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError where there is
+    none."""
+    if (folder / CONFIG).exists():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no runs: give a folder of --output-dir folders")
+    return found
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a run has come to: "arch", "done" of "epochs", and of its last records "loss",
+    "images_per_s" and "knn_top1", None where there is none; "state" and "since"."""
+    config, run = read_config(folder), read_run(folder)
+    state = run.get("state", "?")
+    if state == "running" and not is_held(folder):
+        state = "killed"
+    found: dict[str, Any] = dict.fromkeys(("step", "loss", "images_per_s", "knn_top1"))
+    log = folder / "log.jsonl"
+    if log.exists():
+        found |= _last(log, b'"loss": ', ("step", "loss", "images_per_s"))
+        found |= _last(log, b'"knn_top1": ', ("knn_top1",))
+    starts = run.get("starts")
+    steps = 0 if found["step"] is None else found["step"] + 1
+    return {
+        **found,
+        "done": steps / starts[-1]["steps_per_epoch"] if starts else None,
+        **{"arch": config.get("arch"), "epochs": config.get("epochs"), "state": state},
+        "since": run.get("since", ""),
+    }
+
+
+def _last(log: Path, holds: bytes, names: tuple[str, ...]) -> dict[str, Any]:
+    """`names` of the last whole record with `holds`, read from the end of the file."""
+    with open(log, "rb") as file:
+        size = end = file.seek(0, 2)
+        while end > 0:
+            end = max(0, end - _TAIL)
+            file.seek(end)
+            lines = file.read(size - end).split(b"\n")[bool(end) : -1]
+            for line in reversed(lines):
+                if holds in line:
+                    record = json.loads(line)
+                    return {name: record.get(name) for name in names}
+    return {}
+
+
+def _row(folder: Path) -> tuple[str, ...]:
+    run = summary(folder)
+
+    def number(name: str, form: str) -> str:
+        return "-" if run[name] is None else format(run[name], form)
+
+    return (
+        folder.name,
+        str(run["arch"]),
+        f"{number('done', '.1f')}/{run['epochs']}",
+        number("loss", ".3f"),
+        number("knn_top1", ".2f"),
+        number("images_per_s", ".1f"),
+        run["state"],
+        _ago(run["since"]),
+    )
+
+
+def _ago(since: str) -> str:
+    """How long ago a time of run.json was, in the largest unit."""
+    if not since:
+        return "-"
+    seconds = time.time() - time.mktime(time.strptime(since[:19], "%Y-%m-%dT%H:%M:%S"))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Rows in columns, plain, as they may go to a file."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
