@@ -40,11 +40,14 @@ bench: setup     ## loaders, masks and the model's step against the published wa
 	@$(PY) benchmarks/model.py
 	@$(PY) benchmarks/features.py
 
+profile: setup   ## where the time goes: loader, model and both against their floors (BETON=file)
+	@$(PY) benchmarks/throughput.py $(if $(BETON),--data $(BETON))
+
 gpu: setup       ## all that wants a GPU, in one call of eight minutes: tests, then benchmarks
 	@$(PY) benchmarks/gpu.py --out runs/gpu
 
 clean:           ## remove runs and caches, keep .venv
 	rm -rf runs data/drawn .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help setup ffcv doctor train test test-all lint bench gpu clean
+.PHONY: help setup ffcv doctor train test test-all lint bench profile gpu clean
 .DEFAULT_GOAL := help
