@@ -6,7 +6,6 @@ requests. A second Ctrl-C ends the run at once.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -85,7 +84,7 @@ class Stops:
             raise KeyboardInterrupt
         if not self.reason:
             self.reason, self._heard = signal.Signals(number).name, now
-            os.write(sys.stderr.fileno(), _HEARD.format(self.reason).encode())
+            os.write(2, _HEARD.format(self.reason).encode())
         if self._leave:
             self._leave = False
             raise StopRequested

@@ -45,7 +45,7 @@ def test_two_thousand_steps_leave_memory_threads_files_and_disk_as_they_were(
     early = [r for r in found if 400 <= r["step"] < 600]
     late = [r for r in found if r["step"] >= 1800]
     most = {name: [max(r[name] for r in part) for part in (early, late)] for name in found[0]}
-    print(json.dumps(most))
+    print(json.dumps(most), "MiB:", [r["memory"] >> 20 for r in found if r["step"] % 200 == 0])
     assert most["threads"][1] <= most["threads"][0]
     assert most["files"][1] <= most["files"][0] + 1
     assert most["checkpoints"][1] <= 1.01 * most["checkpoints"][0]
