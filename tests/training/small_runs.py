@@ -34,7 +34,7 @@ class Process:
         self.status: int | None = None
 
     def said(self) -> str:
-        return self.output.read_text()
+        return self.output.read_text() if self.output.exists() else ""  # it has yet to begin
 
     def log(self) -> str:
         path = self.folder / "log.jsonl"
