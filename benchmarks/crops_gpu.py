@@ -31,14 +31,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawn import drawn_beton
 from benchmarks.measure import in_words, machine, quartiles, spread
 from model import ModelConfig, build, training_step
 from model.optim import build_optimizer
 from pipeline import PipelineConfig
 from pipeline.batch import Decoded, DeviceCrops
 from pipeline.beton import BetonReader
-from pipeline.convert import ConvertOptions, convert
-from pipeline.drawn_photos import DrawOptions, draw_photos
 from pipeline.draws import draw_batch, spec_table
 from pipeline.gpu_crops import GpuCropper
 from pipeline.gpu_feed import GpuFeed
@@ -246,7 +245,7 @@ def main() -> None:
         mend()
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or drawn(Path(folder))
+        data = args.data or drawn_beton(Path(folder))
         bench = Bench(args, data)
         sides = bench.sides()
         times: dict[str, list[float]] = {name: [] for name in sides}
@@ -266,13 +265,6 @@ def main() -> None:
         settings = {**vars(args), "json": None}
         figures = {"machine": about, "settings": settings, "seconds_a_batch": times}
         args.json.write_text(json.dumps(figures, indent=1))
-
-
-def drawn(folder: Path) -> str:
-    """A .beton file of photos drawn by `pipeline.drawn_photos`."""
-    draw_photos(folder / "drawn", DrawOptions(images_per_class=12, val_per_class=1))
-    convert(folder / "drawn" / "train", folder / "drawn.beton", ConvertOptions())
-    return str(folder / "drawn.beton")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawn import drawn_beton
 from benchmarks.measure import in_words, machine, quartiles, spread, take_turns
-from benchmarks.pipeline import drawn
 from evaluation.features import PRECISIONS, Extraction, feature_batches, normalised, tokens_of
 from evaluation.photos import PhotoSet, view_batches
 from model.config import ModelConfig
@@ -111,7 +111,7 @@ def main() -> None:
     config = fill(ModelConfig, vars(args))
     how = Extraction(args.device, args.batch_size, args.workers, args.precision)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or drawn(Path(folder))
+        data = args.data or drawn_beton(Path(folder))
         rates, cpu = measure(data, config, how, args.images, args.rounds)
     about, console = machine("torch", "pillow"), Console(width=100)
     table = Table(title=f"images/s, {config.arch} at {config.image_size} pixels, {args.device}")

@@ -31,14 +31,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawn import drawn_beton
 from benchmarks.measure import in_words, machine, quartiles, ratios, spread, take_turns
 from pipeline import PipelineConfig, build_loader
 from pipeline.batch import normalised
 from pipeline.beton import BetonReader
-from pipeline.convert import ConvertOptions, convert
 from pipeline.crops import cut_views
 from pipeline.decode import decode_photo
-from pipeline.drawn_photos import DrawOptions, draw_photos
 from pipeline.draws import draw_views, stack_shape
 from pipeline.loader import dali_problem, ffcv_problem
 from pipeline.order import epoch_order, rank_batches
@@ -207,7 +206,7 @@ def main() -> None:
     at_hand = sorted(os.sched_getaffinity(0))
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or drawn(Path(folder))
+        data = args.data or drawn_beton(Path(folder))
         rates = {"1 core": measured_apart(data, at_hand[:1], args.images, args.rounds)}
         if args.cores > 1 and len(at_hand) >= args.cores:
             name = f"{args.cores} cores"
@@ -242,13 +241,6 @@ def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]
             cells.append(spread(ratios(sides, name, LIMIT), 2) if LIMIT in sides else "")
         out.add_row(name, *cells)
     return out
-
-
-def drawn(folder: Path) -> str:
-    """A .beton file of photos drawn by `pipeline.drawn_photos`."""
-    draw_photos(folder / "drawn", DrawOptions(images_per_class=12, val_per_class=1))
-    convert(folder / "drawn" / "train", folder / "drawn.beton", ConvertOptions())
-    return str(folder / "drawn.beton")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ import torch
 from rich.console import Console
 
 import stages
+from benchmarks.drawn import drawn_beton
 from benchmarks.measure import machine
 from benchmarks.throughput_floors import Demand, Peaks, demand_of, floors, measure_peaks
 from benchmarks.throughput_report import compare, print_report, write_html, write_png
 from options import Parser
 from pipeline import Batch, Loader, build_loader
 from pipeline.command import run_command
-from pipeline.convert import ConvertOptions, convert
-from pipeline.drawn_photos import DrawOptions, draw_photos
 from pipeline.workers import cores
 from stages import PARTS, Lap, StageClock, stage
 from train import DTYPES, Run, prepare, rates, train_step
@@ -289,13 +288,6 @@ def sentences(windows: dict[str, list[Window]], room: Room, lowest: dict[str, fl
     return said
 
 
-def drawn(folder: Path, device: str) -> str:
-    """A .beton file of photos drawn for the purpose."""
-    draw_photos(folder / "drawn", DrawOptions(images_per_class=PHOTOS[device], val_per_class=1))
-    convert(folder / "drawn" / "train", folder / "drawn.beton", ConvertOptions())
-    return str(folder / "drawn.beton")
-
-
 def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Options of this file, and those of train.py."""
     parser = Parser(
@@ -328,7 +320,8 @@ def main(given: list[str] | None = None) -> int:
         options = rest
         with tempfile.TemporaryDirectory() as folder:
             if "--data" not in rest:
-                options = [*DEFAULTS[device], *rest, "--data", drawn(Path(folder), device)]
+                data = drawn_beton(Path(folder), PHOTOS[device])
+                options = [*DEFAULTS[device], *rest, "--data", data]
             steps = own.steps or {"cpu": 1, "cuda": 20}[device]
             result = measure(options, own.rounds, steps, own.baseline)
         own.report.mkdir(parents=True, exist_ok=True)
