@@ -25,8 +25,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-# Not this folder, where files bear the names of packages.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # not this folder, where files bear the names of packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from PIL import Image

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Not this folder, where a file bears the name of the package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # not this folder, where files bear the names of packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 if "--interpreted" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is loaded
 

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Not this folder, where a file bears the name of a package.
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":  # not this folder, where files bear the names of packages
+    sys.path[0] = str(ROOT)
 
 import torch
 from rich.console import Console

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Not this folder, where files bear the names of packages.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # not this folder, where files bear the names of packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from rich.console import Console

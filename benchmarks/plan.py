@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Not this folder, where a file bears the name of the package.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":  # not this folder, where files bear the names of packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from rich.console import Console

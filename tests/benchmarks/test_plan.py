@@ -1,23 +1,19 @@
 """benchmarks/plan.py: its arithmetic, and what two published runs took."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-_path = list(sys.path)
-from benchmarks.plan import arguments, main, planned  # noqa: E402
-from benchmarks.plan_devices import (  # noqa: E402
+from benchmarks.plan import arguments, main, planned
+from benchmarks.plan_devices import (
     BANDWIDTH,
     DEVICES,
     MATRIX,
     device_rates,
     loader_costs,
 )
-
-sys.path[:] = _path  # benchmarks mend it for when they are scripts
 
 
 def plan(line: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import html
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.throughput import main
 from pipeline.convert import ConvertOptions, convert
-
-_path = list(sys.path)
-from benchmarks.throughput import main  # noqa: E402
-
-sys.path[:] = _path  # benchmarks mend it for when they are scripts
 
 SMALL = shlex.split(
     "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
