@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.checkpoint import load_backbone, load_checkpoint
+from model.checkpoint import backbone_of, load_checkpoint
 from model.config import ModelConfig
 from model.head import IBOTHead
 from model.ibot import build_network
@@ -18,8 +18,15 @@ def load_with_head(
 ) -> tuple[nn.Module, IBOTHead | None, dict[str, Any]]:
     """Backbone, head and settings of a checkpoint's "teacher" or "student", on the CPU. The head
     is None for a checkpoint that holds a backbone alone. Raises as `load_backbone`."""
-    backbone, config = load_backbone(path, network)
-    state = load_checkpoint(path)[network]
+    return with_head(load_checkpoint(path), path, network)
+
+
+def with_head(
+    content: dict[str, Any], path: str | Path, network: str
+) -> tuple[nn.Module, IBOTHead | None, dict[str, Any]]:
+    """`load_with_head` of a checkpoint that has been read; `path` names it in errors."""
+    backbone, config = backbone_of(content, path, network)
+    state = content[network]
     weights = {key[len("head.") :]: t for key, t in state.items() if key.startswith("head.")}
     if not weights:
         return backbone, None, config

@@ -11,18 +11,19 @@ all with --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from evaluation.features import Extraction, feature_batches
-from evaluation.networks import load_with_head
+from evaluation.networks import with_head
 from evaluation.photos import PhotoSet
 from evaluation.pictures.attention import draw_attention
 from evaluation.pictures.canvas import spread
 from evaluation.pictures.correspondence import draw_correspondence, two_photos, two_views
 from evaluation.pictures.neighbours import draw_neighbours
 from evaluation.pictures.patterns import assign, central_patterns, draw_patterns
-from model.checkpoint import load_backbone, load_checkpoint
+from model.checkpoint import backbone_of, load_checkpoint
 from options import Parser
 from pipeline.photos import open_photos
 
@@ -60,12 +61,13 @@ def run(args: argparse.Namespace) -> None:
     for name in ("patterns", "neighbours"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
-    backbone, config = load_backbone(args.checkpoint, args.network)
+    content = load_checkpoint(args.checkpoint)
+    if args.kind == "patterns":
+        show_patterns(args, content)
+        return
+    backbone, config = backbone_of(content, args.checkpoint, args.network)
     backbone.to(args.device)
     photos = PhotoSet(args.data, args.image_size or config["image_size"])
-    if args.kind == "patterns":
-        show_patterns(args, photos)
-        return
     indices = args.photos or spread(photos, 4)
     if args.kind == "attention":
         draw_attention(backbone, photos, indices, args.device, args.output)
@@ -84,9 +86,10 @@ def run(args: argparse.Namespace) -> None:
         draw_correspondence(backbone, pairs, config["patch_size"], args.device, args.output)
 
 
-def show_patterns(args: argparse.Namespace, photos: PhotoSet) -> None:
+def show_patterns(args: argparse.Namespace, content: dict[str, Any]) -> None:
     """The patterns of the network's own head."""
-    backbone, head, config = load_with_head(args.checkpoint, args.network)
+    backbone, head, config = with_head(content, args.checkpoint, args.network)
+    photos = PhotoSet(args.data, args.image_size or config["image_size"])
     if head is None:
         raise ValueError(
             f"{args.checkpoint} holds a backbone without a head, and patterns are the head's"
@@ -94,7 +97,7 @@ def show_patterns(args: argparse.Namespace, photos: PhotoSet) -> None:
         )
     backbone.to(args.device)
     head.to(args.device)
-    center = load_checkpoint(args.checkpoint)["ibot_loss"]["center2"].flatten()
+    center = content["ibot_loss"]["center2"].flatten()
     every = range(len(photos))
     batches = feature_batches(backbone, photos, ("patches",), every, Extraction(args.device))
     assigned = assign(batches, head, center, args.device)

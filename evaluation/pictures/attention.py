@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.features import evaluating
+from evaluation.features import evaluating, normalised
 from evaluation.photos import PhotoSet
 from evaluation.pictures.canvas import (
     class_name,
     new_figure,
-    normalised,
     save,
     show,
     to_look_at,

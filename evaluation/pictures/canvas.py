@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.features import MEAN, STD
 from evaluation.photos import PhotoSet
 
 matplotlib.use("Agg")  # no display needed
@@ -60,12 +59,6 @@ def spread(photos: PhotoSet, count: int) -> list[int]:
     """`count` photos at equal distances over the set, from the middle of each part."""
     count = min(count, len(photos))
     return [(2 * i + 1) * len(photos) // (2 * count) for i in range(count)]
-
-
-def normalised(images: Tensor, device: str) -> Tensor:
-    """uint8 [B, 3, S, S] -> what a backbone takes, float32."""
-    mean, std = (torch.tensor(c, device=device).view(3, 1, 1) for c in (MEAN, STD))
-    return (images.to(device).float() / 255 - mean) / std
 
 
 def class_name(photos: PhotoSet, index: int) -> str:

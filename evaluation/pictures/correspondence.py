@@ -12,7 +12,7 @@ from matplotlib.patches import ConnectionPatch
 from PIL import Image
 from torch import Tensor, nn
 
-from evaluation.features import evaluating
+from evaluation.features import evaluating, normalised
 from evaluation.photos import PhotoSet
 from evaluation.pictures.canvas import (
     GREEN,
@@ -20,7 +20,6 @@ from evaluation.pictures.canvas import (
     class_name,
     enlargement,
     new_figure,
-    normalised,
     save,
     show,
     to_look_at,

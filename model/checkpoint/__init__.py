@@ -4,6 +4,7 @@
 """
 
 from model.checkpoint.files import (
+    backbone_of,
     check_same_model,
     load_backbone,
     load_checkpoint,
@@ -15,6 +16,7 @@ from model.checkpoint.files import (
 from model.checkpoint.foreign import load_weights_into, read_foreign
 
 __all__ = [
+    "backbone_of",
     "check_same_model",
     "load_backbone",
     "load_checkpoint",

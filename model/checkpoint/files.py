@@ -199,7 +199,13 @@ def load_backbone(path: str | Path, network: str = "teacher") -> tuple[nn.Module
     class token first (Swin: the mean of the others), then N patch tokens row by row. Raises as
     `load_checkpoint`, and ValueError for another network or tensors that do not fit the settings.
     """
-    content = load_checkpoint(path)
+    return backbone_of(load_checkpoint(path), path, network)
+
+
+def backbone_of(
+    content: Mapping[str, Any], path: str | Path, network: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_backbone` of a checkpoint that has been read; `path` names it in errors."""
     state = backbone_state(content, network, path)
     config = fill(ModelConfig, content["config"])
     backbone = build_backbone(config, is_student="masked_embed" in state)
