@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.compiled import compiled
+
 
 @dataclass
 class Batch:
@@ -57,11 +59,26 @@ class Decoded:
     indices: Tensor  # int64 [B]
 
 
+@compiled
+def _normalise(crops: np.ndarray, scale: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
+    """`crops` [B, V, 3, S, S] into `out` [V, B, 3, S, S], in one pass where torch needs three."""
+    for b in range(crops.shape[0]):
+        for v in range(crops.shape[1]):
+            for c in range(3):
+                source, target = crops[b, v, c].reshape(-1), out[v, b, c].reshape(-1)
+                for i in range(source.size):
+                    target[i] = np.float32(np.float32(source[i]) * scale[c]) + shift[c]
+
+
 def normalised(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, V, 3, S, S] -> float32 [V, B, 3, S, S] on the device of `mean`; mean and std are
     float32 [3] on the 0..1 scale. The result is fresh memory, so the input may be reused."""
+    scale, shift = 1 / (255 * std), -mean / std
+    if mean.device.type == "cpu":
+        out = torch.empty(crops.shape[1], crops.shape[0], *crops.shape[2:])
+        _normalise(*(t.contiguous().numpy() for t in (crops, scale, shift)), out.numpy())
+        return out
     crops = crops.to(mean.device).transpose(0, 1)
-    scale = (1 / (255 * std)).view(3, 1, 1)
-    shift = (-mean / std).view(3, 1, 1)
     out = torch.empty(crops.shape, dtype=torch.float32, device=mean.device)
-    return out.copy_(crops).mul_(scale).add_(shift)  # in one product it takes twice as long
+    # In one product it takes twice as long.
+    return out.copy_(crops).mul_(scale.view(3, 1, 1)).add_(shift.view(3, 1, 1))

@@ -77,10 +77,10 @@ def _to_hsv(r: Int32, g: Int32, b: Int32) -> tuple[Int32, Int32, Int32]:
     Of Pillow's three distances to the highest channel, in units of the span, one is always 0 and
     one always 1, so a single division is left.
     """
-    high, low = max(r, max(g, b)), min(r, min(g, b))
+    high, low = _I32(max(r, max(g, b))), _I32(min(r, min(g, b)))
     span = _I32(high - low)
-    middle = _I32(_I32(r + g + b) - _I32(high + low))
-    distance = _F32(_F32(high - middle) / _F32(max(span, _I32(1))))
+    middle = _I32(_I32(_I32(r + g) + b) - _I32(high + low))
+    distance = _F32(_F32(_I32(high - middle)) / _F32(max(span, _I32(1))))
     red_high, green_high, green_low, blue_low = r == high, g == high, g == low, b == low
     # Choices, not branches: a loop with branches would not become vector code.
     by_red = distance - _F32(1) if green_low else _F32(1) - distance
@@ -88,42 +88,42 @@ def _to_hsv(r: Int32, g: Int32, b: Int32) -> tuple[Int32, Int32, Int32]:
     by_blue = _F32(5) - distance if green_low else _F32(3) + distance
     turn = _F32((by_red if red_high else by_green if green_high else by_blue) / _F32(6))
     turn = _F32(turn + _F32(1) if turn < _LOW else turn)
-    saturation = _I32(_F32(span) / _F32(max(high, _I32(1))) * _HIGH)
+    saturation = _I32(_F32(_F32(span) / _F32(max(high, _I32(1)))) * _HIGH)
     return _I32(turn * _HIGH), saturation, high
 
 
 @inlined
-def _share(value: Int32, taken: Float32) -> Int32:
-    """round(value * (1 - taken)) for an int32 value of 0..255, in 24-bit fixed point."""
-    kept = _I32(1 << 24) - _I32(taken * _F32(1 << 24))
+def _beyond(hue: Int32, corner: int) -> Int32:
+    """How far `hue` (255 a sixth of the circle) is from `corner`, less a sixth; 0..255."""
+    away = _I32(hue - _I32(corner))
+    return _I32(min(max(_I32(max(away, _I32(-away)) - _I32(255)), _I32(0)), _I32(255)))
+
+
+@inlined
+def _channel(value: Int32, saturation: Int32, colour: Int32) -> Int32:
+    """round(value * (1 - saturation / 255 * colour / 255)) in 24-bit fixed point."""
+    lost = _I32(_F32(_I32(saturation * colour)) * _F32((1 << 24) / 65025))
+    kept = _I32(_I32(1 << 24) - lost)
     return _I32(_U32(_U32(_U32(value) * _U32(kept)) + _U32(1 << 23)) >> _U32(24))
 
 
 @compiled
 def adjust_hue(view: Array, factor: float) -> None:
-    """Turn the hue by `factor` of a circle in Pillow's 8-bit HSV."""
+    """Turn the hue by `factor` of a circle in Pillow's 8-bit HSV.
+
+    Every intermediate is cast: a difference of two int32 that is left as it is is an int64 to
+    numba, which AVX2 can turn into a float one lane at a time only.
+    """
     turn = _I32(_F32(factor) * 255.0)  # towards zero, then wrapped to 8 bits, as torchvision does
     red, green, blue = view[0], view[1], view[2]
     for i in range(red.size):
         h, s, v = _to_hsv(_I32(red[i]), _I32(green[i]), _I32(blue[i]))
-        sixth = _I32(_I32(_I32(h + turn) & _I32(255)) * _I32(6))
-        sector = _I32(_I32(_I32(sixth * _I32(257)) + _I32(257)) >> _I32(16))  # sixth / 255
-        f = _F32(_I32(sixth - sector * _I32(255))) / _HIGH
-        taken = _F32(s) / _HIGH
-        p = _share(v, taken)
-        q = _share(v, taken * f)
-        t = _share(v, taken * (_F32(1) - f))
-        sector = _I32(0) if sector == 6 else sector
-        new_red = (
-            v if (sector == 0) | (sector == 5) else q if sector == 1 else t if sector == 4 else p
-        )
-        new_green = (
-            v if (sector == 1) | (sector == 2) else t if sector == 0 else q if sector == 3 else p
-        )
-        new_blue = (
-            v if (sector == 3) | (sector == 4) else t if sector == 2 else q if sector == 5 else p
-        )
-        red[i], green[i], blue[i] = new_red, new_green, new_blue
+        hue = _I32(_I32(_I32(h + turn) & _I32(255)) * _I32(6))
+        # Pillow goes by six cases; a channel's colour is the same ramp in each, seen from the
+        # corner that is opposite it (red) or its own (green, blue).
+        red[i] = _channel(v, s, _I32(_I32(255) - _beyond(hue, 765)))
+        green[i] = _channel(v, s, _beyond(hue, 510))
+        blue[i] = _channel(v, s, _beyond(hue, 1020))
 
 
 @compiled
