@@ -16,6 +16,7 @@ from torch import Tensor
 from evaluation import linear
 from evaluation.command import Protocol, Scores, Task, command
 from evaluation.features import PARTS, Features
+from evaluation.heads import train_heads
 from model.config import SWINS
 
 
@@ -40,7 +41,7 @@ def part_scores(task: Task) -> Scores:
     for name, features in inputs(task.train).items():
         batches = linear.shuffled(features, task.train.labels, settings)
         sets = (batches, val[name], task.val.labels, task.num_classes)
-        scores[name] = float(linear.train_heads(*sets, settings, task.how.device)[1].max())
+        scores[name] = float(train_heads(*sets, settings, task.how.device)[1].max())
     return scores
 
 

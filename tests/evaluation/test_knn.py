@@ -71,6 +71,20 @@ def test_top_1_is_scikit_learns_vote(classes, k):
     assert knn_classify(train, labels, test, own, k)[0] == pytest.approx(100 * right)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_tied_photos_and_tied_votes_are_scikit_learns(classes):
+    """Each photo stands there six times, in classes that are often tied; all six vote."""
+    train, test = torch.eye(12).repeat(6, 1), torch.eye(12)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        labels, own = (torch.randint(classes, (n,), generator=generator) for n in (72, 12))
+        theirs = KNeighborsClassifier(6, metric="cosine").fit(train.numpy(), labels.numpy())
+        said = torch.from_numpy(theirs.predict(test.numpy()))
+        assert knn_classify(train, labels, test, said, 6)[0] == 100
+        right = float((said == own).double().mean())
+        assert knn_classify(train, labels, test, own, 6)[0] == pytest.approx(100 * right)
+
+
 def test_one_k_alone_gives_the_figures_of_several_at_once():
     sets = published_set("set1")
     by_k = classify_by_k(*sets, [1, 20, 100])

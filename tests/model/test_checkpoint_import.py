@@ -173,6 +173,9 @@ def test_full_checkpoints_of_dino_give_the_backbone_and_name_the_head(tmp_path):
 VICTIMS = [
     ("vit_small_16", "student", "module.", "backbone.pos_embed"),
     ("vit_small_16", "teacher", "", "head.last_layer.weight_v"),
+    ("vit_base_16", "student", "module.", "backbone.masked_embed"),
+    ("vit_large_16", "teacher", "", "backbone.blocks.23.attn.qkv.weight"),
+    ("swin_tiny_w7", "teacher", "", "backbone.layers.3.blocks.1.mlp.fc2.bias"),
     ("swin_tiny_w14", "student", "module.", "backbone.layers.0.downsample.reduction.weight"),
     (
         "swin_tiny_w14",
@@ -232,7 +235,7 @@ def test_every_tensor_of_a_backbone_alone_is_missed_by_its_own_name(tmp_path):
             assert str(e.value).count(";") == 1, "more was named than this tensor"
 
 
-@pytest.mark.parametrize("name", ["vit_small_16", "swin_tiny_w7"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_extra_tensor_is_refused_by_name(name, tmp_path):
     extra = {"backbone.reg_token": torch.zeros(1, 4, 384)}
     content = published(INVENTORY[name])
