@@ -31,6 +31,8 @@ from benchmarks.measure import in_words, machine, quartiles
 
 KERNEL_SHARE = 100 / 1.3  # % of copy speed: within 1.3 times the time of its bytes
 SPEED, MEMORY, PEAK = 3.0, 0.45, 0.40  # of the baseline's images/s and memory; of matrix products
+HALF = ("--precision", "fp16", "--batch-size", "64")
+JUST_COMPILED = ("--compile", "--no-ablation", "--rounds", "3")
 PART_LIMIT_S, REHEARSAL_LIMIT_S = 180, 900
 SMALL_MODEL = (
     *("--arch", "vit_t", "--batch-size", "2", "--local-crops-number", "2", "--out-dim", "256"),
@@ -66,7 +68,8 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         return [
             bench("crops", "crops_gpu", "--interpreted", "--rounds", "2"),
             bench("kernels_fp32", "kernels", "--images", "1", "--rounds", "2", "--device", "cpu"),
-            bench("vit_t_fp32", "model", *SMALL_MODEL, "--no-ablation"),
+            bench("vit_t_fp32", "model", *SMALL_MODEL),
+            bench("vit_t_fp32_compiled", "model", *SMALL_MODEL, *JUST_COMPILED),
         ]
     steps = [
         bench(f"{arch}_{precision}", "model", "--arch", arch, "--precision", precision, *rest)
@@ -83,6 +86,7 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         steps[0],
         bench("kernels_fp16", "kernels", "--precision", "fp16", "--images", "64"),
         *steps[1:],
+        bench("vit_s_fp16_compiled", "model", *HALF, *JUST_COMPILED),
     ]
 
 
@@ -111,23 +115,34 @@ def run(part: Part, out: Path, limit: float, console: Console) -> str:
     return problem
 
 
+def step_seconds(figures: dict[str, Any], side: str) -> list[float]:
+    """Of each round of benchmarks/model.py."""
+    steps = figures["comparison"]["times"][side]
+    return [sum(value for part, value in step.items() if part != "busy") for step in steps]
+
+
+def speedup(slow: list[float], fast: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
 def model_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
     """Images/s, memory and share of the peak of a run of benchmarks/model.py."""
-    comparison = figures["comparison"]
-    total = {
-        side: [sum(v for k, v in step.items() if k != "busy") for step in comparison["times"][side]]
-        for side in ("ours", "baseline")
-    }
-    pairs = zip(total["baseline"], total["ours"], strict=True)
-    speed = statistics.median(slow / fast for slow, fast in pairs)
+    comparison, ours = figures["comparison"], step_seconds(figures, "ours")
+    speed = speedup(step_seconds(figures, "baseline"), ours)
     memory = comparison["memory"]["ours"] / comparison["memory"]["baseline"]
-    rate = comparison["flops"]["ours"] / statistics.median(total["ours"])
+    rate = comparison["flops"]["ours"] / statistics.median(ours)
     peak = rate / comparison["peak_flops"]
     return [
         Claim(f"{name}: images/s", f"{SPEED} x", f"{speed:.2f} x", speed >= SPEED),
         Claim(f"{name}: memory", f"{MEMORY} x", f"{memory:.2f} x", memory <= MEMORY),
         Claim(f"{name}: of matrix products", f"{PEAK:.0%}", f"{peak:.0%}", peak >= PEAK),
     ]
+
+
+def compile_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
+    """What torch.compile of the blocks brings over ours without."""
+    gain = speedup(step_seconds(figures, "ours"), step_seconds(figures, "compiled"))
+    return [Claim(f"{name}: images/s over ours", "above 1 x", f"{gain:.2f} x", gain > 1)]
 
 
 def kernel_claims(figures: dict[str, Any]) -> list[Claim]:
@@ -160,6 +175,8 @@ def claims(done: list[Part]) -> list[Claim]:
             rows += crop_claims(figures)
         elif part.name.startswith("kernels"):
             rows += kernel_claims(figures)
+        elif part.name.endswith("compiled"):
+            rows += compile_claims(part.name, figures)
         else:
             rows += model_claims(part.name, figures)
     return rows

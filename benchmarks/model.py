@@ -3,11 +3,10 @@
     python benchmarks/model.py                       # ViT-S/16, 2 x 224 + 10 x 96, batch 8
     python benchmarks/model.py --arch vit_b --batch-size 64 --precision fp16 --device cuda
 
-The baseline is `model.reference`, which the tests hold equal to the fast path: each crop size in
-its own pass, softmax of attention in memory, head on every token, loss pair by pair, plain AdamW,
-one parameter after the other. Both sides have the same weights, batch and precision; their rounds
-take turns in one process, so that a busy machine slows both. Memory is the peak above the idle
-process, on a CPU of a fresh process for each side. The last table takes one change away at a time.
+The baseline is `model.reference`, which the tests hold equal to the fast path. Both sides have the
+same weights, batch and precision; their rounds take turns in one process, so that a busy machine
+slows both. Memory is the peak above the idle process, on a CPU of a fresh process for each side.
+The last table takes one change away at a time. With --compile a third side has the blocks compiled.
 """
 
 import argparse
@@ -19,12 +18,9 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if __name__ == "__main__":  # not this folder, where files bear the names of packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,213 +28,16 @@ if __name__ == "__main__":  # not this folder, where files bear the names of pac
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-import model.blocks
 from benchmarks.measure import in_words, machine, spread
-from model import ModelConfig, build
+from benchmarks.model_changes import CHANGES, without
+from benchmarks.model_step import PARTS, Baseline, Batch, Clock, Side, Times
+from model import ModelConfig
 from model.flops import flop_counter
-from model.ibot import IBOT
-from model.kernels.cross_entropy import cross_entropy_reference
-from model.kernels.gelu_linear import gelu_linear_reference
-from model.kernels.norm_linear import norm_linear_reference
-from model.masking import masked_patches
-from model.network import Logits, Network, Targets, views_one_by_one
-from model.optim import build_optimizer, clip_gradients, parameter_groups
-from model.reference import loss_reference, network_reference, update_teacher_reference
-from model.steps import set_rates
-from model.vit import VisionTransformer
+from model.ibot import compile_blocks
 
-PARTS = ("teacher", "student", "loss", "backward", "optimizer", "ema")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Times = dict[str, float]
-
-
-class Batch:
-    """Random crops, and block-like masks: half of the views, a share of 0.1 to 0.5 of each."""
-
-    def __init__(self, config: ModelConfig, images: int, local_size: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        views, size = config.global_crops_number, config.image_size
-        grid = size // config.patch_size
-        self.global_crops = torch.randn(views, images, 3, size, size, generator=generator)
-        local_shape = (config.local_crops_number, images, 3, local_size, local_size)
-        self.local_crops = torch.randn(local_shape, generator=generator)
-        share = torch.linspace(0.1, 0.5, max(1, views * images // 2))
-        share = torch.cat([share, torch.zeros(views * images - len(share))])
-        share = share[torch.randperm(len(share), generator=generator)].view(views, images, 1, 1)
-        self.masks = torch.rand(views, images, grid, grid, generator=generator) < share
-        self.global_crops, self.local_crops = (
-            t.to(device) for t in (self.global_crops, self.local_crops)
-        )
-
-
-class Side:
-    """One way to take a step; `step` gives the seconds of its parts."""
-
-    def __init__(self, config: ModelConfig, device: str, dtype: torch.dtype | None) -> None:
-        torch.manual_seed(0)
-        self.ibot: IBOT = build(config).to(device)
-        self.device, self.dtype = device, dtype
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
-        self.optimizer = self.make_optimizer()
-        set_rates(self.optimizer, 1e-4, 0.04)
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.ibot.student)
-
-    def teacher(self, batch: Batch) -> Any:
-        patches = masked_patches(batch.masks, batch.global_crops.device)
-        return patches, self.ibot.teacher.targets(batch.global_crops, patches.places)
-
-    def student(self, batch: Batch, teacher: Any) -> Logits:
-        masks = batch.masks.to(batch.global_crops.device, non_blocking=True)
-        return self.ibot.student(batch.global_crops, batch.local_crops, masks, teacher[0].places)
-
-    def loss(self, batch: Batch, student: Logits, teacher: Any) -> Tensor:
-        return self.ibot.loss(student, teacher[1], teacher[0], 0)["loss"]
-
-    def clip(self) -> None:
-        clip_gradients(self.ibot.student.parameters(), 3.0)
-
-    def ema(self) -> None:
-        self.ibot.update_teacher(0.996)
-
-    def step(self, batch: Batch) -> Times:
-        clock = Clock(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
-            with torch.no_grad():
-                teacher = self.teacher(batch)
-            clock.ends("teacher")
-            student = self.student(batch, teacher)
-            clock.ends("student")
-            loss = self.loss(batch, student, teacher)
-            clock.ends("loss")
-        del student, teacher
-        self.scaler.scale(loss).backward()
-        clock.ends("backward")
-        self.ibot.loss.update_centers()
-        self.scaler.unscale_(self.optimizer)
-        self.clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        clock.ends("optimizer")
-        self.ema()
-        clock.ends("ema")
-        return clock.times
-
-
-class Baseline(Side):
-    """The step written the obvious way."""
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameter_groups(self.ibot.student), foreach=False)
-
-    def teacher(self, batch: Batch) -> Any:
-        return network_reference(self.ibot.teacher, batch.global_crops)
-
-    def student(self, batch: Batch, teacher: Any) -> Logits:
-        masks = batch.masks.to(batch.global_crops.device)
-        return network_reference(self.ibot.student, batch.global_crops, batch.local_crops, masks)
-
-    def loss(self, batch: Batch, student: Logits, teacher: Any) -> Tensor:
-        masks = batch.masks.to(batch.global_crops.device)
-        return loss_reference(self.ibot.loss, student, teacher[0], teacher[1], masks, 0)["loss"]
-
-    def clip(self) -> None:
-        for parameter in self.ibot.student.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_((3.0 / (parameter.grad.norm() + 1e-6)).clamp(max=1))
-
-    def ema(self) -> None:
-        update_teacher_reference(self.ibot, 0.996)
-
-
-class Clock:
-    """Seconds of consecutive parts, the device's work included."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.times = device, Times()
-        self.last, self.busy = self._now(), time.process_time()
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def ends(self, part: str) -> None:
-        now = self._now()
-        self.times[part] = now - self.last
-        self.times["busy"] = time.process_time() - self.busy  # so far, of all threads
-        self.last = now
-
-
-def attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
-
-
-def every_patch(network: Network, *arguments: Any) -> Logits:
-    """`Network.forward` with the head on every patch; the masked ones are taken afterwards."""
-    *views, places = arguments
-    cls, patch, local_cls = FORWARD(network, *views)
-    return cls, patch.flatten(0, 1)[places], local_cls
-
-
-def every_target(network: Network, global_crops: Tensor, places: Tensor) -> Targets:
-    cls, patch, _ = FORWARD(network, global_crops)
-    return Targets(cls, patch.flatten(0, 1)[places], patch.float().mean(dim=(0, 1)))
-
-
-def ungathered(kept: Tensor, token_of: Tensor, rate: float, shapes: Any) -> Any:
-    factor = kept[token_of].unsqueeze(1) / (1 - rate)
-    return model.blocks.Kept(None, shapes, 1 / (1 - rate), factor)
-
-
-def last_block_whole(vit: Any, x: Tensor, shapes: Any, rows: Tensor | None = None) -> Tensor:
-    x = BLOCKS(vit, x, shapes)
-    return x if rows is None else x.index_select(0, rows)
-
-
-def one_by_one(network: Network, *arguments: Any) -> Any:
-    return views_one_by_one(network.backbone, *arguments)
-
-
-FORWARD = Network.forward
-BLOCKS = VisionTransformer._blocks
-# What to put back, to see what a change brings: name -> (where, what was there before the change).
-CHANGES: dict[str, list[tuple[str, Any]]] = {
-    "head on masked patches alone": [
-        ("model.network.Network.forward", every_patch),
-        ("model.network.Network.targets", every_target),
-    ],
-    "fused loss": [("model.loss.cross_entropy", cross_entropy_reference)],
-    "scaled_dot_product_attention": [
-        ("model.blocks.F.scaled_dot_product_attention", attention_reference)
-    ],
-    "crop sizes packed": [("model.network.Network._views", one_by_one)],
-    "norm and GELU computed again": [
-        ("model.blocks.norm_linear", norm_linear_reference),
-        ("model.blocks.gelu_linear", gelu_linear_reference),
-    ],
-    "MLP of the last block on wanted tokens": [
-        ("model.vit.VisionTransformer._blocks", last_block_whole)
-    ],
-    "dropped samples left out (CPU)": [("model.blocks._gathered", ungathered)],
-}
-
-
-@contextmanager
-def without(change: str | None) -> Iterator[None]:
-    """The model as it is without one of CHANGES."""
-    patches = [mock.patch(where, what) for where, what in CHANGES.get(change or "", [])]
-    for patch in patches:
-        patch.start()
-    try:
-        yield
-    finally:
-        for patch in patches:
-            patch.stop()
+WARM_UP = 3  # steps in which blocks are compiled, for each kind of shape
 
 
 def flops(side: Side, batch: Batch) -> float:
@@ -304,7 +103,11 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 def make_side(name: str, args: argparse.Namespace) -> Side:
     kind = Baseline if name == "baseline" else Side
-    return kind(model_config(args), args.device, DTYPES[args.precision])
+    side = kind(model_config(args), args.device, DTYPES[args.precision])
+    if name == "compiled":
+        compile_blocks(side.ibot.student.backbone)
+        compile_blocks(side.ibot.teacher.backbone)
+    return side
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
@@ -312,11 +115,13 @@ def make_batch(args: argparse.Namespace) -> Batch:
 
 
 def rounds(steps: dict[str, Callable[[], Times]], count: int) -> dict[str, list[Times]]:
-    """`count` timed steps of each, taking turns, after one untimed."""
+    """`count` timed steps of each, after one untimed: in turns, each round begun by another."""
     results: dict[str, list[Times]] = {name: [] for name in steps}
+    names = list(steps)
     for i in range(count + 1):
-        for name, step in steps.items():
-            times = step()
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            times = steps[name]()
             if i:
                 results[name].append(times)
     return results
@@ -337,6 +142,10 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     steps: dict[str, Callable[[], Times]] = {
         name: functools.partial(side.step, batch) for name, side in sides.items()
     }
+    if args.compile:
+        steps["compiled"] = functools.partial(make_side("compiled", args).step, batch)
+        for _ in range(WARM_UP):
+            steps["compiled"]()
     dtype = DTYPES[args.precision]
     steps["peak"] = lambda: {"flops": peak_flops(args.device, dtype)}
     times = rounds(steps, args.rounds)
@@ -362,15 +171,21 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for n, t in zip(counts, (ours, baseline), strict=True)
     ]
     table.add_row(f"of {peak / 1e9:.4g} GFLOP/s", *(f"{s:.1%}" for s in shares), "")
+    measured = [name for name in steps if name != "peak"]
     del sides, steps
-    memory = {name: memory_of(name, args) for name in ("ours", "baseline")}
+    memory = {name: memory_of(name, args) for name in measured}
     share = memory["ours"] / memory["baseline"]
     table.add_row(
         "peak MiB above idle",
-        *(f"{m / 2**20:.0f}" for m in memory.values()),
+        *(f"{memory[name] / 2**20:.0f}" for name in ("ours", "baseline")),
         f"ours: {share:.2f} of it",
     )
     console.print(table)
+    if args.compile:
+        gain, of_ours = ratio(ours, total(times["compiled"])), memory["compiled"] / memory["ours"]
+        console.print(
+            f"compiled: {spread(gain)} times as fast as ours, {of_ours:.2f} of its memory"
+        )
     return {"times": times, "flops": counts, "peak_flops": peak, "memory": memory}
 
 
@@ -416,6 +231,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--checkpoint-blocks", action="store_true", help="ours: less memory")
+    parser.add_argument("--compile", action="store_true", help="a third side: blocks compiled")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: torch's choice)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")

@@ -192,13 +192,12 @@ class Block(nn.Module):
         x: Tensor,  # [T, C]
         shapes: Shapes,
         kept_attention: Kept | None = None,
-        kept_mlp: Kept | None = None,
+        kept_mlp: Kept | None = None,  # of the tokens that are wanted: see `among`
         rows: Tensor | None = None,  # int64 [R], the tokens that are wanted; None: all
     ) -> Tensor:
         """-> [T, C], or [R, C] with `rows`: the MLP, two thirds of the work, then runs on these
         alone, as no token after the attention needs another."""
         x = add_branch(x, self.attention_branch, shapes, kept_attention)
         if rows is not None:
-            kept_mlp = kept_mlp and among(kept_mlp, rows, len(x))
             x = x.index_select(0, rows)
         return add_branch(x, self.mlp_branch, shapes, kept_mlp)

@@ -1,6 +1,8 @@
 """Floating-point operations: those of a step, and how many the device can do in a second."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,9 +10,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
-def flop_counter() -> FlopCounterMode:
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
     """A context that counts the operations (two a multiply-add) of the matrix products, attention
-    and convolutions that run in it: `get_total_flops()`. Other arithmetic is not counted."""
+    and convolutions that run in it: `get_total_flops()`. Other arithmetic is not counted. Nothing
+    is compiled in it: compiled code hides its operations, and what a counter has seen before
+    torch.compile did would never be compiled afterwards."""
     aten = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any, **__: Any) -> int:
@@ -23,7 +28,9 @@ def flop_counter() -> FlopCounterMode:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.compiler.set_stance("force_eager"), counter:
+        yield counter
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype | None, seconds: float = 0.3) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -188,6 +188,20 @@ def build_network(config: ModelConfig, is_student: bool) -> Network:
     return Network(backbone, head)
 
 
+def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
+    """Have torch.compile make code of each block of a ViT at its first call. Names and weights stay
+    as they are. Blocks share that code, so there are as many compilations as kinds of call (with
+    gradient or without, all tokens or the wanted ones), whatever the depth. On a CPU the backend
+    wants a C++ compiler."""
+    import torch._dynamo  # only here: takes seconds
+
+    # DDP's own cuts, made for whole networks, refuse autograd functions. A block is cut enough.
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 32  # above it, of 8, new kinds of call stay uncompiled
+    for block in cast(VisionTransformer, backbone).blocks:
+        block.compile(backend=backend)
+
+
 def build(config: ModelConfig) -> IBOT:
     """The whole model on the CPU (or torch's default device), freshly initialised from torch's
     random state. Raises ValueError, naming the option, for settings that cannot work."""
@@ -211,4 +225,7 @@ def build(config: ModelConfig) -> IBOT:
         pred_start_epoch=config.pred_start_epoch,
     )
     student, teacher = build_network(config, True), build_network(config, False)
+    if config.compile_blocks:
+        compile_blocks(student.backbone)
+        compile_blocks(teacher.backbone)
     return IBOT(student, teacher, loss, config.micro_steps)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.blocks import INIT_STD, LAYERNORM_EPS, Block, Kept, Shapes, draw_kept, init_linear
+from model.blocks import INIT_STD, LAYERNORM_EPS, Block, Kept, Shapes, among, draw_kept, init_linear
 
 
 class PatchEmbed(nn.Module):
@@ -181,6 +181,8 @@ class VisionTransformer(nn.Module):
         if self.training and any(self.drop_path_rates):
             rates = [rate for rate in self.drop_path_rates for _ in range(2)]
             kept = draw_kept(rates, shapes, x.device)
+            if rows is not None:
+                kept[-1] = kept[-1] and among(kept[-1], rows, len(x))
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             arguments = (x, shapes, kept[2 * i], kept[2 * i + 1], rows if last else None)

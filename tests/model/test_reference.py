@@ -95,13 +95,18 @@ def test_every_setting(case, dtype):
 
 @pytest.mark.parametrize("images", [1, 2, 5])
 @pytest.mark.parametrize("masked", ["none", "all", "some"])
-def test_every_batch(images, masked):
-    ibot = make_model(torch.float64)
-    assert_same(ibot, make_batch(ibot, images, masked, torch.float64), 1e-11)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_batch(images, masked, dtype):
+    if dtype.itemsize == 2:
+        ibot = make_model()
+        assert_same(ibot, make_batch(ibot, images, masked), 40 * torch.finfo(dtype).eps, dtype)
+    else:
+        ibot, tolerance = make_model(dtype), 1e-11 if dtype is torch.float64 else 2e-5
+        assert_same(ibot, make_batch(ibot, images, masked, dtype), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", ["plain", "unshared", "layer_norm_in_head", "mean_pool"])
+@pytest.mark.parametrize("case", [c for c in CASES if c != "batch_norm_in_head"])
 def test_half_precision(case, dtype):
     """Both ways round, in other places: they differ by a few roundings of the format."""
     ibot = make_model(**CASES[case])
@@ -164,7 +169,7 @@ def test_moving_average_one_by_one():
         )
 
 
-def train(ibot, steps, images=4, **options):
+def train(ibot, steps, images=4):
     """Losses of `steps` steps, each with a batch of its own."""
     optimizer, losses = build_optimizer(ibot.student), []
     for i in range(steps):
@@ -175,9 +180,8 @@ def train(ibot, steps, images=4, **options):
         masks = torch.rand(2, images, 4, 4, generator=g) < 0.3
         rates = {"lr": 1e-3 * min(1, i / 10), "weight_decay": 0.1, "momentum": 0.99}
         metrics = training_step(
-            ibot, optimizer, options.get("scaler"), global_crops, local_crops, masks,
+            ibot, optimizer, None, global_crops, local_crops, masks,
             epoch=i * 10 // steps, freeze_last_layer=1, **rates,
-            autocast_dtype=options.get("dtype"),
         )  # fmt: skip
         losses.append(metrics["loss"].item())
     return losses
@@ -201,14 +205,3 @@ def test_micro_steps_change_nothing(dtype, tolerance):
 def test_parts_that_do_not_divide_a_batch_are_refused():
     with pytest.raises(ValueError, match="--micro-steps 3 does not divide a batch of 4 images"):
         train(make_model(micro_steps=3), 1)
-
-
-def test_200_steps_in_fp16_stay_with_fp32():
-    full, half = make_model(), make_model()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # no step is skipped
-    expected = train(full, 200)
-    losses = train(half, 200, dtype=torch.float16, scaler=scaler)
-    assert all(p.isfinite().all() for p in half.parameters())
-    assert scaler.get_scale() == 2.0**10
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-2, atol=2e-2)
-    assert expected[-1] < expected[0]

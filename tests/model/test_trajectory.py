@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model import ModelConfig, build, training_step
+from model.ibot import compile_blocks
 from model.optim import build_optimizer
 from model.reference import forward_reference
 from model.schedules import cosine_schedule
@@ -42,7 +43,7 @@ class Run:
         self.ibot = build(config)
         self.ibot.student.load_state_dict(under(arrays, f"{setting}/init/student/"))
         self.ibot.copy_student_to_teacher()
-        self.dtype = torch.float32
+        self.dtype, self.compiled = torch.float32, False
         self.optimizer = build_optimizer(self.ibot.student)
         peak = cfg["lr"] * cfg["batch_size"] / 256
         steps = (cfg["epochs"], STEPS_PER_EPOCH)
@@ -86,13 +87,19 @@ def setting(request):
     return request.param
 
 
-@pytest.fixture(params=["fast", "reference", "checkpointed"])
+@pytest.fixture(
+    params=["fast", "reference", "checkpointed", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 def run(request, reference, under, setting):
     """The run on each path: all of them must give the published numbers."""
     run = Run(reference("trajectory"), under, setting)
     if request.param == "reference":
         run.ibot.forward = functools.partial(forward_reference, run.ibot)
     run.ibot.student.backbone.checkpoint_blocks = request.param == "checkpointed"
+    run.compiled = request.param == "compiled"
+    if run.compiled:
+        compile_blocks(run.ibot.student.backbone)
+        compile_blocks(run.ibot.teacher.backbone)
     return run
 
 
@@ -184,6 +191,8 @@ def test_six_steps(run, under, assert_near):
 
 
 def test_six_steps_in_float64(run):
+    if run.compiled:
+        pytest.skip("torch 2.10 fails in its own backward of compiled float64 attention on a CPU")
     arrays, setting, ibot = run.arrays, run.setting, run.in_float64().ibot
     for i in range(6):
         metrics = run.step(i)
@@ -217,3 +226,29 @@ def test_first_step_changes_nothing_but_moments(run):
     before = {name: t.clone() for name, t in run.ibot.student.state_dict().items()}
     run.step(0)  # the warm-up starts at a learning rate of 0
     assert all(torch.equal(before[name], t) for name, t in run.ibot.student.state_dict().items())
+
+
+def test_200_steps_in_fp16_stay_with_fp32(reference, under):
+    """Losses and weights, with loss scaling, from the published start and on its six batches."""
+    runs = [Run(reference("trajectory"), under, "A") for _ in range(2)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # no step overflows
+    losses = []
+    for run, dtype in zip(runs, (None, torch.float16), strict=True):
+        rates = {"lr": 5e-4, "weight_decay": 0.1, "momentum": 0.99, "clip_grad": 0.05}
+        metrics = [
+            training_step(
+                run.ibot, run.optimizer, scaler if dtype else None, *run.inputs(i % 6),
+                epoch=i // 60, **rates, autocast_dtype=dtype,
+            )
+            for i in range(200)
+        ]  # fmt: skip
+        losses.append(torch.stack([m["loss"] for m in metrics]))
+        assert all(m["finite"] for m in metrics)
+    assert scaler.get_scale() == 2.0**10
+    full, half = runs
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
+    moments = [state[key] for state in half.optimizer.state.values() for key in state]
+    assert {t.dtype for t in (*half.ibot.state_dict().values(), *moments)} == {torch.float32}
+    for name, tensor in full.ibot.state_dict().items():
+        error = (half.ibot.state_dict()[name] - tensor).norm()
+        assert error <= 2e-2 * tensor.norm(), f"{name}: {error:.3g} of {tensor.norm():.3g}"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.blocks import Block, Kept, draw_kept, drop_path
+from model.blocks import Block, Kept, among, draw_kept, drop_path
+from model.ibot import compile_blocks
 from model.reference import vit_reference
 from model.vit import VisionTransformer
 
@@ -34,9 +35,12 @@ def vit(arrays, under):
     return load_vit(arrays, under, masked_im_modeling=True)
 
 
-@pytest.fixture(params=["packed", "reference"])
+@pytest.fixture(params=["packed", "reference", pytest.param("compiled", marks=pytest.mark.slow)])
 def run(request, vit):
-    """The backbone's two ways: (images, masks) -> tokens."""
+    """The backbone's ways: (images, masks) -> tokens."""
+    if request.param == "compiled":
+        compile_blocks(vit)
+        return vit
     return vit if request.param == "packed" else functools.partial(vit_reference, vit)
 
 
@@ -62,10 +66,10 @@ def test_dropped_samples_are_the_same_for_the_tokens_that_are_wanted():
     block, shapes, x = Block(32, 2, 4.0, True, 0.1), [(6, 5), (8, 2)], torch.randn(46, 32)
     rows = torch.tensor([0, 3, 5, 11, 29, 30, 31, 44, 45, 0])  # one twice, as padding is
     for kept in (drawn(0.5, shapes, draws=2), [None, None]):
-        factors = [k and as_factor(k, 46) for k in kept]
         expected = block(x, shapes, *kept)[rows]
-        torch.testing.assert_close(block(x, shapes, *kept, rows), expected)
-        torch.testing.assert_close(block(x, shapes, *factors, rows), expected)
+        for attention, mlp in (kept, [k and as_factor(k, 46) for k in kept]):
+            wanted = block(x, shapes, attention, mlp and among(mlp, rows, 46), rows)
+            torch.testing.assert_close(wanted, expected)
 
 
 def test_only_wanted_patches_leave(arrays, vit, assert_near):

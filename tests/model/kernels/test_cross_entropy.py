@@ -178,7 +178,8 @@ from model.kernels.cross_entropy import _row_kernel
 
 for capability in (70, 80, 90):
     for dtype in ("fp32", "fp16") + (("bf16",) if capability >= 80 else ()):
-        for targets, block, warps in ((1, 4096, 8), (2, 2048, 8), (4, 64, 4)):
+        for targets, block, warps, gradient in ((1, 4096, 8, True), (1, 4096, 8, False),
+                                                (2, 2048, 8, True), (4, 64, 4, True)):
             pointers = {"student": dtype, "teacher": dtype, "center": "fp32", "pairs": "i64",
                         "loss": "fp32", "difference": dtype}
             signature = {name: f"*{kind}" for name, kind in pointers.items()}
@@ -186,7 +187,7 @@ for capability in (70, 80, 90):
                           "teacher_sharpness": "fp32", "lift": "fp32"}
             signature |= dict.fromkeys(("PROTOTYPES", "WANT_GRADIENT", "TARGETS", "BLOCK"),
                                        "constexpr")
-            constants = {"PROTOTYPES": 8192, "WANT_GRADIENT": True}
+            constants = {"PROTOTYPES": 8192, "WANT_GRADIENT": gradient}
             constants |= {"TARGETS": targets, "BLOCK": block}
             source = ASTSource(_row_kernel, signature, constants)
             target = GPUTarget("cuda", capability, 32)
