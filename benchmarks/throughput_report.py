@@ -16,10 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import in_words, quartiles
+from stages import PARTS
 from training.speed import WAITING
 
 _STEP, _LOADER, _FLOOR, _WAIT = "#2b6cb0", "#2f855a", "#222222", "#c05621"
 _ROUNDS_TO_TELL = 4  # fewer rounds may lie apart by chance
+# Legends stand below the axes, where no bar and no line can reach.
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+_BELOW |= {"frameon": False, "fontsize": 9}
+_RANKS = "milliseconds a step by rank; comm is waiting for others"
 HEADINGS = ("stage", "ms a step", "images/s", "% of step", "floor ms", "x floor")
 
 
@@ -74,10 +79,12 @@ def rows(result: dict[str, Any]) -> list[Row]:
 def conditions(result: dict[str, Any]) -> str:
     """On what it was measured, in one sentence."""
     run, peaks = result["run"], result["peaks"]
+    processes = f" rank 0 of {run['processes']};" if run["processes"] > 1 else ""
     return (
         f"{run['arch']} in {run['precision']} on {run['device']}, batch {run['batch_size']},"
         f" {run['loader']} loader with {run['workers']} worker(s), {run['photos']:,} photos;"
-        f" medians (quartiles) of {run['rounds']} rounds of {run['steps']} steps, taken in turns."
+        f"{processes} medians (quartiles) of {run['rounds']} rounds of {run['steps']} steps, taken"
+        " in turns."
         f" Machine's best: {peaks['flops'] / 1e9:.4g} GFLOP/s, {peaks['memory'] / 1e9:.3g} GB/s,"
         f" {peaks['decode']:.4g} JPEGs/s a thread. {in_words(result['machine'])}"
     )
@@ -113,8 +120,21 @@ def print_report(result: dict[str, Any], console: Console) -> None:
     for name, rates in result["images_per_s"].items():
         sides.add_row(name, spread(rates))
     console.print(sides)
+    if result["ranks"]:
+        heads, *body = rank_rows(result["ranks"])
+        ranks = Table(*heads, title=_RANKS)
+        for cells in body:
+            ranks.add_row(*cells)
+        console.print(ranks)
     for line in (*result["verdict"], clock_line(result), conditions(result)):
         console.print(line, soft_wrap=True)
+
+
+def rank_rows(ranks: list[dict[str, float]]) -> list[list[str]]:
+    """Milliseconds a step by rank, a row each under one of the parts' names."""
+    names = [name for name in PARTS if any(name in parts for parts in ranks)]
+    numbers = [[number(parts.get(name, 0.0)) for name in names] for parts in ranks]
+    return [["rank", *names], *([str(rank), *row] for rank, row in enumerate(numbers))]
 
 
 def _step_cells(result: dict[str, Any]) -> list[str]:
@@ -147,7 +167,7 @@ def write_png(result: dict[str, Any], path: Path) -> Path:
     legend = {"loader, beside the step": _LOADER, "step: waits": _WAIT, "step: model": _STEP}
     handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in legend.values()]
     handles.append(plt.Line2D([], [], color=_FLOOR, linewidth=2.5))
-    left.legend(handles, [*legend, "floor"], frameon=False, loc="lower right", fontsize=9)
+    left.legend(handles, [*legend, "floor"], **_BELOW)
     _draw_sides(right, result["images_per_s"])
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -169,7 +189,7 @@ def _draw_sides(axis: Any, sides: dict[str, list[float]]) -> None:
     every = [rate for rates in sides.values() for rate in rates]
     axis.set_ylim(10 ** math.floor(math.log10(min(every))), 10 ** math.ceil(math.log10(max(every))))
     axis.set(xlabel="round", ylabel="images/s (logarithmic)", title="loader, model, and both")
-    axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    axis.legend(**_BELOW)
 
 
 _STYLE = """
@@ -204,12 +224,17 @@ def write_html(result: dict[str, Any], picture: Path, path: Path) -> Path:
         " their own: milliseconds a step with all of them at work, measured with the loader alone."
         " images/s is the ceiling that a stage sets by itself.</p>"
         "<h2>Sides</h2><table><tr><th>side</th><th>images/s</th></tr>"
-        f"{sides}</table><p>{html.escape(clock_line(result))}</p>"
+        f"{sides}</table>{_ranks_html(result['ranks'])}<p>{html.escape(clock_line(result))}</p>"
         f'<p class="small">{html.escape(conditions(result))}</p>'
         f"<details><summary>Settings</summary><pre>{settings}</pre></details></html>",
         encoding="utf-8",
     )
     return path
+
+
+def _ranks_html(ranks: list[dict[str, float]]) -> str:
+    table = "".join(f"<tr>{_tds(row)}</tr>" for row in rank_rows(ranks))
+    return f"<h2>Ranks</h2><p>{_RANKS}.</p><table>{table}</table>" if ranks else ""
 
 
 def _tds(cells: list[str]) -> str:

@@ -2,7 +2,12 @@
 
 import html
 import json
+import os
 import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import stages
+import train
 from benchmarks.throughput import main
+from model import IBOT
 from pipeline.convert import ConvertOptions, convert
 
+ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
     "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
     " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --batch-size 2"
@@ -78,6 +87,104 @@ def test_picture_and_page_are_left(report: Path) -> None:
     verdict = result(report)["verdict"]
     assert any("Both together give" in line for line in verdict)
     assert all(html.escape(line) in page for line in verdict)
+
+
+class Ticks:
+    """A clock that hardly moves by itself, so that how busy the machine is does not count."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+def test_a_slow_stage_is_its_verdict_and_its_images_per_s_are_those_of_train(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks, update = Ticks(), IBOT.update_teacher
+
+    def slow(*arguments: Any) -> None:
+        ticks.now += 1.0
+        update(*arguments)
+
+    monkeypatch.setattr(IBOT, "update_teacher", slow)
+    monkeypatch.setattr(stages, "time", ticks)
+    data, report = ["--data", str(beton)], ["--rounds", "2", "--steps", "3"]
+    assert main([*SMALL, *data, *report, "--report", str(tmp_path)]) == 0
+    measured = result(tmp_path)
+    first = measured["verdict"][0]
+    assert first.startswith("The model limits: ema takes 100% of the step")
+    assert "times its floor; at the floor the step would give" in first
+    run = ["--stop-after", "5", "--log-steps", "100"]
+    assert train.main([*SMALL, *data, *run, "--output-dir", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    for both in measured["images_per_s"]["both"]:
+        assert both == pytest.approx(record["images_per_s"], rel=1e-3)
+    assert record["images_per_s"] == pytest.approx(2.0, rel=1e-3), "a batch of two a second"
+
+
+def test_a_slow_loader_is_its_verdict(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.pil_loader import PilCrops
+
+    batches = PilCrops.batches
+
+    def slow(*arguments: Any) -> Iterator[Any]:
+        for crops in batches(*arguments):
+            time.sleep(0.5)
+            yield crops
+
+    monkeypatch.setattr(PilCrops, "batches", slow)
+    options = ["--data", str(beton), "--rounds", "1", "--steps", "2", "--report", str(tmp_path)]
+    assert main([*SMALL, *options]) == 0
+    first, second, _ = result(tmp_path)["verdict"]
+    assert first.startswith("Data wait")
+    assert "no stage of the loader limits" in first
+    assert "of what the loader alone does, the slower of the two" in second
+
+
+SLOW_RANK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from benchmarks.throughput import main
+from model import IBOT
+update = IBOT.update_teacher
+def slow(self, *arguments):
+    time.sleep(1.0 if os.environ["RANK"] == "1" else 0.0)
+    update(self, *arguments)
+IBOT.update_teacher = slow
+if __name__ == "__main__":  # worker processes import this file
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_each_of_two_processes_has_its_figures_and_the_slow_one_is_named(
+    beton: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "slow_rank.py"
+    script.write_text(SLOW_RANK.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(script), *SMALL, "--data", str(beton)]
+    command += ["--batch-size", "1", "--rounds", "1", "--steps", "2", "--report", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        **{"capture_output": True, "text": True, "check": False, "timeout": 500},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    measured = result(tmp_path)
+    first, second = measured["ranks"]
+    assert second["ema"] >= 1000 > 500 > first["ema"]
+    assert first["comm"] > 500 > second["comm"]
+    together, slow = measured["verdict"][-2:]
+    assert f"2 processes give {2 * measured['images_per_s']['both'][0]:.4g} images/s" in together
+    assert slow.startswith("Rank 1 is the slowest")
+    assert "ema" in slow
+    assert "comm is waiting for others" in (tmp_path / "throughput.html").read_text()
+    assert done.stdout.count("Both together give") == 1, "rank 0 alone speaks"
 
 
 @pytest.mark.parametrize(("rounds", "found"), [(4, "ema, ms."), (2, "nothing.")])

@@ -4,9 +4,11 @@ No verdict here rests on how fast the machine is: each delay is many times the s
 """
 
 import ctypes
+import gzip
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,11 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from model import IBOT
 from pipeline.convert import ConvertOptions, convert
 from pipeline.loader import ffcv_problem
-from train import main
 from training.speed import slowest
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +55,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def run(beton: Path, folder: Path, *options: str) -> dict[str, Any]:
     """The last record of a run."""
-    assert main([*SMALL, "--data", str(beton), "--output-dir", str(folder), *options]) == 0
+    assert train.main([*SMALL, "--data", str(beton), "--output-dir", str(folder), *options]) == 0
     return records(folder)[-1]
 
 
@@ -64,7 +67,21 @@ def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     return slow
 
 
-def test_a_slow_stage_of_the_model_stands_in_the_log(
+def named_in_trace(folder: Path) -> set[str]:
+    """Names that a profiler was told of."""
+    with gzip.open(folder / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    return {event["name"] for event in events if event.get("cat") == "user_annotation"}
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """What TensorBoard shows last."""
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {name: board.Scalars(name)[-1].value for name in board.Tags()["scalars"]}
+
+
+def test_a_slow_stage_of_the_model_stands_in_the_log_the_board_and_the_trace(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IBOT, "update_teacher", slowed(IBOT.update_teacher, 1.0))
@@ -79,7 +96,10 @@ def test_a_slow_stage_of_the_model_stands_in_the_log(
     assert 0 < record["peak_share"] < 1
     assert record["memory_gib"] > 0.1
     assert set(record["loader_ms"]) == {"read", "decode", "crop"}
-    assert (tmp_path / "run" / "trace.json.gz").stat().st_size > 1000
+    assert set(ms) | {"wait"} <= named_in_trace(tmp_path / "run") | {"other"}
+    board = scalars(tmp_path / "run")
+    assert board["stage_ms/ema"] == pytest.approx(ms["ema"])
+    assert {f"stage_ms/{name}" for name in ms} | {"loader_ms/decode", "data_wait"} <= set(board)
 
 
 def test_a_loader_that_sleeps_between_batches_is_found(
@@ -126,6 +146,33 @@ def test_a_slow_disk_is_found(
     said = capsys.readouterr().out
     assert "read limits" in said
     assert "page cache" in said
+
+
+@pytest.fixture(scope="module")
+def large_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 photos whose decode takes longer than a step of the model."""
+    root = tmp_path_factory.mktemp("large")
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "0.jpg", quality=90)
+    for i in range(1, 16):
+        shutil.copyfile(root / "0.jpg", root / f"{i}.jpg")
+    return root
+
+
+def test_one_worker_where_there_could_be_two_is_found(
+    large_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train, "cores", lambda: 2)
+    record = run(large_photos, tmp_path / "run", "--loader", "pil", "--epochs", "6")
+    loader_ms = record["loader_ms"]
+    assert max(loader_ms, key=lambda name: loader_ms[name]) == "decode"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "decode limits" in said
+    assert "a photo on each of 1 worker(s), which are busy" in said
+    assert "Change: --workers 2, as many as there are cores: up to" in said
 
 
 SLOW_RANK = """

@@ -64,6 +64,20 @@ def test_a_run_starts_from_weights(start: Start, tmp_path: Path) -> None:
     assert losses(tmp_path / "two")[0] != losses(tmp_path / "one")[0]
 
 
+def test_weights_that_fit_in_part_are_refused_by_name(start: Start, tmp_path: Path) -> None:
+    assert start(tmp_path / "one", "--stop-after", "1").wait() == 0
+    content = torch.load(tmp_path / "one" / "checkpoint.pt", weights_only=True)
+    lost = content["teacher"].pop("backbone.blocks.1.norm2.weight")
+    content["teacher"]["backbone.blocks.2.norm2.weight"] = lost
+    torch.save(content, tmp_path / "part.pt")
+    process = start(tmp_path / "two", "--init-from", str(tmp_path / "part.pt"))
+    assert process.wait() == 2, process.said()[-2000:]
+    message = process.said().strip().splitlines()[-1]
+    assert "missing: blocks.1.norm2.weight" in message
+    assert "blocks.2.norm2.weight" in message.split("missing:")[1].split(":", 1)[1]
+    assert not (tmp_path / "two").exists()
+
+
 def test_runs_are_listed_with_their_state(
     start: Start, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_runs import PER_EPOCH, Start, losses, records
 
+from pipeline.loader import dali_problem, ffcv_problem
 from training.checkpoints import listed
 from training.folder import read_run
 from training.guard import IN_A_ROW
@@ -148,6 +149,32 @@ def test_a_photo_that_is_deleted_on_the_way_is_named_and_replaced(
     assert process.wait() == 0, process.said()[-2000:]
     assert "unreadable: dark/4.jpg" in process.said()
     assert records(tmp_path / "run")[-1]["unreadable"] == 1
+
+
+@pytest.mark.parametrize(
+    "loader", ["dali", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pil", "ffcv"))]
+)
+def test_a_data_file_that_is_deleted_on_the_way_lasts_as_long_as_the_run(
+    loader: str, start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    if missing := {"dali": dali_problem, "ffcv": ffcv_problem}.get(loader, str)():
+        pytest.skip(missing)
+    folder, data = tmp_path / "run", tmp_path / "photos.beton"
+    shutil.copyfile(tiny, data)
+    options = ("--data", str(data), "--loader", loader, "--resume", "auto")
+    process = start(folder, *options, "--stop-after", "18", fault=DELETE.format(path=str(data)))
+    assert process.wait() == 0, process.said()[-2000:]
+    assert [r[0] for r in losses(folder)] == list(range(18)), "into its third epoch"
+    assert records(folder)[-1]["unreadable"] == 0
+    before = (folder / "checkpoint.pt").read_bytes()
+    again = start(folder, *options)
+    assert again.wait() == 2
+    assert f"error: {data} does not exist" in again.said().strip().splitlines()[-1]
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    shutil.copyfile(tiny, data)
+    restored = start(folder, *options)
+    assert restored.wait() == 0, restored.said()[-2000:]
+    assert [r[0] for r in losses(folder)] == list(range(STEPS))
 
 
 @pytest.fixture
