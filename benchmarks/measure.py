@@ -53,10 +53,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
+def number(value: float, digits: int = 3) -> str:
+    """So many digits at least, without exponents."""
+    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Median (quartiles), for a table."""
-    middle, low, high = quartiles(values)
-    return f"{middle:.{digits}g} ({low:.{digits}g} - {high:.{digits}g})"
+    middle, low, high = (number(value, digits) for value in quartiles(values))
+    return f"{middle} ({low} - {high})"
 
 
 def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:

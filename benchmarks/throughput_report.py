@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_words, quartiles
+from benchmarks.measure import in_words, number, quartiles, spread
 from stages import PARTS
 from training.speed import WAITING
 
@@ -48,17 +48,6 @@ class Row:
         times = number(middle / self.floor_ms) if self.floor_ms else ""
         share = "beside" if self.share is None else f"{self.share:.1%}"
         return [self.name, spread(self.ms), ceiling, share, floor, times]
-
-
-def number(value: float) -> str:
-    """Three digits, without exponents."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def spread(values: list[float]) -> str:
-    """Median (quartiles)."""
-    middle, low, high = map(number, quartiles(values))
-    return f"{middle} ({low} - {high})"
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
