@@ -156,6 +156,9 @@ def train_epoch(
     for batch in watch.waiting(run.dog.batches(batches, run.step)):
         with watch.counting():
             metrics = train_step(run, batch, epoch, schedule[run.step])
+            if run.step % options.log_steps == 0:
+                probe = batch.global_crops[0, :PROBED]
+                metrics["spread"] = spread(run.ibot.teacher.backbone, probe, DTYPES[run.precision])
         leave = show(run, late.settle(), log, watch)  # of the step before: keeps pace with it
         record: dict[str, Any] = {"step": run.step, "epoch": epoch, **schedule[run.step]}
         record |= {"unreadable": len(run.loader.unreadable), "indices": batch.indices}
@@ -178,7 +181,7 @@ def train_step(
     run: Run, batch: Batch, epoch: int, rates: dict[str, float]
 ) -> dict[str, torch.Tensor]:
     seed_step(run, run.step)
-    metrics = training_step(
+    return training_step(
         run.ibot,
         run.optimizer,
         run.scaler,
@@ -191,10 +194,6 @@ def train_step(
         freeze_last_layer=run.config.run.freeze_last_layer,
         autocast_dtype=DTYPES[run.precision],
     )
-    if run.step % run.config.run.log_steps == 0:
-        probe = batch.global_crops[0, :PROBED]
-        metrics["spread"] = spread(run.ibot.teacher.backbone, probe, DTYPES[run.precision])
-    return metrics
 
 
 def show(
