@@ -34,6 +34,6 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
         # Weights for Hugging Face; timm brings what its own need.
         "export": ["transformers>=5"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11"],
     },
 )
