@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from pipeline import Loader, PipelineConfig, build_loader
 from pipeline.loader import dali_problem, ffcv_problem
 
 PROBLEMS = {"ffcv": ffcv_problem(), "dali": dali_problem(), "pil": ""}
-EPOCHS, WARM = 30, 10  # counted after whole epochs: of others, batches may be under way
+WARM, STRETCH = 10, 9  # counted after whole epochs: of others, batches may be under way
 SMALL = PipelineConfig(
     batch_size=8,
     workers=2,
@@ -19,7 +20,9 @@ SMALL = PipelineConfig(
     local_crops_size=32,
     patch_size=8,
 )
-MEGABYTES = 6.0  # a leak of one batch an epoch would be 14
+# A leak grows in every stretch, of one batch an epoch by 9; what an allocator holds back comes
+# once, when it likes: 7 were seen in a process of many tests.
+MEGABYTES = 3.0
 
 
 def held() -> tuple[int, int, int]:
@@ -51,19 +54,22 @@ def run_epoch(loader: Loader, epoch: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])
-def test_thirty_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) -> None:
+def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) -> None:
     if PROBLEMS[kind]:
         pytest.skip(PROBLEMS[kind])
     at_first = held()
     loader = build_loader(replace(SMALL, data=str(beton), loader=kind))
     for epoch in range(WARM):
         run_epoch(loader, epoch)
-    things, memory = held(), megabytes()
-    for epoch in range(WARM, EPOCHS + 1):
+    things, memory = held(), [megabytes()]
+    for epoch in range(WARM, WARM + 3 * STRETCH):
         run_epoch(loader, epoch)
         if epoch % 3 == 0:
             assert held() <= things, f"after epoch {epoch}"
-    assert megabytes() - memory < MEGABYTES
+        if (epoch + 1 - WARM) % STRETCH == 0:
+            memory.append(megabytes())
+    grown = [after - before for before, after in pairwise(memory)]
+    assert min(grown) < MEGABYTES, f"megabytes more in each {STRETCH} epochs: {grown}"
     loader.close()
     # What a library starts once a process stays: numba's and torch's threads, a resource tracker.
     assert held() <= things
