@@ -4,10 +4,12 @@ Clusters of the validation set come from the projection head (the prototype that
 token, as published) and from k-means on normalised class tokens of the training set, with as many
 clusters as classes. Accuracy gives each class one cluster, by Hungarian matching; clusters beyond
 are wrong. ARI, NMI (arithmetic mean, as published) and Fowlkes-Mallows take any number of clusters.
+Few or uneven clusters raise the last by themselves: beside it stands what their sizes alone give.
 
     python -m evaluation.cluster --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,8 +43,19 @@ def hungarian_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
     return float(counts[matched].sum() / len(labels))
 
 
+def chance_fmi(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """The Fowlkes-Mallows index of clusters of these sizes that know nothing of the labels: with
+    T' of T pairs of photos in one class and T'' in one cluster, sqrt(T' T'') / T (Fowlkes and
+    Mallows 1983). labels, clusters: int [n]."""
+    together = [
+        float((sizes * (sizes - 1.0)).sum())
+        for sizes in (np.unique(names, return_counts=True)[1] for names in (labels, clusters))
+    ]
+    return math.sqrt(together[0] * together[1]) / max(1, len(labels) * (len(labels) - 1))
+
+
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> Scores:
-    """acc, ari, nmi and fmi in percent, and how many clusters there are; see the module."""
+    """acc, ari, nmi, fmi, fmi_chance in percent, and the number of clusters: see the module."""
     from sklearn.metrics import (
         adjusted_rand_score,
         fowlkes_mallows_score,
@@ -54,6 +67,7 @@ def agreement(labels: np.ndarray, clusters: np.ndarray) -> Scores:
         "ari": 100 * float(adjusted_rand_score(labels, clusters)),
         "nmi": 100 * float(normalized_mutual_info_score(labels, clusters)),
         "fmi": 100 * float(fowlkes_mallows_score(labels, clusters)),
+        "fmi_chance": 100 * chance_fmi(labels, clusters),
         "clusters": len(np.unique(clusters)),
     }
 

@@ -22,7 +22,8 @@ def quick_scores(
     batch_size: int = 128,
 ) -> dict[str, float]:
     """knn_top1 and knn_top5, and how the head's prototypes agree with the classes of `val`:
-    head_acc, head_ari, head_nmi, head_fmi, all in percent, and head_clusters, how many it uses.
+    head_acc, head_ari, head_nmi, head_fmi, head_fmi_chance, all in percent, and head_clusters, how
+    many it uses.
 
     network: a student or teacher, on `device` and left as it was. It makes no collective call: in
     a distributed run rank 0 calls it while the others wait. Raises as `PhotoSet`.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from photo_folders import COLOURS
 
-from evaluation.cluster import agreement, hungarian_accuracy, kmeans
+from evaluation.cluster import agreement, chance_fmi, hungarian_accuracy, kmeans
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 PUBLISHED = np.load(REFERENCE / "clustering.npz")
@@ -92,8 +92,19 @@ def test_names_of_clusters_do_not_matter_and_ties_are_counted_once():
     assert hungarian_accuracy(labels, np.array([0, 1, 0, 1])) == 0.5
     assert hungarian_accuracy(labels, np.array([0, 1, 2, 3])) == 0.5
     assert agreement(labels, labels * 9) == {
-        **{"acc": 100, "ari": 100, "nmi": 100, "fmi": 100, "clusters": 2}
+        **{"acc": 100, "ari": 100, "nmi": 100, "fmi": 100, "clusters": 2},
+        "fmi_chance": pytest.approx(100 / 3),
     }
+
+
+def test_chance_is_the_mean_over_all_clusterings_of_these_sizes():
+    labels, clusters = np.array([0, 0, 0, 1, 1, 2]), np.array([4, 4, 4, 4, 8, 9])
+    shuffles = [np.array(order) for order in permutations(clusters.tolist())]
+    expected = np.mean([pair_counting(labels, shuffle)[1] for shuffle in shuffles])
+    assert 100 * chance_fmi(labels, clusters) == pytest.approx(expected)
+    assert chance_fmi(labels, np.arange(6)) == 0
+    assert chance_fmi(np.zeros(6), np.ones(6)) == 1
+    assert chance_fmi(np.array([3]), np.array([5])) == 0, "no pair, nothing to agree on"
 
 
 def test_lists_that_do_not_fit_are_refused():
