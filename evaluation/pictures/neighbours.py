@@ -59,7 +59,7 @@ def draw_neighbours(
         show(axes[row, 0], images[row], f"query: {class_name(photos, query)}")
         for column, view in enumerate(views_of(large, found[row].tolist()), start=1):
             index, axis = int(found[row, column - 1]), axes[row, column]
-            show(axis, view, f"{class_name(photos, index)} {cosines[row, column - 1]:.2f}")
+            show(axis, view, f"{class_name(photos, index)} {cosines[row, column - 1]:.3f}")
             frame(axis, GREEN if photos.labels[index] == photos.labels[query] else RED)
     own = np.mean(photos.labels[found] == photos.labels[queries][:, None])
     save(
