@@ -18,6 +18,7 @@ from training.run import Run
 from training.speed import cores_a_process
 
 _WIDE = 1.25  # rates come from a second of work: hours are given so much wider on both sides
+_HELD = 2.0  # as freed memory is kept (pipeline/memory.py), runs on CPUs grow to twice the need
 
 
 class Outlook:
@@ -89,9 +90,17 @@ def gpu_line(need: Callable[[int], float], images: int, total: float) -> str:
 def _cpu_memory(outlook: Outlook) -> str:
     shape, processes = outlook.shape(), outlook.run.world_size
     need = cpu_bytes(shape, processes, outlook.config.run.shard_optimizer) * _local_processes()
-    free = available_memory()
-    verdict = "fits" if need <= free else "will not fit; give a smaller --batch-size"
-    return f"about {gib(need)} more for {shape.images} images, of {gib(free)} free: {verdict}"
+    return cpu_line(need, shape.images, available_memory())
+
+
+def cpu_line(need: float, images: int, free: float) -> str:
+    """Whether steps of `images`, which take `need` bytes, fit in `free` bytes of main memory."""
+    most = _HELD * need
+    cure = "; give a smaller --batch-size" if most > free else ""
+    verdict = "fits" if most <= free else "may not fit" if need <= free else "will not fit"
+    return (
+        f"{gib(need)} to {gib(most)} more for {images} images, of {gib(free)} free: {verdict}{cure}"
+    )
 
 
 def _page_cache(outlook: Outlook) -> str:

@@ -14,7 +14,15 @@ from training import preflight as lines
 from training.config import parse
 from training.forecast import Forecast, LoaderCost, forecast, hours
 from training.photo_cost import photo_cost
-from training.preflight import cache_line, disk_line, duration, gpu_line, preflight, time_line
+from training.preflight import (
+    cache_line,
+    cpu_line,
+    disk_line,
+    duration,
+    gpu_line,
+    preflight,
+    time_line,
+)
 from training.run import Run
 
 GIB = 2**30
@@ -111,6 +119,13 @@ def test_a_batch_too_large_is_told_the_largest() -> None:
     too_large = gpu_line(need, 200, 16.05 * GIB)
     assert "22 GiB of the GPU's 16.1 GiB" in too_large
     assert "will not fit; the largest batch is about 140" in too_large
+
+
+def test_main_memory_is_told_with_what_an_allocator_keeps() -> None:
+    fits = cpu_line(4 * GIB, 64, 9 * GIB)
+    assert fits == "4 GiB to 8 GiB more for 64 images, of 9 GiB free: fits"
+    assert cpu_line(4 * GIB, 64, 6 * GIB).endswith("may not fit; give a smaller --batch-size")
+    assert cpu_line(4 * GIB, 64, 3 * GIB).endswith("will not fit; give a smaller --batch-size")
 
 
 def test_lines_on_cache_and_disk() -> None:
