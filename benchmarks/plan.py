@@ -30,7 +30,7 @@ from benchmarks.plan_devices import DEVICES, REASONS, device_rates, loader_costs
 from model import build
 from options import Parser
 from pipeline.command import run_command
-from pipeline.loader import choose_loader
+from pipeline.loader import choose_crops, choose_loader
 from pipeline.photos import open_photos
 from pipeline.workers import cores
 from train import DTYPES
@@ -150,6 +150,7 @@ def from_table(own: argparse.Namespace, config: Config, shape: StepShape, precis
     device = DEVICES[own.gpu]
     name = "published" if own.published else config.pipeline.loader
     name = "ffcv" if name == "auto" else name
+    name += " on cpu" if name == "ffcv" and config.pipeline.crops_on == "cpu" else ""
     costs = loader_costs(name, shape.pixels() // shape.images)
     title = f"{own.gpus} x {own.gpu} ({device.source}), {own.cores_per_gpu:g} cores each"
     return Setup(
@@ -164,14 +165,16 @@ def from_here(own: argparse.Namespace, config: Config, shape: StepShape, precisi
     on_gpu, stored, images = device.type == "cuda", own.photo_kb * 1000, own.images
     if config.pipeline.data == UNKNOWN:
         name = "ffcv" if config.pipeline.loader in ("auto", "ffcv") else "pil"
-        name += " on cpu" if name == "ffcv" and not on_gpu else ""
+        where = choose_crops(config.pipeline, name, device)
+        name += " on cpu" if name == "ffcv" and where == "cpu" else ""
         costs = loader_costs(name, shape.pixels() // shape.images)
     else:
         photos, (kind, _) = (
             open_photos(config.pipeline.data),
             choose_loader(config.pipeline, device),
         )
-        cost = photo_cost(photos, config.pipeline, kind, not on_gpu or kind == "pil")
+        cut_here = choose_crops(config.pipeline, kind, device) == "cpu"
+        cost = photo_cost(photos, config.pipeline, kind, cut_here)
         slower = (SHARED_CORES * cost.loader.decode, SHARED_CORES * cost.loader.crop)
         costs, stored, images = (LoaderCost(*slower), cost.loader), cost.stored, len(photos)
     return Setup(

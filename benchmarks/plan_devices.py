@@ -90,7 +90,7 @@ LOADERS = {
     "published": (_cost(_PILLOW, 18, 1.0), _cost(_PILLOW, 23, 1.0)),
     # docs/results.md, "Loaders", one core; with more, cores share what they are made of.
     "pil": (_cost(_PILLOW, 33, SHARED_CORES), _cost(_PILLOW, 33, 1.0)),
-    "ffcv on cpu": (_cost(_TURBO, 148, SHARED_CORES), _cost(_TURBO, 148, 1.0)),
+    "ffcv on cpu": (_cost(_TURBO, 197, SHARED_CORES), _cost(_TURBO, 197, 1.0)),
     "ffcv": (_cost(_TURBO, _TURBO, SHARED_CORES), _cost(_TURBO, _TURBO, 1.0)),
 }
 

@@ -104,8 +104,8 @@ class Demand:
 
 def demand_of(run: Run, batch: Batch, rates: dict[str, float]) -> Demand:
     """Counted over one step with `batch`, which is taken."""
-    photos, cut_here = batch.global_crops.shape[1], run.loader.kind != "ffcv"
-    cut_here |= run.device.type == "cpu"
+    photos, loader = batch.global_crops.shape[1], run.loader
+    cut_here = loader.kind != "ffcv" or loader.crops_on == "cpu"
     pixels = photos * float(
         np.mean([_pixels(run.loader.photos, i) for i in _sample(run.loader.photos)])
     )

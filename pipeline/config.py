@@ -6,6 +6,7 @@ from options import flag, option
 from pipeline.draws import ViewSpec, published_views
 
 LOADERS = ("auto", "ffcv", "dali", "pil")
+CROPS_ON = ("auto", "gpu", "cpu")
 
 
 @dataclass
@@ -15,6 +16,12 @@ class PipelineConfig:
     data: str = option("", ".beton file or photo folder to train on")
     loader: str = option(
         "auto", "ffcv (.beton only), dali, pil (the published recipe), or auto", LOADERS
+    )
+    crops_on: str = option(
+        "auto",
+        "where views are cut: on the GPU, beside the step, or by the loader's workers, which leaves"
+        " the GPU to the step where cores are many (auto: on the GPU, where there is one)",
+        CROPS_ON,
     )
     batch_size: int = option(64, "images a step in each process")
     workers: int = option(0, "loader threads or processes in each process (0: the cores at hand)")
@@ -69,6 +76,8 @@ class PipelineConfig:
             raise ValueError("--data is missing: give a .beton file or a folder of photos")
         if self.loader not in LOADERS:
             raise ValueError(f"--loader {self.loader}: expected one of {', '.join(LOADERS)}")
+        if self.crops_on not in CROPS_ON:
+            raise ValueError(f"--crops-on {self.crops_on}: expected one of {', '.join(CROPS_ON)}")
         at_least = {
             "batch_size": 1,
             "workers": 0,

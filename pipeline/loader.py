@@ -69,13 +69,24 @@ def choose_loader(config: PipelineConfig, device: torch.device) -> tuple[str, st
     if config.loader == "ffcv" and problem:
         raise ValueError(f"--loader ffcv: {problem}")
     if problem and device.type == "cuda" and not dali_problem():
-        return "dali", f"dali: each photo is decoded once, by nvJPEG; {problem}"
+        by = "by nvJPEG" if choose_crops(config, "dali", device) == "gpu" else "on the CPU"
+        return "dali", f"dali: each photo is decoded once, {by}; {problem}"
     if not is_beton(config.data):
         return "pil", f"pil, the slow one, as the photos are in no .beton file; faster: {convert}"
     if problem:
         return "pil", f"pil, slower than ffcv: {problem}"
-    where = "on the GPU" if device.type == "cuda" else "on the CPU"
-    return "ffcv", f"ffcv: each photo is decoded once, and cut {where}"
+    where = choose_crops(config, "ffcv", device).upper()
+    return "ffcv", f"ffcv: each photo is decoded once, and cut on the {where}"
+
+
+def choose_crops(config: PipelineConfig, kind: str, device: torch.device) -> str:
+    """Where loader `kind` cuts views: 'gpu' or 'cpu'. Raises ValueError where --crops-on gpu is
+    asked for and cannot be had."""
+    able = device.type == "cuda" and kind != "pil"
+    if config.crops_on == "gpu" and not able:
+        why = "the pil loader cuts on the CPU" if kind == "pil" else f"the device is {device.type}"
+        raise ValueError(f"--crops-on gpu: {why}")
+    return "gpu" if able and config.crops_on != "cpu" else "cpu"
 
 
 class Loader:
@@ -99,6 +110,7 @@ class Loader:
         self.photos = open_photos(config.data)
         self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
         self.kind, self.reason = choose_loader(config, device)
+        self.crops_on = choose_crops(config, self.kind, device)
         self._config, self._device = config, device
         self._rank, self._world_size = rank, world_size
         self._mean = torch.tensor(config.mean, device=device)
@@ -109,7 +121,7 @@ class Loader:
         shared = (config.data, views, config.global_crops_number)
         ahead = (config.seed, config.batches_ahead, self._replacements)
         self._cutter: Cutter
-        if self.kind == "ffcv" and device.type == "cuda":
+        if self.kind == "ffcv" and self.crops_on == "gpu":
             self._cutter = self._gpu_feed(workers)
         elif self.kind == "ffcv":
             from pipeline.ffcv_loader import FfcvCrops  # an optional package
@@ -119,7 +131,8 @@ class Loader:
             from pipeline.dali_loader import DaliCrops  # likewise
 
             here = (self.photos, views, config.global_crops_number)
-            finish = (device, config.mean, config.std)
+            decoder = device if self.crops_on == "gpu" else torch.device("cpu")
+            finish = (decoder, config.mean, config.std)
             self._cutter = DaliCrops(*here, config.batch_size, workers, *ahead, *finish)
         else:
             from pipeline.pil_loader import PilCrops

@@ -120,8 +120,8 @@ def _changes(efforts: dict[str, Effort], room: Room) -> list[tuple[str, dict[str
         cache = "memory for the page cache to hold the photos, or a faster disk"
         changes.append((cache, scaled("read", 0.0)))
     if "crop" in efforts and efforts["crop"].shared and room.on_gpu:
-        gpu = "crops on the GPU: a .beton file and --loader ffcv"
-        changes.append((gpu, scaled("crop", 0.0)))
+        way = "a .beton file and --loader ffcv" if room.kind == "pil" else "--crops-on gpu"
+        changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
     if "decode" in efforts:
         smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"
         changes.append((smaller, scaled("decode", 0.5)))

@@ -105,7 +105,7 @@ def step_shape(
         width=width,
         weights=weights,
         drops=not on_gpu and not plain,
-        crops=on_gpu and not plain and data.loader != "pil",
+        crops=on_gpu and not plain and data.loader != "pil" and data.crops_on != "cpu",
         plain=plain,
     )
 

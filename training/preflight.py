@@ -39,7 +39,7 @@ class Outlook:
     def cost(self) -> PhotoCost:
         """Measured when it is first asked for. Raises ValueError where no photo can be read."""
         loader = self.run.loader
-        cut_here = not self.on_gpu or loader.kind == "pil"
+        cut_here = loader.crops_on == "cpu"
         return photo_cost(loader.photos, self.config.pipeline, loader.kind, cut_here)
 
 
@@ -139,7 +139,8 @@ def disk_line(checkpoint: float, kept: int, free: float) -> str:
 
 def _time(outlook: Outlook) -> str:
     shape, per_epoch = outlook.shape(), outlook.run.loader.steps_per_epoch
-    if outlook.on_gpu and outlook.run.loader.kind == "dali":
+    loader = outlook.run.loader
+    if loader.kind == "dali" and loader.crops_on == "gpu":
         raise ValueError("the rate of DALI on a GPU is not estimated; the progress line will tell")
     rates = measured_rates(shape, outlook.run.device, outlook.dtype)
     best = outlook.cost.loader

@@ -79,6 +79,13 @@ def test_the_pil_loader_starves_a_gpu_and_more_cores_feed_it() -> None:
     assert "cores busy" in few["verdict"]
 
 
+def test_crops_of_the_cpu_leave_the_gpu_to_the_step_where_cores_suffice() -> None:
+    line = "--arch vit_s --gpu v100 --gpus 8"
+    on_gpu, on_cpu = (plan(f"{line} --crops-on {where}") for where in ("gpu", "cpu"))
+    assert on_cpu["sides"]["between"]["model"] > on_gpu["sides"]["between"]["model"]
+    assert on_cpu["sides"]["between"]["loader"] < on_gpu["sides"]["between"]["loader"]
+
+
 def test_crops_cost_by_their_pixels_and_decodes_do_not() -> None:
     whole, _ = loader_costs("published", 2 * 224**2 + 10 * 96**2)
     half, _ = loader_costs("published", 224**2 + 5 * 96**2)

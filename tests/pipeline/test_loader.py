@@ -18,6 +18,7 @@ from pillow_parity import SAME_ARITHMETIC, assert_pillows
 from pipeline import Batch, PipelineConfig, build_loader
 from pipeline.beton import BetonReader
 from pipeline.draws import draw_views
+from pipeline.loader import choose_crops, choose_loader
 from pipeline.pil_views import cut_views_reference
 
 ffcv = pytest.importorskip("ffcv", reason="ffcv is not installed: make ffcv")
@@ -263,3 +264,41 @@ def test_bad_settings_are_named(beton: Path, changes: dict[str, Any], message: s
 def test_ffcv_says_how_to_convert_a_folder(photo_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"pipeline\.convert"):
         build_loader(replace(SMALL, data=str(photo_folder), loader="ffcv"))
+
+
+def test_views_are_cut_where_that_is_asked_for(beton: Path) -> None:
+    here, gpu = torch.device("cpu"), torch.device("cuda")
+    auto, on_gpu, on_cpu = (
+        replace(SMALL, data=str(beton), crops_on=where) for where in ("auto", "gpu", "cpu")
+    )
+    kinds = ("ffcv", "dali", "pil")
+    assert [choose_crops(auto, kind, gpu) for kind in kinds] == ["gpu", "gpu", "cpu"]
+    assert [choose_crops(on_gpu, kind, gpu) for kind in kinds[:2]] == ["gpu", "gpu"]
+    assert {choose_crops(on_cpu, kind, gpu) for kind in kinds} == {"cpu"}
+    assert {choose_crops(auto, kind, here) for kind in kinds} == {"cpu"}
+    assert choose_loader(auto, gpu)[1].endswith("cut on the GPU")
+    assert choose_loader(on_cpu, gpu)[1].endswith("cut on the CPU")
+    with pytest.raises(ValueError, match="--crops-on gpu: the pil loader cuts on the CPU"):
+        choose_crops(on_gpu, "pil", gpu)
+    with pytest.raises(ValueError, match="--crops-on gpu: the device is cpu"):
+        build_loader(on_gpu)
+    with pytest.raises(ValueError, match="--crops-on tpu: expected one of auto, gpu, cpu"):
+        build_loader(replace(auto, crops_on="tpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["ffcv", "dali"])
+def test_beside_a_gpu_the_workers_cut_the_same_views(beton: Path, kind: str) -> None:
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    loader = build_loader(replace(SMALL, data=str(beton), loader=kind, crops_on="cpu"), "cuda")
+    beside, alone = list(loader.epoch(0)), batches_of(beton, loader=kind)
+    loader.close()
+    for one, other in zip(beside, alone, strict=True):
+        assert one.global_crops.is_cuda
+        for views, expected in (
+            (one.global_crops, other.global_crops),
+            (one.local_crops, other.local_crops),
+        ):
+            torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=1e-5)

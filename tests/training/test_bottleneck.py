@@ -61,7 +61,7 @@ def test_a_decode_that_limits_wants_smaller_photos_where_all_cores_work() -> Non
 def test_crops_that_limit_go_to_the_gpu() -> None:
     found = verdict(waiting(read=0.1, decode=3, crop=40, lanes=4), GPU)
     assert found.limit == "crop"
-    assert "crops on the GPU" in found.text
+    assert "crops on the GPU: --crops-on gpu" in found.text
 
 
 def test_the_published_loader_is_told_of_the_faster_one() -> None:
