@@ -102,7 +102,9 @@ def unheard() -> Iterator[None]:
 
 
 def shelter_workers() -> None:
-    """Start now, deaf to requests, the process from which multiprocessing forks the loader's."""
-    resource_tracker.ensure_running()  # the first start would do so, and let signals through
+    """Start now, deaf to requests, the process from which multiprocessing forks the loader's, and
+    the tracker of their semaphores."""
+    with unheard():  # by itself the tracker is deaf to two of them, whose mask its start undoes
+        resource_tracker.ensure_running()
     with unheard():
         forkserver.ensure_running()

@@ -60,6 +60,33 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     assert [s["step"] for s in read_run(folder)["starts"]] == [0, done]
 
 
+def test_what_multiprocessing_runs_beside_the_workers_outlives_slurms_warning(
+    start: Start, tmp_path: Path
+) -> None:
+    """Of the other requests it takes care itself."""
+    process = start(tmp_path / "run", "--loader", "pil", fault=SLOW_STEP.format(seconds=1))
+    process.until(lambda: '"step": 1,' in process.log())
+    before = helpers_of(process.pid)
+    os.killpg(process.pid, signal.SIGUSR1)
+    process.until(lambda: "SIGUSR1: the run will finish its step" in process.said())
+    time.sleep(0.3)
+    after = helpers_of(process.pid)
+    assert process.wait() == STOPPED
+    assert len(before) == 2
+    assert after == before
+
+
+def helpers_of(pid: int) -> list[int]:
+    """The tracker of resources and the server of forks that run for `pid`."""
+    children = (Path(f"/proc/{pid}/task") / str(pid) / "children").read_text().split()
+    names = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+    return [
+        int(child)
+        for child in children
+        if any(name in Path(f"/proc/{child}/cmdline").read_text() for name in names)
+    ]
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
     process = start(tmp_path / "run", fault=SLOW_STEP.format(seconds="60 if run.step else 0"))
     process.until(lambda: "step 1 begins" in process.said())
