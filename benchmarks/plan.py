@@ -149,8 +149,7 @@ def from_table(own: argparse.Namespace, config: Config, shape: StepShape, precis
     """A setup of data sheets and of the loaders' measured rates."""
     device = DEVICES[own.gpu]
     name = "published" if own.published else config.pipeline.loader
-    name = "ffcv" if name == "auto" else name
-    name += " on cpu" if name == "ffcv" and config.pipeline.crops_on == "cpu" else ""
+    name = _priced("ffcv" if name == "auto" else name, config, torch.device("cuda"))
     costs = loader_costs(name, shape.pixels() // shape.images)
     title = f"{own.gpus} x {own.gpu} ({device.source}), {own.cores_per_gpu:g} cores each"
     return Setup(
@@ -165,8 +164,7 @@ def from_here(own: argparse.Namespace, config: Config, shape: StepShape, precisi
     on_gpu, stored, images = device.type == "cuda", own.photo_kb * 1000, own.images
     if config.pipeline.data == UNKNOWN:
         name = "ffcv" if config.pipeline.loader in ("auto", "ffcv") else "pil"
-        where = choose_crops(config.pipeline, name, device)
-        name += " on cpu" if name == "ffcv" and where == "cpu" else ""
+        name = _priced(name, config, device)
         costs = loader_costs(name, shape.pixels() // shape.images)
     else:
         photos, (kind, _) = (
@@ -188,6 +186,12 @@ def from_here(own: argparse.Namespace, config: Config, shape: StepShape, precisi
             f"cores that share what they are made of do 1/{SHARED_CORES} each",
         ],
     )  # fmt: skip
+
+
+def _priced(loader: str, config: Config, device: torch.device) -> str:
+    """What the table of costs calls `loader` beside `device`. Raises as `choose_crops`."""
+    where = choose_crops(config.pipeline, loader, device)
+    return "ffcv on cpu" if (loader, where) == ("ffcv", "cpu") else loader
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -47,11 +47,12 @@ def chance_fmi(labels: np.ndarray, clusters: np.ndarray) -> float:
     """The Fowlkes-Mallows index of clusters of these sizes that know nothing of the labels: with
     T' of T pairs of photos in one class and T'' in one cluster, sqrt(T' T'') / T (Fowlkes and
     Mallows 1983). labels, clusters: int [n]."""
-    together = [
-        float((sizes * (sizes - 1.0)).sum())
-        for sizes in (np.unique(names, return_counts=True)[1] for names in (labels, clusters))
-    ]
-    return math.sqrt(together[0] * together[1]) / max(1, len(labels) * (len(labels) - 1))
+
+    def together(names: np.ndarray) -> float:
+        sizes = np.unique(names, return_counts=True)[1]
+        return float((sizes * (sizes - 1.0)).sum())
+
+    return math.sqrt(together(labels) * together(clusters)) / max(1, len(labels) ** 2 - len(labels))
 
 
 def agreement(labels: np.ndarray, clusters: np.ndarray) -> Scores:

@@ -33,14 +33,13 @@ class Outlook:
         """The step of one process. Raises ValueError for models that are not estimated."""
         width = FULL if self.dtype is None else HALF
         shape = step_shape(self.config, self.weights, width, self.on_gpu)
-        return replace(shape, crops=shape.crops and self.run.loader.kind == "ffcv")
+        return replace(shape, crops=self.run.loader.crops_on == "gpu")
 
     @functools.cached_property
     def cost(self) -> PhotoCost:
         """Measured when it is first asked for. Raises ValueError where no photo can be read."""
-        loader = self.run.loader
-        cut_here = loader.crops_on == "cpu"
-        return photo_cost(loader.photos, self.config.pipeline, loader.kind, cut_here)
+        loader, data = self.run.loader, self.config.pipeline
+        return photo_cost(loader.photos, data, loader.kind, cut_here=loader.crops_on == "cpu")
 
 
 def preflight(run: Run, dtype: torch.dtype | None) -> str:

@@ -78,7 +78,7 @@ def test_what_multiprocessing_runs_beside_the_workers_outlives_slurms_warning(
 
 def helpers_of(pid: int) -> list[int]:
     """The tracker of resources and the server of forks that run for `pid`."""
-    children = (Path(f"/proc/{pid}/task") / str(pid) / "children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     names = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
     return [
         int(child)
