@@ -13,7 +13,7 @@ fi
 if [ -z "$DATA" ]; then
     DATA=data/drawn
     mkdir -p "$DATA"
-    [ -d "$DATA/val" ] || "$PY" -m pipeline.drawn_photos "$DATA" --contact-sheet "$DATA/sheet.png" \
+    [ -d "$DATA/val" ] || "$PY" -m benchmarks.synthetic.photos "$DATA" --contact-sheet "$DATA/sheet.png" \
         --images-per-class 200 --val-per-class 50
 fi
 mkdir -p "$RUN"

@@ -12,8 +12,10 @@ setup(
     description="Fast, exact pre-training of iBOT vision backbones on the machines people have",
     license="MIT",
     python_requires=">=3.10,<3.14",
-    packages=find_packages(include=["pipeline*", "model*", "evaluation*", "training*"]),
-    py_modules=["train", "options", "stages"],
+    # ibeton/ links to pipeline/, model/, training/, evaluation/, benchmarks/ and train.py, so that
+    # one name is installed and a checkout works without installation.
+    packages=find_packages(include=["ibeton*"]),
+    entry_points={"console_scripts": ["ibeton = ibeton.__main__:main"]},
     install_requires=[
         "torch>=2.8",
         "torchvision>=0.23",

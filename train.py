@@ -15,29 +15,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from evaluation.features import PhotoSet
-from evaluation.quick import quick_scores
-from model import build, training_step
-from model.optim import build_optimizer
-from pipeline import Batch, build_loader
-from pipeline.workers import cores
-from training.bottleneck import Room
-from training.checkpoints import NEWEST
-from training.collapse import PROBED, spread
-from training.config import Config, parse
-from training.curves import plot_curves
-from training.folder import RunFolder
-from training.guard import RunError
-from training.metrics import LateMetrics
-from training.preflight import preflight
-from training.processes import join_processes
-from training.rescue import go_back
-from training.run import Run, claim, rates, resume, save, seed_step
-from training.run_log import RunLog
-from training.speed import cores_a_process
-from training.stops import INTERRUPTED, STOPPED, StopRequested, Stops, shelter_workers
-from training.watch import Watch
-from training.watchdog import Watchdog
+from ibeton.distributed import join_processes
+from ibeton.evaluation.frozen.features import PhotoSet
+from ibeton.evaluation.frozen.quick import quick_scores
+from ibeton.model import build, training_step
+from ibeton.model.optim import build_optimizer
+from ibeton.pipeline import Batch, build_loader
+from ibeton.training.checkpoints import NEWEST
+from ibeton.training.config import Config, parse
+from ibeton.training.curves import plot_curves
+from ibeton.training.forecast.preflight import preflight
+from ibeton.training.health.collapse import PROBED, spread
+from ibeton.training.health.nonfinite_guard import RunError
+from ibeton.training.health.stop_signals import (
+    INTERRUPTED,
+    STOPPED,
+    StopRequested,
+    Stops,
+    shelter_workers,
+)
+from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.metrics import LateMetrics
+from ibeton.training.rollback import go_back
+from ibeton.training.run import Run, claim, rates, resume, save, seed_step
+from ibeton.training.run_folder import RunFolder
+from ibeton.training.run_log import RunLog
+from ibeton.training.timing.bottleneck import Room
+from ibeton.training.timing.monitor import Watch
+from ibeton.training.timing.speed import cores_a_process
+from ibeton.workers import cores
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 

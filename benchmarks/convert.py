@@ -9,8 +9,9 @@ and waits until the disk has the file, all of which is timed; FFCV's does none o
 plain copy of the same bytes into one file, flushed to disk as ours is. The sides take turns. At the
 end counts, labels and decoded pixels of the files are compared.
 
-Without --data the photos are drawn (small ones: `pipeline/drawn_photos.py`). A few files stand for
-many: they are repeated, under other names, up to --photos. With --dst in /dev/shm no disk counts.
+Without --data the photos are drawn (small ones: `benchmarks/synthetic/photos.py`). A few files
+stand for many: they are repeated, under other names, up to --photos. With --dst in /dev/shm no disk
+counts.
 """
 
 import argparse
@@ -25,20 +26,17 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_words, machine, spread
-from pipeline.beton import BetonReader
-from pipeline.convert import ConvertOptions, convert
-from pipeline.drawn_photos import DrawOptions, draw_photos
-from pipeline.jpeg_walk import whole_jpeg_size
-from pipeline.sources import Photo, open_source, read_bytes
+from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.benchmarks.synthetic.photos import DrawOptions, draw_photos
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.jpeg_walk import whole_jpeg_size
+from ibeton.pipeline.store.sources import Photo, open_source, read_bytes
 
 OURS, RAW, JPG, COPY = "ibeton, keep", "FFCV, raw (default)", "FFCV, jpg", "copy (floor)"
 

@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 if "--interpreted" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is loaded
 
@@ -31,17 +29,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drawn import drawn_beton
-from benchmarks.measure import in_words, machine, quartiles, spread
-from model import ModelConfig, build, training_step
-from model.optim import build_optimizer
-from pipeline import PipelineConfig
-from pipeline.batch import Decoded, DeviceCrops
-from pipeline.beton import BetonReader
-from pipeline.draws import draw_batch, spec_table
-from pipeline.gpu_crops import GpuCropper
-from pipeline.gpu_feed import GpuFeed
-from pipeline.masks import MaskConfig, draw_masks
+from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
+from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.optim import build_optimizer
+from ibeton.pipeline import PipelineConfig
+from ibeton.pipeline.batch import Decoded, DeviceCrops
+from ibeton.pipeline.crops.gpu import GpuCropper
+from ibeton.pipeline.loaders.gpu_stream import GpuFeed
+from ibeton.pipeline.sampling.draws import draw_batch, spec_table
+from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
+from ibeton.pipeline.store.beton import BetonReader
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 8  # of a turn
@@ -240,7 +238,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.interpreted:
-        from benchmarks.interpreter import mend
+        from ibeton.benchmarks.harness.interpreter import mend
 
         mend()
     console = Console(width=100)

@@ -14,28 +14,30 @@ the whole's says what putting them together adds.
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drawn import drawn_beton
-from benchmarks.measure import in_words, machine, quartiles, spread, take_turns
-from evaluation.features import PRECISIONS, Extraction, feature_batches, normalised, tokens_of
-from evaluation.photos import PhotoSet, view_batches
-from model.config import ModelConfig
-from model.ibot import build_network
-from options import add_options, fill
+from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
+from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.evaluation.frozen.features import (
+    PRECISIONS,
+    Extraction,
+    feature_batches,
+    normalised,
+    tokens_of,
+)
+from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import build_network
+from ibeton.options import add_options, fill
 
 NAMES = ("blocks", "cls", "parts", "patch_mean", "prototype")  # what evaluation.all asks for
 LOADER, FORWARD, WHOLE = "decoding alone", "network alone", "extraction"

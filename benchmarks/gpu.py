@@ -19,16 +19,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(ROOT)
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_words, machine, quartiles
+from ibeton.benchmarks.harness.measure import in_words, machine, quartiles
 
+ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SHARE = 100 / 1.3  # % of copy speed: within 1.3 times the time of its bytes
 SPEED, MEMORY, PEAK = 3.0, 0.45, 0.40  # of the baseline's images/s and memory; of matrix products
 HALF = ("--precision", "fp16", "--batch-size", "64")

@@ -10,24 +10,20 @@ for the backward, which the last column gives against the reference.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measure import in_words, machine, spread
-from model.kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
-from model.kernels.norm_linear import norm_linear, norm_linear_reference
+from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.model.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

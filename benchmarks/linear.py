@@ -4,39 +4,35 @@
         --num-heads 3 --image-size 64
     python benchmarks/linear.py --arch vit_s
 
-In rounds that take turns, for one rate and for the 45 published ones: linear layers on features
-at hand; with the features computed once before, as `evaluation.linear` does; and with features of
-new views every epoch, the published way (`--augmented`). Beside them one layer by PyTorch's own
-parts, which the tests hold every rate against. The aim is to stay under twice one rate from photos
-to score. Layers alone cannot: 45 times the arithmetic. CPU seconds count all threads; on a machine
-that others use too they are what it would cost alone.
+In rounds that take turns, for one rate and for the 45 published ones: linear layers on stored
+features; with the features computed once before, as `evaluation.frozen.linear` does; and with
+features of new views every epoch, the published way (`--augmented`). Beside them one layer by
+PyTorch's own parts, which the tests hold every rate against. The aim is to stay under twice one
+rate from photos to scores. The layers alone cannot: 45 rates are 45 times the arithmetic. CPU
+seconds count all threads; on a busy machine they are what the work would cost alone.
 """
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drawn import drawn_beton
-from benchmarks.features import add_shared_options, on_two_clocks
-from benchmarks.measure import in_words, machine, quartiles, spread
-from evaluation.features import Extraction, extract
-from evaluation.heads import RATES, LinearSettings, train_head_reference, train_heads
-from evaluation.linear import augmented, feature_names, joined, shuffled
-from evaluation.photos import PhotoSet
-from model.config import ModelConfig
-from model.ibot import build_network
-from options import fill
+from ibeton.benchmarks.features import add_shared_options, on_two_clocks
+from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
+from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.evaluation.frozen.features import Extraction, extract
+from ibeton.evaluation.frozen.heads import RATES, LinearSettings, train_head_reference, train_heads
+from ibeton.evaluation.frozen.linear import augmented, feature_names, joined, shuffled
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import build_network
+from ibeton.options import fill
 
 MIDDLE = 22  # of the rates, the one that is trained alone
 FEATURES, STOCK = "features alone", "one rate, PyTorch's parts"

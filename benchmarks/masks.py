@@ -6,20 +6,16 @@ rounds take turns, so that a busy machine slows both. Compilation is not timed.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_words, machine, quartiles, spread
-from pipeline.masks import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
+from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
+from ibeton.pipeline.sampling.masks import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
 
 VIEWS = 2
 # name, shape, patches of one side, ratio, ratio_var

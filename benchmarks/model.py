@@ -14,7 +14,6 @@ import ctypes
 import functools
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,19 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_words, machine, spread
-from benchmarks.model_changes import CHANGES, without
-from benchmarks.model_step import PARTS, Baseline, Batch, Clock, Side, Times
-from model import ModelConfig
-from model.flops import flop_counter
-from model.ibot import compile_blocks
+from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.benchmarks.harness.model_changes import CHANGES, without
+from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Clock, Side, Times
+from ibeton.model import ModelConfig
+from ibeton.model.ibot import compile_blocks
+from ibeton.training.timing.flops import flop_counter
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP = 3  # steps in which blocks are compiled, for each kind of shape
@@ -89,8 +85,7 @@ def memory_of(name: str, args: argparse.Namespace) -> int:
         with without(name):
             return peak_memory(make_side(name, args), make_batch(args))
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(out.stdout.split()[-1])
 
 

@@ -11,7 +11,6 @@ views: normalised float32 tensors, except where a row says pixels.
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,27 +21,31 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drawn import drawn_beton
-from benchmarks.measure import in_words, machine, quartiles, ratios, spread, take_turns
-from pipeline import PipelineConfig, build_loader
-from pipeline.batch import normalised
-from pipeline.beton import BetonReader
-from pipeline.crops import cut_views
-from pipeline.decode import decode_photo
-from pipeline.draws import draw_views, stack_shape
-from pipeline.loader import dali_problem, ffcv_problem
-from pipeline.order import epoch_order, rank_batches
-from pipeline.pil_views import cut_views_reference
-from pipeline.replace import Replacements
+from ibeton.benchmarks.harness.measure import (
+    in_words,
+    machine,
+    quartiles,
+    ratios,
+    spread,
+    take_turns,
+)
+from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.pipeline import PipelineConfig, build_loader
+from ibeton.pipeline.batch import normalised
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.crops.reference import cut_views_reference
+from ibeton.pipeline.loader import dali_problem, ffcv_problem
+from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.sampling.draws import draw_views, stack_shape
+from ibeton.pipeline.sampling.order import epoch_order, rank_batches
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.decode import decode_photo
 
 BATCH = 32  # of fewer, threads would wait for the one with the largest photos
 RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
@@ -117,7 +120,7 @@ class Bench:
 
     def pixels_only(self) -> Side:
         """Packed pixels for croppers on a GPU."""
-        from pipeline.ffcv_pixels import FfcvPixels
+        from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
 
         config = self.config
         replacements = Replacements(self.reader, self.views, 0)

@@ -6,8 +6,8 @@
     python benchmarks/plan.py --measure --arch vit_t --data photos.beton           # of this machine
 
 Any option of train.py that changes the work (crops, batch, precision, loader) may be given too. The
-step's operations and bytes are counted (training.estimate), and divided by rates from data sheets,
-of which a pessimist and an optimist expect different shares, or by rates measured here.
+step's operations and bytes are counted (training.forecast.estimate), and divided by rates from data
+sheets, of which a pessimist and an optimist expect different shares, or by rates measured here.
 """
 
 import argparse
@@ -18,29 +18,46 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import in_words, machine
-from benchmarks.plan_devices import DEVICES, REASONS, device_rates, loader_costs, loader_reason
-from model import build
-from options import Parser
-from pipeline.command import run_command
-from pipeline.loader import choose_crops, choose_loader
-from pipeline.photos import open_photos
-from pipeline.workers import cores
-from train import DTYPES
-from training.config import Config, parse
-from training.estimate import FULL, HALF, Rates, StepShape, step_ops, step_shape, weights_of
-from training.estimate import flops as flops_of
-from training.forecast import Forecast, LoaderCost, forecast, hours, measured_rates
-from training.memory import checkpoint_bytes, gpu_bytes, largest_batch
-from training.photo_cost import SHARED_CORES, photo_cost
-from training.preflight import available_memory, duration, gib
+from ibeton.benchmarks.harness.measure import in_words, machine
+from ibeton.benchmarks.harness.plan_devices import (
+    DEVICES,
+    REASONS,
+    device_rates,
+    loader_costs,
+    loader_reason,
+)
+from ibeton.command import run_command
+from ibeton.model import build
+from ibeton.options import Parser
+from ibeton.pipeline.loader import choose_crops, choose_loader
+from ibeton.pipeline.store.photos import open_photos
+from ibeton.train import DTYPES
+from ibeton.training.config import Config, parse
+from ibeton.training.forecast.estimate import (
+    FULL,
+    HALF,
+    Rates,
+    StepShape,
+    step_ops,
+    step_shape,
+    weights_of,
+)
+from ibeton.training.forecast.estimate import flops as flops_of
+from ibeton.training.forecast.memory import checkpoint_bytes, gpu_bytes, largest_batch
+from ibeton.training.forecast.photo_cost import SHARED_CORES, photo_cost
+from ibeton.training.forecast.preflight import available_memory, duration, gib
+from ibeton.training.forecast.projection import (
+    Forecast,
+    LoaderCost,
+    forecast,
+    hours,
+    measured_rates,
+)
+from ibeton.workers import cores
 
 DECODED = 3 * 0.2e6  # bytes of an ImageNet photo as it comes: 0.20 megapixels
 EXPECTED = ("pessimist", "between", "optimist")

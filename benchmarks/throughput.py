@@ -22,27 +22,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not this folder, where files bear the names of packages
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-import stages
-from benchmarks.drawn import drawn_beton
-from benchmarks.measure import machine
-from benchmarks.throughput_bench import BOTH, LOADER, MODEL, Bench
-from benchmarks.throughput_floors import Demand, Peaks, demand_of, floors, measure_peaks
-from benchmarks.throughput_report import compare, print_report, write_html, write_png
-from options import Parser
-from pipeline.command import run_command
-from pipeline.workers import cores
-from stages import PARTS, StageClock, stage
-from train import Run, prepare
-from training.bottleneck import Room, rank_line, verdict
-from training.config import ARCHITECTURES, parse
-from training.speed import Window, cores_a_process
+from ibeton import stages
+from ibeton.benchmarks.harness.measure import machine
+from ibeton.benchmarks.harness.throughput_bench import BOTH, LOADER, MODEL, Bench
+from ibeton.benchmarks.harness.throughput_floors import (
+    Demand,
+    Peaks,
+    demand_of,
+    floors,
+    measure_peaks,
+)
+from ibeton.benchmarks.harness.throughput_report import compare, print_report, write_html, write_png
+from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.command import run_command
+from ibeton.options import Parser
+from ibeton.stages import PARTS, StageClock, stage
+from ibeton.train import Run, prepare
+from ibeton.training.config import ARCHITECTURES, parse
+from ibeton.training.timing.bottleneck import Room, rank_line, verdict
+from ibeton.training.timing.speed import Window, cores_a_process
+from ibeton.workers import cores
 
 # What is measured where nothing is asked for: on a CPU a small ViT, to be done in minutes.
 DEFAULTS = {

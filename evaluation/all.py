@@ -5,8 +5,8 @@ python -m evaluation.all --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val .
 
 from collections.abc import Sequence
 
-from evaluation import cluster, knn, linear, logistic, parts, retrieval, semi
-from evaluation.command import command
+from ibeton.evaluation.command import command
+from ibeton.evaluation.frozen import cluster, knn, linear, logistic, parts, retrieval, semi
 
 PROTOCOLS = (
     knn.PROTOCOL,

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from evaluation.cache import cached_features
-from evaluation.features import PRECISIONS, Extraction, Features
-from evaluation.networks import load_with_head, untrained
-from evaluation.photos import PhotoSet
-from model.head import IBOTHead
-from options import Parser
+from ibeton.evaluation.frozen.cache import cached_features
+from ibeton.evaluation.frozen.features import PRECISIONS, Extraction, Features
+from ibeton.evaluation.networks import load_with_head, untrained
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.model.head import IBOTHead
+from ibeton.options import Parser
 
 Scores = dict[str, float]
 

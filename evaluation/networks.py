@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.checkpoint import backbone_of, load_checkpoint
-from model.config import ModelConfig
-from model.head import IBOTHead
-from model.ibot import build_network
-from options import fill
+from ibeton.model.checkpoint import backbone_of, load_checkpoint
+from ibeton.model.config import ModelConfig
+from ibeton.model.head import IBOTHead
+from ibeton.model.ibot import build_network
+from ibeton.options import fill
 
 
 def load_with_head(

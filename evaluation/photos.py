@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.decode import UnreadablePhoto
-from pipeline.photos import open_photos
-from pipeline.workers import cores
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.photos import open_photos
+from ibeton.workers import cores
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
 _JOB = 8  # photos that a thread takes at a time
@@ -47,7 +47,10 @@ def evaluation_view(image: Image.Image, size: int) -> Tensor:
 
 def random_view(image: Image.Image, size: int, epoch: int, index: int) -> Tensor:
     """A random resized crop and flip, uint8 [3, size, size], drawn from (epoch, index)."""
-    from pipeline.draws import ViewSpec, draw_views  # only here: numba takes seconds to import
+    from ibeton.pipeline.sampling.draws import (  # only here: numba takes seconds to import
+        ViewSpec,
+        draw_views,
+    )
 
     spec = ViewSpec(size, LINEAR_SCALE, blur_p=0.0, solarize_p=0.0)
     draw = draw_views([spec], 0, epoch, index, image.height, image.width)[0]

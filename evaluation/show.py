@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from evaluation.features import Extraction, feature_batches
-from evaluation.networks import with_head
-from evaluation.photos import PhotoSet
-from evaluation.pictures.attention import draw_attention
-from evaluation.pictures.canvas import spread
-from evaluation.pictures.correspondence import draw_correspondence, two_photos, two_views
-from evaluation.pictures.neighbours import draw_neighbours
-from evaluation.pictures.patterns import assign, central_patterns, draw_patterns
-from model.checkpoint import backbone_of, load_checkpoint
-from options import Parser
-from pipeline.photos import open_photos
+from ibeton.evaluation.frozen.features import Extraction, feature_batches
+from ibeton.evaluation.networks import with_head
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.pictures.attention import draw_attention
+from ibeton.evaluation.pictures.canvas import spread
+from ibeton.evaluation.pictures.correspondence import draw_correspondence, two_photos, two_views
+from ibeton.evaluation.pictures.neighbors import draw_neighbours
+from ibeton.evaluation.pictures.patterns import assign, central_patterns, draw_patterns
+from ibeton.model.checkpoint import backbone_of, load_checkpoint
+from ibeton.options import Parser
+from ibeton.pipeline.store.photos import open_photos
 
 
 def make_parser() -> argparse.ArgumentParser:

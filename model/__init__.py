@@ -1,9 +1,9 @@
 """The iBOT model: a batch in, a loss out. `build(ModelConfig())` is the door; `load_backbone(path)`
 is the other one, to what was trained."""
 
-from model.checkpoint import load_backbone
-from model.config import ModelConfig
-from model.ibot import IBOT, build
-from model.steps import training_step
+from ibeton.model.checkpoint import load_backbone
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import IBOT, build
+from ibeton.model.steps import training_step
 
 __all__ = ["IBOT", "ModelConfig", "build", "load_backbone", "training_step"]

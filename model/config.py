@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from options import flag, option
+from ibeton.options import flag, option
 
 # name -> (embed_dim, depth, num_heads), as published
 ARCHITECTURES = {

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import init_linear
+from ibeton.model.backbones.blocks import init_linear
 
 
 class WeightNormLinear(nn.Module):

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from model.config import SWIN_DIM, SWINS, ModelConfig
-from model.head import IBOTHead
-from model.loss import IBOTLoss
-from model.masking import masked_patches
-from model.network import Logits, Network
-from model.vit import VisionTransformer
-from stages import rest_is, stage
+from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.config import SWIN_DIM, SWINS, ModelConfig
+from ibeton.model.head import IBOTHead
+from ibeton.model.loss import IBOTLoss
+from ibeton.model.masking import masked_patches
+from ibeton.model.network import Logits, Network
+from ibeton.stages import rest_is, stage
 
 if TYPE_CHECKING:
-    from model.swin import SwinTransformer
+    from ibeton.model.backbones.swin import SwinTransformer
 
 
 class IBOT(nn.Module):
@@ -141,7 +141,9 @@ def build_backbone(config: ModelConfig, is_student: bool) -> "VisionTransformer 
     """The student's backbone, with mask token and stochastic depth, or the teacher's, with neither.
     `model.network` says what a backbone must offer."""
     if config.arch in SWINS:
-        from model.swin import SwinTransformer  # only here: timm takes seconds to import
+        from ibeton.model.backbones.swin import (
+            SwinTransformer,  # only here: timm takes seconds to import
+        )
 
         return SwinTransformer(
             (config.embed_dim or SWIN_DIM) // 8,

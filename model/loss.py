@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.kernels.cross_entropy import cross_entropy, full
-from model.masking import MaskedPatches
-from model.network import Logits, Targets
-from model.schedules import temperature_schedule
+from ibeton.model.kernels.cross_entropy import cross_entropy, full
+from ibeton.model.masking import MaskedPatches
+from ibeton.model.network import Logits, Targets
+from ibeton.model.schedules import temperature_schedule
 
 
 class IBOTLoss(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from model.head import IBOTHead
+from ibeton.model.head import IBOTHead
 
 Logits = tuple[Tensor, Tensor, Tensor | None]  # class, patch, local class
 Views = list[tuple[Tensor, Tensor]]  # class tokens [B, C] and patch tokens of each crop size

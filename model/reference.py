@@ -11,12 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from model.blocks import Block, drop_path
-from model.ibot import IBOT
-from model.kernels.cross_entropy import full
-from model.loss import IBOTLoss
-from model.network import Logits, Network
-from model.vit import VisionTransformer
+from ibeton.model.backbones.blocks import Block, drop_path
+from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.ibot import IBOT
+from ibeton.model.kernels.cross_entropy import full
+from ibeton.model.loss import IBOTLoss
+from ibeton.model.network import Logits, Network
 
 
 def block_reference(block: Block, x: Tensor, drop_rate: float = 0.0) -> Tensor:

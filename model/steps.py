@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from model.ibot import IBOT
-from model.optim import cancel_last_layer_gradients, clip_gradients
-from stages import stage
+from ibeton.model.ibot import IBOT
+from ibeton.model.optim import cancel_last_layer_gradients, clip_gradients
+from ibeton.stages import stage
 
 
 def training_step(

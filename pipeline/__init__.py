@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.batch import Batch
-    from pipeline.config import PipelineConfig
-    from pipeline.loader import Loader, build_loader
+    from ibeton.pipeline.batch import Batch
+    from ibeton.pipeline.config import PipelineConfig
+    from ibeton.pipeline.loader import Loader, build_loader
 
 __all__ = ["Batch", "Loader", "PipelineConfig", "build_loader"]
 
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     processes have no use for it."""
     if name not in __all__:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    from pipeline import batch, config, loader
+    from ibeton.pipeline import batch, config, loader
 
     return next(getattr(m, name) for m in (batch, config, loader) if hasattr(m, name))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.compiled import compiled
+from ibeton.pipeline.compiled import compiled
 
 
 @dataclass

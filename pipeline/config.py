@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from options import flag, option
-from pipeline.draws import ViewSpec, published_views
+from ibeton.options import flag, option
+from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
 LOADERS = ("auto", "ffcv", "dali", "pil")
 CROPS_ON = ("auto", "gpu", "cpu")

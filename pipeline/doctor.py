@@ -9,9 +9,10 @@ cannot start.
 import importlib
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.workers import cores
+from ibeton.workers import cores
 
 _REINSTALL = "make setup"
 _MEND_FFCV = "make ffcv"
@@ -91,7 +92,7 @@ def loader_line(findings: dict[str, Finding]) -> str:
     return f"pil for everything, slower{asked_for}; {to_get}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 1 where something that training needs is missing."""
     python = platform.python_version()
     supported = (3, 10) <= sys.version_info[:2] <= (3, 13)

@@ -7,15 +7,15 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pipeline.batch import Batch, Crops, DeviceCrops, normalised
-from pipeline.config import PipelineConfig
-from pipeline.masks import MaskConfig, draw_masks
-from pipeline.memory import keep_freed_memory
-from pipeline.order import epoch_order, rank_batches, steps_per_epoch
-from pipeline.photos import is_beton, open_photos
-from pipeline.replace import Replacements
-from pipeline.workers import cores
-from stages import stage
+from ibeton.pipeline.batch import Batch, Crops, DeviceCrops, normalised
+from ibeton.pipeline.config import PipelineConfig
+from ibeton.pipeline.loaders.memory import keep_freed_memory
+from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
+from ibeton.pipeline.sampling.order import epoch_order, rank_batches, steps_per_epoch
+from ibeton.pipeline.store.photos import is_beton, open_photos
+from ibeton.stages import stage
+from ibeton.workers import cores
 
 _INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
 
@@ -124,26 +124,26 @@ class Loader:
         if self.kind == "ffcv" and self.crops_on == "gpu":
             self._cutter = self._gpu_feed(workers)
         elif self.kind == "ffcv":
-            from pipeline.ffcv_loader import FfcvCrops  # an optional package
+            from ibeton.pipeline.loaders.ffcv import FfcvCrops  # an optional package
 
             self._cutter = FfcvCrops(*shared, config.batch_size, workers, *ahead)
         elif self.kind == "dali":
-            from pipeline.dali_loader import DaliCrops  # likewise
+            from ibeton.pipeline.loaders.dali import DaliCrops  # likewise
 
             here = (self.photos, views, config.global_crops_number)
             decoder = device if self.crops_on == "gpu" else torch.device("cpu")
             finish = (decoder, config.mean, config.std)
             self._cutter = DaliCrops(*here, config.batch_size, workers, *ahead, *finish)
         else:
-            from pipeline.pil_loader import PilCrops
+            from ibeton.pipeline.loaders.pil import PilCrops
 
             self._cutter = PilCrops(*shared, workers, *ahead)
 
     def _gpu_feed(self, workers: int) -> Cutter:
         """Decoded by FFCV's threads, cut on the GPU."""
-        from pipeline.ffcv_pixels import FfcvPixels
-        from pipeline.gpu_crops import GpuCropper
-        from pipeline.gpu_feed import GpuFeed
+        from ibeton.pipeline.crops.gpu import GpuCropper
+        from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
+        from ibeton.pipeline.loaders.gpu_stream import GpuFeed
 
         config, views, device = self._config, self._config.views(), self._device
         room = (config.batch_size, workers, config.batches_ahead)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import stages
-from stages import StageClock, Work, stage
+from ibeton import stages
+from ibeton.stages import StageClock, Work, stage
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.convert import ConvertOptions, convert
-from train import main
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.train import main
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = 96

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import load_checkpoint, write_through
+from ibeton.model.checkpoint import load_checkpoint, write_through
 
 NEWEST = "checkpoint.pt"
 _ROLLING = re.compile(r"checkpoint-(\d+)\.pt")

@@ -5,9 +5,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import ARCHITECTURES, SWINS, ModelConfig
-from options import Parser, add_options, fill, flag, option
-from pipeline.config import PipelineConfig
+from ibeton.model.config import ARCHITECTURES, SWINS, ModelConfig
+from ibeton.options import Parser, add_options, fill, flag, option
+from ibeton.pipeline.config import PipelineConfig
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages import Effort, Lap, StageClock, stage, work
+from ibeton.stages import Effort, Lap, StageClock, stage, work
 
 LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm", "spread")
 

@@ -9,26 +9,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import IBOT
-from model.checkpoint import (
+from ibeton.model import IBOT
+from ibeton.model.checkpoint import (
     check_same_model,
     load_checkpoint,
     load_weights_into,
     model_state,
     restore_model,
 )
-from model.optim import load_optimizer_state, optimizer_state
-from model.schedules import cosine_schedule
-from options import flag
-from pipeline import Loader
-from pipeline.decode import UnreadablePhoto
-from pipeline.photos import Photos
-from training import checkpoints
-from training.collapse import CollapseAlarm
-from training.config import Config
-from training.folder import RunFolder, identity, new_identity, read_config
-from training.guard import Guard, RunError
-from training.watchdog import Watchdog
+from ibeton.model.optim import load_optimizer_state, optimizer_state
+from ibeton.model.schedules import cosine_schedule
+from ibeton.options import flag
+from ibeton.pipeline import Loader
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.photos import Photos
+from ibeton.training import checkpoints
+from ibeton.training.config import Config
+from ibeton.training.health.collapse import CollapseAlarm
+from ibeton.training.health.nonfinite_guard import Guard, RunError
+from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
 _ALARM_AFTER = 1000  # steps of collapse, and an epoch, until the alarm
 _PROBES = 16  # photos that are compared when a run goes on

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from options import Parser
-from pipeline.command import run_command
-from training.folder import CONFIG, is_held, read_config, read_run
+from ibeton.command import run_command
+from ibeton.options import Parser
+from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
 _TAIL = 1 << 16  # bytes of a log in which its last records stand

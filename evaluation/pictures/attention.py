@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.features import evaluating, normalised
-from evaluation.photos import PhotoSet
-from evaluation.pictures.canvas import (
+from ibeton.evaluation.frozen.features import evaluating, normalised
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.pictures.canvas import (
     class_name,
     new_figure,
     save,

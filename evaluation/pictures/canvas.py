@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.photos import PhotoSet
+from ibeton.evaluation.photos import PhotoSet
 
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt

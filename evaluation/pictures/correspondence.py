@@ -12,9 +12,9 @@ from matplotlib.patches import ConnectionPatch
 from PIL import Image
 from torch import Tensor, nn
 
-from evaluation.features import evaluating, normalised
-from evaluation.photos import PhotoSet
-from evaluation.pictures.canvas import (
+from ibeton.evaluation.frozen.features import evaluating, normalised
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.pictures.canvas import (
     GREEN,
     RED,
     class_name,
@@ -25,9 +25,9 @@ from evaluation.pictures.canvas import (
     to_look_at,
     views_of,
 )
-from pipeline.draws import ViewSpec, draw_views
-from pipeline.photos import Photos
-from pipeline.pil_views import cut_view_reference
+from ibeton.pipeline.crops.reference import cut_view_reference
+from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
+from ibeton.pipeline.store.photos import Photos
 
 LINES = 12  # correspondences drawn
 VIEW_SCALE = (0.4, 1.0)  # share of the photo that a view shows: two of them then overlap

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from evaluation.photos import PhotoSet
-from evaluation.pictures.canvas import new_figure, save, show, to_look_at, views_of
-from model.head import IBOTHead
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.pictures.canvas import new_figure, save, show, to_look_at, views_of
+from ibeton.model.head import IBOTHead
 
 ROWS, COLUMNS = 4, 5  # patches of one pattern
 SIDE = 5  # patches that a tile shows in each direction

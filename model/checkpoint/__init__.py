@@ -3,7 +3,7 @@
 `python -m model.checkpoint import|export|inspect` is the command.
 """
 
-from model.checkpoint.files import (
+from ibeton.model.checkpoint.files import (
     backbone_of,
     check_same_model,
     load_backbone,
@@ -13,7 +13,7 @@ from model.checkpoint.files import (
     save_checkpoint,
     write_through,
 )
-from model.checkpoint.foreign import load_weights_into, read_foreign
+from ibeton.model.checkpoint.foreign import load_weights_into, read_foreign
 
 __all__ = [
     "backbone_of",

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from model.checkpoint.export import refuse_existing
-from model.checkpoint.export_huggingface import export_huggingface
-from model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
-from model.checkpoint.export_timm import export_timm
-from model.checkpoint.files import NETWORKS, is_own, listed, read_file, save_checkpoint
-from model.checkpoint.foreign import Foreign, read_foreign
-from options import Parser
+from ibeton.model.checkpoint.export import refuse_existing
+from ibeton.model.checkpoint.export_huggingface import export_huggingface
+from ibeton.model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
+from ibeton.model.checkpoint.export_timm import export_timm
+from ibeton.model.checkpoint.files import NETWORKS, is_own, listed, read_file, save_checkpoint
+from ibeton.model.checkpoint.foreign import Foreign, read_foreign
+from ibeton.options import Parser
 
 SIZED = {"timm": export_timm, "huggingface": export_huggingface}
 PUBLISHED = {"ibot": export_ibot, "ibot-backbone": export_ibot_backbone}

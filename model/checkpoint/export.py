@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint.foreign import State
+from ibeton.model.checkpoint.foreign import State
 
 TOLERANCE = 1e-5  # largest difference, as a part of the largest feature
 

@@ -5,13 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from model.blocks import LAYERNORM_EPS
-from model.checkpoint.export import check_features, partial_name, refuse_existing, save_tensors
-from model.checkpoint.export_timm import timm_state
-from model.checkpoint.files import load_backbone
-from model.checkpoint.foreign import State
-from model.config import SWINS, ModelConfig
-from options import fill
+from ibeton.model.backbones.blocks import LAYERNORM_EPS
+from ibeton.model.checkpoint.export import (
+    check_features,
+    partial_name,
+    refuse_existing,
+    save_tensors,
+)
+from ibeton.model.checkpoint.export_timm import timm_state
+from ibeton.model.checkpoint.files import load_backbone
+from ibeton.model.checkpoint.foreign import State
+from ibeton.model.config import SWINS, ModelConfig
+from ibeton.options import fill
 
 HUGGINGFACE_NAMES = {
     "cls_token": "embeddings.cls_token",

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from model.checkpoint.export import partial_name, refuse_existing
-from model.checkpoint.files import load_backbone, load_checkpoint, save_checkpoint
-from model.checkpoint.foreign import read_foreign
-from model.config import SWINS, ModelConfig
-from options import fill
+from ibeton.model.checkpoint.export import partial_name, refuse_existing
+from ibeton.model.checkpoint.files import load_backbone, load_checkpoint, save_checkpoint
+from ibeton.model.checkpoint.foreign import read_foreign
+from ibeton.model.config import SWINS, ModelConfig
+from ibeton.options import fill
 
 PUBLISHED_NAMES = {
     "vit_t": "vit_tiny",

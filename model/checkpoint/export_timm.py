@@ -8,13 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from model.blocks import LAYERNORM_EPS
-from model.checkpoint.export import check_features, partial_name, refuse_existing, save_tensors
-from model.checkpoint.files import load_backbone
-from model.checkpoint.foreign import State
-from model.config import SWINS, ModelConfig
-from model.vit import VisionTransformer
-from options import fill
+from ibeton.model.backbones.blocks import LAYERNORM_EPS
+from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.checkpoint.export import (
+    check_features,
+    partial_name,
+    refuse_existing,
+    save_tensors,
+)
+from ibeton.model.checkpoint.files import load_backbone
+from ibeton.model.checkpoint.foreign import State
+from ibeton.model.config import SWINS, ModelConfig
+from ibeton.options import fill
 
 TIMM_NAMES = {
     "vit_t": "vit_tiny_patch16_224",

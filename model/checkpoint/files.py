@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.ibot import IBOT, build_backbone
-from options import fill, flag
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import IBOT, build_backbone
+from ibeton.options import fill, flag
 
 # Settings that give tensors their shapes and names.
 SHAPE_SETTINGS = (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint.files import (
+from ibeton.model.checkpoint.files import (
     NETWORKS,
     backbone_state,
     check_tensors,
@@ -26,10 +26,10 @@ from model.checkpoint.files import (
     read_file,
     without_prefix,
 )
-from model.checkpoint.shapes import infer_backbone, infer_head
-from model.config import ModelConfig
-from model.ibot import IBOT, build_backbone, build_network
-from model.loss import IBOTLoss
+from ibeton.model.checkpoint.shapes import infer_backbone, infer_head
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import IBOT, build_backbone, build_network
+from ibeton.model.loss import IBOTLoss
 
 State = dict[str, Tensor]
 CLASSIFIERS = ("head.", "fc.")  # what may stand behind a backbone, and is no part of it

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ARCHITECTURES, SWIN_DIM, SWIN_PATCH, SWINS
+from ibeton.model.config import ARCHITECTURES, SWIN_DIM, SWIN_PATCH, SWINS
 
 State = Mapping[str, Tensor]
 

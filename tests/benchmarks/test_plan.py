@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.plan import arguments, main, planned
-from benchmarks.plan_devices import (
+from ibeton.benchmarks.harness.plan_devices import (
     BANDWIDTH,
     DEVICES,
     MATRIX,
     device_rates,
     loader_costs,
 )
+from ibeton.benchmarks.plan import arguments, main, planned
 
 
 def plan(line: str) -> dict[str, Any]:

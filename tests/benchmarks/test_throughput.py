@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import stages
-import train
-from benchmarks.throughput import main
-from model import IBOT
-from pipeline.convert import ConvertOptions, convert
+from ibeton import stages, train
+from ibeton.benchmarks.throughput import main
+from ibeton.model import IBOT
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
 
 ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
@@ -130,7 +129,7 @@ def test_a_slow_stage_is_its_verdict_and_its_images_per_s_are_those_of_train(
 def test_a_slow_loader_is_its_verdict(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.pil_loader import PilCrops
+    from ibeton.pipeline.loaders.pil import PilCrops
 
     batches = PilCrops.batches
 
@@ -151,8 +150,8 @@ def test_a_slow_loader_is_its_verdict(
 SLOW_RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from benchmarks.throughput import main
-from model import IBOT
+from ibeton.benchmarks.throughput import main
+from ibeton.model import IBOT
 update = IBOT.update_teacher
 def slow(self, *arguments):
     time.sleep(1.0 if os.environ["RANK"] == "1" else 0.0)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from photo_folders import COLOURS, write_photos
 
-from model.checkpoint import model_state, save_checkpoint
-from model.config import ModelConfig
-from model.ibot import build
+from ibeton.model.checkpoint import model_state, save_checkpoint
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import build
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.vit import VisionTransformer
+from ibeton.model.backbones.vit import VisionTransformer
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation import all as every
-from evaluation import cluster, linear, logistic, parts, retrieval, semi
-from evaluation.quick import quick_scores
-from model.checkpoint import load_checkpoint, model_state, save_checkpoint
-from model.config import ModelConfig
-from model.ibot import build, build_network
-from options import fill
+from ibeton.evaluation import all as every
+from ibeton.evaluation.frozen import cluster, linear, logistic, parts, retrieval, semi
+from ibeton.evaluation.frozen.quick import quick_scores
+from ibeton.model.checkpoint import load_checkpoint, model_state, save_checkpoint
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import build, build_network
+from ibeton.options import fill
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--epochs", "3", "--k", "5", "--device", "cpu"]
@@ -31,7 +31,7 @@ def two_processes(*given) -> str:
     """What evaluation.all says under torchrun."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "evaluation.all", *given],
+        [sys.executable, *torchrun, "-m", "ibeton.evaluation.all", *given],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from photo_folders import COLOURS, small_vit, write_photos
 
-from evaluation.cache import cached_features
-from evaluation.features import Extraction, extract
-from evaluation.photos import PhotoSet
+from ibeton.evaluation.frozen.cache import cached_features
+from ibeton.evaluation.frozen.features import Extraction, extract
+from ibeton.evaluation.photos import PhotoSet
 
 CONFIG = {"arch": "vit_t", "num_heads": 2}
 HOW = Extraction(batch_size=4)

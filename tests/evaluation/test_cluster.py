@@ -8,7 +8,7 @@ import pytest
 import torch
 from photo_folders import COLOURS
 
-from evaluation.cluster import agreement, chance_fmi, hungarian_accuracy, kmeans
+from ibeton.evaluation.frozen.cluster import agreement, chance_fmi, hungarian_accuracy, kmeans
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 PUBLISHED = np.load(REFERENCE / "clustering.npz")

@@ -8,7 +8,7 @@ from photo_folders import COLOURS, small_vit, write_photos
 from PIL import Image
 from torchvision import transforms
 
-from evaluation.features import (
+from ibeton.evaluation.frozen.features import (
     MEAN,
     NAMES,
     PARTS,
@@ -19,10 +19,10 @@ from evaluation.features import (
     most_attended,
     tokens_of,
 )
-from evaluation.knn import RawPixels
-from evaluation.photos import PhotoSet
-from model.head import IBOTHead
-from model.swin import SwinTransformer
+from ibeton.evaluation.frozen.knn import RawPixels
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.model.backbones.swin import SwinTransformer
+from ibeton.model.head import IBOTHead
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(2))
 

@@ -11,8 +11,8 @@ from photo_folders import COLOURS, small_vit, write_photos
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluation import knn
-from evaluation.knn import (
+from ibeton.evaluation.frozen import knn
+from ibeton.evaluation.frozen.knn import (
     KS,
     RawPixels,
     classify_by_k,
@@ -21,9 +21,9 @@ from evaluation.knn import (
     knn_classify,
     vote,
 )
-from evaluation.networks import untrained
-from evaluation.photos import PhotoSet
-from model.checkpoint import load_backbone
+from ibeton.evaluation.networks import untrained
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.model.checkpoint import load_backbone
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = np.load(ROOT / "tests" / "reference" / "knn.npz")

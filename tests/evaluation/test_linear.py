@@ -7,11 +7,17 @@ import pytest
 import torch
 from photo_folders import small_vit
 
-from evaluation.command import Task
-from evaluation.features import Extraction, extract
-from evaluation.heads import RATES, LinearSettings, train_head_reference, train_heads
-from evaluation.linear import augmented, best_scores, feature_names, linear_scores, shuffled
-from evaluation.photos import PhotoSet
+from ibeton.evaluation.command import Task
+from ibeton.evaluation.frozen.features import Extraction, extract
+from ibeton.evaluation.frozen.heads import RATES, LinearSettings, train_head_reference, train_heads
+from ibeton.evaluation.frozen.linear import (
+    augmented,
+    best_scores,
+    feature_names,
+    linear_scores,
+    shuffled,
+)
+from ibeton.evaluation.photos import PhotoSet
 
 CLASSES = 5
 

@@ -5,8 +5,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
-from evaluation import logistic
-from evaluation.logistic import fit_logistic, split_held_out, top1
+from ibeton.evaluation.frozen import logistic
+from ibeton.evaluation.frozen.logistic import fit_logistic, split_held_out, top1
 
 
 def random_set(photos, classes, seed):

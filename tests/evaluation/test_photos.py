@@ -11,9 +11,9 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
 
-from evaluation.photos import LINEAR_SCALE, PhotoSet, random_view, view_batches
-from pipeline.convert import ConvertOptions, convert
-from pipeline.draws import ViewSpec, draw_views
+from ibeton.evaluation.photos import LINEAR_SCALE, PhotoSet, random_view, view_batches
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
 
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 

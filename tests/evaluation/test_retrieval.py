@@ -5,8 +5,8 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn.functional import normalize
 
-from evaluation import retrieval
-from evaluation.retrieval import mean_average_precision
+from ibeton.evaluation.frozen import retrieval
+from ibeton.evaluation.frozen.retrieval import mean_average_precision
 
 
 def test_it_is_the_mean_of_scikit_learns_average_precision(monkeypatch):

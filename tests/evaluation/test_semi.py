@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evaluation.semi import balanced_subset
+from ibeton.evaluation.frozen.semi import balanced_subset
 
 
 def test_a_subset_has_equally_many_of_each_class():

@@ -8,22 +8,22 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.features import Extraction
-from evaluation.photos import PhotoSet
-from evaluation.pictures.attention import class_attention
-from evaluation.pictures.correspondence import (
+from ibeton.evaluation.frozen.features import Extraction
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.pictures.attention import class_attention
+from ibeton.evaluation.pictures.correspondence import (
     _cut,
     are_right,
     in_photo,
     mutual_nearest,
     scattered,
 )
-from evaluation.pictures.neighbours import nearest
-from evaluation.pictures.patterns import FRAME, Assigned, assign, central_patterns, tile
-from evaluation.show import main
-from model import ModelConfig, build, load_backbone
-from model.checkpoint import model_state, save_checkpoint
-from pipeline.draws import DRAW
+from ibeton.evaluation.pictures.neighbors import nearest
+from ibeton.evaluation.pictures.patterns import FRAME, Assigned, assign, central_patterns, tile
+from ibeton.evaluation.show import main
+from ibeton.model import ModelConfig, build, load_backbone
+from ibeton.model.checkpoint import model_state, save_checkpoint
+from ibeton.pipeline.sampling.draws import DRAW
 
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
 HEAD = {"out_dim": 6, "hidden_dim": 16, "bottleneck_dim": 8}

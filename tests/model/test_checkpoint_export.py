@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import nn
 
-from model import ModelConfig, build, load_backbone
-from model.checkpoint import model_state, read_foreign, save_checkpoint
-from model.checkpoint.__main__ import main
-from model.checkpoint.export_timm import export_timm
+from ibeton.model import ModelConfig, build, load_backbone
+from ibeton.model.checkpoint import model_state, read_foreign, save_checkpoint
+from ibeton.model.checkpoint.__main__ import main
+from ibeton.model.checkpoint.export_timm import export_timm
 
 HEAD = {"out_dim": 8, "hidden_dim": 8, "bottleneck_dim": 4}
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 4}

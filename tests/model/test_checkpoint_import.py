@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import ModelConfig, build, load_backbone
-from model.checkpoint import (
+from ibeton.model import ModelConfig, build, load_backbone
+from ibeton.model.checkpoint import (
     load_checkpoint,
     load_weights_into,
     model_state,
     read_foreign,
     save_checkpoint,
 )
-from model.checkpoint.__main__ import main
-from model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
-from model.checkpoint.export_timm import export_timm
+from ibeton.model.checkpoint.__main__ import main
+from ibeton.model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
+from ibeton.model.checkpoint.export_timm import export_timm
 
 INVENTORY = json.loads(
     (Path(__file__).parents[1] / "reference" / "checkpoint_inventory.json").read_text()

@@ -7,8 +7,8 @@ import torch._dynamo
 from test_reference import assert_same, make_batch, make_model, outcome
 from torch._dynamo.utils import counters
 
-from model.flops import flop_counter
-from model.ibot import compile_blocks
+from ibeton.model.ibot import compile_blocks
+from ibeton.training.timing.flops import flop_counter
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.head import IBOTHead
+from ibeton.model.head import IBOTHead
 
 CASES = (
     "shared1_norm1",

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from model import ModelConfig, build, training_step
-from model.optim import build_optimizer
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.optim import build_optimizer
 
 SMALL = {
     **{"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32},

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import ModelConfig, build
-from model.optim import build_optimizer, parameter_groups
+from ibeton.model import ModelConfig, build
+from ibeton.model.optim import build_optimizer, parameter_groups
 
 INVENTORY = Path(__file__).parents[1] / "reference" / "checkpoint_inventory.json"
 ENTRIES = {"vit_small_16": "vit_s", "vit_base_16": "vit_b", "vit_large_16": "vit_l"}

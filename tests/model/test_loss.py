@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from model.loss import IBOTLoss
-from model.masking import masked_patches
-from model.network import Targets
-from model.reference import loss_reference
+from ibeton.model.loss import IBOTLoss
+from ibeton.model.masking import masked_patches
+from ibeton.model.network import Targets
+from ibeton.model.reference import loss_reference
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CASES = ("k_small", "k_large", "late_mim", "two_dims_lambda", "no_local", "three_globals")

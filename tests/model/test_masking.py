@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.masking import SHAPES, masked_patches
+from ibeton.model.masking import SHAPES, masked_patches
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from model import ModelConfig, build
-from model.config import ARCHITECTURES
+from ibeton.model import ModelConfig, build
+from ibeton.model.config import ARCHITECTURES
 
 BAD = [
     ({"arch": "vit_xl"}, "--arch vit_xl: expected one of vit_t, vit_s, vit_b, vit_l"),

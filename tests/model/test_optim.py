@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.optim import (
+from ibeton.model.optim import (
     LARS,
     build_optimizer,
     cancel_last_layer_gradients,

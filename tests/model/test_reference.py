@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from model import ModelConfig, build, training_step
-from model.network import Network, views_one_by_one
-from model.optim import build_optimizer
-from model.reference import (
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.network import Network, views_one_by_one
+from ibeton.model.optim import build_optimizer
+from ibeton.model.reference import (
     forward_reference,
     network_reference,
     update_teacher_reference,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from model.schedules import cosine_schedule, temperature_schedule
+from ibeton.model.schedules import cosine_schedule, temperature_schedule
 
 COSINES = (
     *("lr_warm", "lr_vits_800", "lr_start_nonzero", "wd", "momentum", "one_epoch", "warm_one_iter"),

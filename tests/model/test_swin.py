@@ -10,10 +10,10 @@ import torch
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from torch import nn
 
-from model import ModelConfig, build, training_step
-from model.head import IBOTHead
-from model.optim import build_optimizer, parameter_groups
-from model.swin import SwinTransformer, attention_mask
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.backbones.swin import SwinTransformer, attention_mask
+from ibeton.model.head import IBOTHead
+from ibeton.model.optim import build_optimizer, parameter_groups
 
 INVENTORY = Path(__file__).parents[1] / "reference" / "checkpoint_inventory.json"
 SMALL = {"width": 8, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}

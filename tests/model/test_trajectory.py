@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from model import ModelConfig, build, training_step
-from model.ibot import compile_blocks
-from model.optim import build_optimizer
-from model.reference import forward_reference
-from model.schedules import cosine_schedule
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.ibot import compile_blocks
+from ibeton.model.optim import build_optimizer
+from ibeton.model.reference import forward_reference
+from ibeton.model.schedules import cosine_schedule
 
 STEPS_PER_EPOCH = 3
 FORWARDED = (

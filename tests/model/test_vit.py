@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.blocks import Block, Kept, among, draw_kept, drop_path
-from model.ibot import compile_blocks
-from model.reference import vit_reference
-from model.vit import VisionTransformer
+from ibeton.model.backbones.blocks import Block, Kept, among, draw_kept, drop_path
+from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.ibot import compile_blocks
+from ibeton.model.reference import vit_reference
 
 
 def scalar_of(tokens):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from smooth_photos import smooth_photo
 
-from benchmarks.interpreter import mend
-from pipeline.convert import ConvertOptions, convert
+from ibeton.benchmarks.harness.interpreter import mend
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
 
 COUNT = 48
 

@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pipeline.ahead import ahead
+from ibeton.pipeline.loaders.read_ahead import ahead
 
 
 def counting(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import (
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.store.beton import (
     ALLOCATION,
     FIELD,
     FIRST_PAGE,
@@ -21,9 +22,8 @@ from pipeline.beton import (
     BetonReader,
     sidecar_path,
 )
-from pipeline.beton_writer import BetonWriter
-from pipeline.convert import ConvertOptions, convert
-from pipeline.decode import UnreadablePhoto
+from ibeton.pipeline.store.beton_writer import BetonWriter
+from ibeton.pipeline.store.decode import UnreadablePhoto
 
 CONSTANT = 24  # photos of one size, for FFCV's plain decoder
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import numpy as np
 from numba import njit
-from pipeline import colour
+from ibeton.pipeline.crops import color as colour
 
 @njit(fastmath=True)
 def careless(view, factor):
@@ -38,8 +38,8 @@ def test_a_careless_caller_does_not_change_the_arithmetic(tmp_path: Path) -> Non
 
 CALLER = """
 import numpy as np
-from pipeline.callee import value
-from pipeline.compiled import compiled
+from ibeton.pipeline.callee import value
+from ibeton.pipeline.compiled import compiled
 
 @compiled
 def answer():

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import JPG, RAW, BetonReader, sidecar_path
-from pipeline.convert import ConversionReport, ConvertOptions, convert, verify_existing
-from pipeline.decode import decode_photo
-from pipeline.sources import open_source, read_bytes
+from ibeton.pipeline.convert.converter import (
+    ConversionReport,
+    ConvertOptions,
+    convert,
+    verify_existing,
+)
+from ibeton.pipeline.store.beton import JPG, RAW, BetonReader, sidecar_path
+from ibeton.pipeline.store.decode import decode_photo
+from ibeton.pipeline.store.sources import open_source, read_bytes
 
 HARD = Path(__file__).parents[3] / "shared" / "data" / "hard_jpegs"
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import FIRST_PAGE, BetonReader
+from ibeton.pipeline.store.beton import FIRST_PAGE, BetonReader
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "pipeline.convert"]
+COMMAND = [sys.executable, "-m", "ibeton.pipeline.convert"]
 PATIENCE_S = 60  # a hang is a failure; how fast it is otherwise is no matter
 
 

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import convert as convert_module
-from pipeline import journal as journal_module
-from pipeline.beton import FIRST_PAGE, BetonReader
-from pipeline.convert import ConversionReport, ConvertOptions, convert
-from pipeline.journal import journal_path, partial_path
+from ibeton.pipeline.convert import converter as convert_module
+from ibeton.pipeline.convert import journal as journal_module
+from ibeton.pipeline.convert.converter import ConversionReport, ConvertOptions, convert
+from ibeton.pipeline.convert.journal import journal_path, partial_path
+from ibeton.pipeline.store.beton import FIRST_PAGE, BetonReader
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
 # The command itself, with a slow disk and a mark after 50 ms instead of two seconds.
 SLOWED = """
 import sys, time
-from pipeline import convert, journal
+from ibeton.pipeline.convert import converter as convert, journal
 append, journal.MARK_EVERY_S = convert._append, 0.05
 convert._append = lambda *arguments: (time.sleep(0.004), append(*arguments))
 sys.exit(convert.main())

@@ -8,9 +8,11 @@ from PIL import Image
 from pillow_parity import assert_pillows
 from torchvision.transforms.functional import adjust_hue
 
-from pipeline import blur, colour, crops, resize
-from pipeline.draws import draw_views, published_views
-from pipeline.pil_views import cut_views_reference
+from ibeton.pipeline.crops import blur, resize
+from ibeton.pipeline.crops import color as colour
+from ibeton.pipeline.crops import cpu as crops
+from ibeton.pipeline.crops.reference import cut_views_reference
+from ibeton.pipeline.sampling.draws import draw_views, published_views
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "augment_exact.npz")
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_mini" / "train"

@@ -23,15 +23,16 @@ from pillow_parity import SAME_ARITHMETIC
 from smooth_photos import smooth_photo
 from torch import Tensor
 
-from pipeline import Batch, PipelineConfig, build_loader, pil_loader
-from pipeline.batch import Crops, normalised
-from pipeline.crops import cut_views
-from pipeline.draws import ViewSpec
-from pipeline.loader import choose_loader
+from ibeton.pipeline import Batch, PipelineConfig, build_loader
+from ibeton.pipeline.batch import Crops, normalised
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.loader import choose_loader
+from ibeton.pipeline.loaders import pil as pil_loader
+from ibeton.pipeline.sampling.draws import ViewSpec
 
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed: make setup")
-from pipeline import dali_loader
-from pipeline.dali_decode import DaliDecoder
+from ibeton.pipeline.loaders import dali as dali_loader
+from ibeton.pipeline.loaders.dali_decode import DaliDecoder
 
 HARD = Path(__file__).parents[3] / "shared" / "data" / "hard_jpegs"
 SMALL = PipelineConfig(
@@ -332,7 +333,7 @@ def test_the_gpu_way_gives_the_same_batches(
     mixed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr("pipeline.gpu_crops.GpuCropper", CropperOfTheCpu)
+    monkeypatch.setattr("ibeton.pipeline.crops.gpu.GpuCropper", CropperOfTheCpu)
     config = replace(SMALL, data=str(mixed_folder))
     loader = build_loader(config)
     loader._cutter._cutter = dali_loader._GpuCutter(  # type: ignore[attr-defined]

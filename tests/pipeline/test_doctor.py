@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.doctor import Finding, loader_line
+from ibeton.pipeline.doctor import Finding, loader_line
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.drawn_photos import CLASSES, DrawOptions, draw_photo, draw_photos, main
+from ibeton.benchmarks.synthetic.photos import CLASSES, DrawOptions, draw_photo, draw_photos, main
 
 SMALL = DrawOptions(images_per_class=12, val_per_class=4)
 

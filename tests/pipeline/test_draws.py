@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.draws import DRAW, JITTER_ORDERS, ViewSpec, draw_sample, published_views, spec_table
+from ibeton.pipeline.sampling.draws import (
+    DRAW,
+    JITTER_ORDERS,
+    ViewSpec,
+    draw_sample,
+    published_views,
+    spec_table,
+)
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "augment.npz")
 COUNT = 20_000

@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from smooth_photos import smooth_photo
 
-from pipeline import gpu_crops, gpu_kernels
-from pipeline.batch import normalised
-from pipeline.crops import cut_views
-from pipeline.draws import JITTER_ORDERS, ViewSpec, draw_views, published_views
-from pipeline.gpu_crops import GpuCropper
+from ibeton.pipeline.batch import normalised
+from ibeton.pipeline.crops import gpu as gpu_crops
+from ibeton.pipeline.crops import gpu_kernels
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.crops.gpu import GpuCropper
+from ibeton.pipeline.sampling.draws import JITTER_ORDERS, ViewSpec, draw_views, published_views
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

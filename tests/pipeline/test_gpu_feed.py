@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batch import normalised
-from pipeline.beton import BetonReader
-from pipeline.convert import ConvertOptions, convert
-from pipeline.draws import published_views
-from pipeline.order import epoch_order, rank_batches
-from pipeline.replace import Replacements
+from ibeton.pipeline.batch import normalised
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.sampling.draws import published_views
+from ibeton.pipeline.sampling.order import epoch_order, rank_batches
+from ibeton.pipeline.store.beton import BetonReader
 
 ffcv = pytest.importorskip("ffcv", reason="ffcv is not installed: make ffcv")
 pytest.importorskip("triton")
@@ -38,10 +38,10 @@ def batches_of(count: int, epoch: int, size: int = 4) -> np.ndarray:
 @on_a_device
 @pytest.mark.gpu if DEVICE.type == "cuda" else lambda test: test
 def test_views_equal_those_of_the_cpu(beton: Path, mended_interpreter: None) -> None:
-    from pipeline.ffcv_loader import FfcvCrops
-    from pipeline.ffcv_pixels import FfcvPixels
-    from pipeline.gpu_crops import GpuCropper
-    from pipeline.gpu_feed import GpuFeed
+    from ibeton.pipeline.crops.gpu import GpuCropper
+    from ibeton.pipeline.loaders.ffcv import FfcvCrops
+    from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
+    from ibeton.pipeline.loaders.gpu_stream import GpuFeed
 
     replacements = Replacements(BetonReader(beton), VIEWS, 3)
     wanted = batches_of(48, 1)[:3]
@@ -84,7 +84,7 @@ needs_no_gpu = pytest.mark.skipif(INTERPRETED, reason="has nothing to do with ke
 def test_pixels_are_packed_and_those_of_the_photos(
     photo_folder: Path, tmp_path: Path, mode: str
 ) -> None:
-    from pipeline.ffcv_pixels import FfcvPixels
+    from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
 
     path = tmp_path / "photos.beton"
     convert(photo_folder, path, ConvertOptions(workers=1, write_mode=mode))
@@ -113,7 +113,7 @@ def test_pixels_are_packed_and_those_of_the_photos(
 def test_a_photo_that_does_not_decode_gives_way_to_its_neighbour(
     beton: Path, tmp_path: Path
 ) -> None:
-    from pipeline.ffcv_pixels import FfcvPixels
+    from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
 
     path = tmp_path / "broken.beton"
     path.write_bytes(beton.read_bytes())
@@ -137,7 +137,7 @@ def test_a_photo_that_does_not_decode_gives_way_to_its_neighbour(
 
 @needs_no_gpu
 def test_epochs_may_be_left_half_way(beton: Path) -> None:
-    from pipeline.ffcv_pixels import FfcvPixels
+    from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
 
     replacements = Replacements(BetonReader(beton), VIEWS, 3)
     source = FfcvPixels(str(beton), 4, 1, 2, replacements, pinned=False)

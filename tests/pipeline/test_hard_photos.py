@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import Batch, PipelineConfig, build_loader
-from pipeline.convert import ConvertOptions, convert
-from pipeline.loader import dali_problem, ffcv_problem
+from ibeton.pipeline import Batch, PipelineConfig, build_loader
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.loader import dali_problem, ffcv_problem
 
 HARD = Path(__file__).parents[3] / "shared" / "data" / "hard_jpegs"
 pytestmark = pytest.mark.skipif(not HARD.is_dir(), reason=f"the shared photos {HARD} are not here")

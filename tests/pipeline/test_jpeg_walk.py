@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from smooth_photos import smooth_photo
 
-from pipeline.decode import UnreadablePhoto, load_photo
-from pipeline.jpeg_walk import whole_jpeg_size
+from ibeton.pipeline.store.decode import UnreadablePhoto, load_photo
+from ibeton.pipeline.store.jpeg_walk import whole_jpeg_size
 
 SETTINGS = {
     "baseline": {},

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from pillow_parity import SAME_ARITHMETIC, assert_pillows
 
-from pipeline import Batch, PipelineConfig, build_loader
-from pipeline.beton import BetonReader
-from pipeline.draws import draw_views
-from pipeline.loader import choose_crops, choose_loader
-from pipeline.pil_views import cut_views_reference
+from ibeton.pipeline import Batch, PipelineConfig, build_loader
+from ibeton.pipeline.crops.reference import cut_views_reference
+from ibeton.pipeline.loader import choose_crops, choose_loader
+from ibeton.pipeline.sampling.draws import draw_views
+from ibeton.pipeline.store.beton import BetonReader
 
 ffcv = pytest.importorskip("ffcv", reason="ffcv is not installed: make ffcv")
 
@@ -202,7 +202,7 @@ def test_a_damaged_photo_is_named_and_replaced(
 def test_an_error_in_the_ffcv_thread_reaches_the_training_process(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.ffcv_epoch import Epoch
+    from ibeton.pipeline.loaders.ffcv_epoch import Epoch
 
     def broken(self: Any, number: int, *rest: Any) -> Any:
         if number == 2:
@@ -218,7 +218,7 @@ def test_an_error_in_the_ffcv_thread_reaches_the_training_process(
 def test_an_ffcv_thread_that_vanishes_is_an_error(
     beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.ffcv_epoch import Epoch
+    from ibeton.pipeline.loaders.ffcv_epoch import Epoch
 
     monkeypatch.setattr(Epoch, "run", lambda self: None)
     with pytest.raises(RuntimeError, match="died"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import Loader, PipelineConfig, build_loader
-from pipeline.loader import dali_problem, ffcv_problem
+from ibeton.pipeline import Loader, PipelineConfig, build_loader
+from ibeton.pipeline.loader import dali_problem, ffcv_problem
 
 PROBLEMS = {"ffcv": ffcv_problem(), "dali": dali_problem(), "pil": ""}
 WARM, STRETCH = 10, 9  # counted after whole epochs: of others, batches may be under way

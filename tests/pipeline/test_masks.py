@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from pipeline.masks import KeyDraws, MaskConfig, draw_mask_reference, draw_masks, draw_ratio
-from pipeline.rng import MASK, sample_key
+from ibeton.pipeline.sampling.masks import (
+    KeyDraws,
+    MaskConfig,
+    draw_mask_reference,
+    draw_masks,
+    draw_ratio,
+)
+from ibeton.pipeline.sampling.rng import MASK, sample_key
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 PUBLISHED = np.load(REFERENCE / "masks.npz")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import stored
-from pipeline.beton import BetonReader, sidecar_path
-from pipeline.convert import ConvertOptions, convert
-from pipeline.merge import merge
+from ibeton.pipeline.convert import stored
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.convert.merge import merge
+from ibeton.pipeline.store.beton import BetonReader, sidecar_path
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 3
@@ -167,7 +167,7 @@ def test_a_shard_that_is_no_part_is_refused(photos: Path, tmp_path: Path, shard:
 
 def test_the_command_says_what_it_wrote_or_why_not(shards: list[Path], tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.merge", *map(str, arguments)]
+        command = [sys.executable, "-m", "ibeton.pipeline.convert.merge", *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     out = tmp_path / "out.beton"

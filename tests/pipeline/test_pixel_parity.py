@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from pillow_parity import assert_pillows
 
-from pipeline import PipelineConfig, build_loader
-from pipeline.beton import BetonReader
-from pipeline.convert import ConvertOptions, convert
-from pipeline.draws import draw_views
-from pipeline.pil_views import cut_views_reference
+from ibeton.pipeline import PipelineConfig, build_loader
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.crops.reference import cut_views_reference
+from ibeton.pipeline.sampling.draws import draw_views
+from ibeton.pipeline.store.beton import BetonReader
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_mini" / "train"
 SHOWN = 24

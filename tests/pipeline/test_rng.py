@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline import rng
+from ibeton.pipeline.sampling import rng
 
 
 def draws(seeds, epochs, indices, purposes, counters) -> np.ndarray:

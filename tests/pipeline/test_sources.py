@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sources import UNLABELLED, Photo, Source, open_source, read_bytes
+from ibeton.pipeline.store.sources import UNLABELLED, Photo, Source, open_source, read_bytes
 
 
 def put(root: Path, *names: str) -> Path:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.transpose import transpose
+from ibeton.pipeline.crops.transpose import transpose
 
 SIDES = [1, 2, 15, 16, 17, 31, 32, 33, 50, 96]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.batch import normalised
-from pipeline.config import PipelineConfig
-from pipeline.crops import cut_views
-from pipeline.draws import draw_views, published_views
+from ibeton.pipeline.batch import normalised
+from ibeton.pipeline.config import PipelineConfig
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.sampling.draws import draw_views, published_views
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 AUGMENT = np.load(REFERENCE / "augment.npz")

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from pipeline.workers import in_order, interrupts_held_back
+from ibeton.workers import in_order, interrupts_held_back
 
 DIES_AT = 5
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from small_runs import FORKER, PER_EPOCH, SMALL, Process, Start
 
-from pipeline.convert import ConvertOptions, convert
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the loader's worker processes import this file
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    import train
-    from pipeline.loader import dali_problem
+    from ibeton import train
+    from ibeton.pipeline.loader import dali_problem
 
     dali_problem()  # imports it, where it is installed
     for line in sys.stdin:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.processes import join_processes
-from training.watchdog import Watchdog
+from ibeton.distributed import join_processes
+from ibeton.training.health.watchdog import Watchdog
 
 STEPS, FAULT_AT = 400, 3
 

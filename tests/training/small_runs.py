@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.loader import dali_problem
+from ibeton.pipeline.loader import dali_problem
 
 FORKER = Path(__file__).with_name("forker.py")
 PER_EPOCH = 8

@@ -2,9 +2,9 @@
 
 import pytest
 
-from stages import Effort
-from training.bottleneck import Adviser, Room, rank_line, verdict
-from training.speed import Window, loader_ceiling, slowest
+from ibeton.stages import Effort
+from ibeton.training.timing.bottleneck import Adviser, Room, rank_line, verdict
+from ibeton.training.timing.speed import Window, loader_ceiling, slowest
 
 # A ViT-S step of 64 images on a GPU, in seconds a step.
 MODEL = {

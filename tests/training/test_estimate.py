@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import IBOT, build
-from model.flops import flop_counter
-from model.masking import masked_patches
-from model.reference import forward_reference
-from training.config import Config, from_values
-from training.estimate import (
+from ibeton.model import IBOT, build
+from ibeton.model.masking import masked_patches
+from ibeton.model.reference import forward_reference
+from ibeton.training.config import Config, from_values
+from ibeton.training.forecast.estimate import (
     FULL,
     HALF,
     Op,
@@ -25,7 +24,8 @@ from training.estimate import (
     step_shape,
     weights_of,
 )
-from training.memory import fixed_bytes, gpu_bytes, kept_bytes, largest_batch
+from ibeton.training.forecast.memory import fixed_bytes, gpu_bytes, kept_bytes, largest_batch
+from ibeton.training.timing.flops import flop_counter
 
 IMAGES, MASKED = 4, 0.25
 

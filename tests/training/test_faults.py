@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
-from model import IBOT
-from pipeline.convert import ConvertOptions, convert
-from pipeline.loader import ffcv_problem
-from training.speed import slowest
+from ibeton import train
+from ibeton.model import IBOT
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.loader import ffcv_problem
+from ibeton.training.timing.speed import slowest
 
 ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
@@ -105,7 +105,7 @@ def test_a_slow_stage_of_the_model_stands_in_the_log_the_board_and_the_trace(
 def test_a_loader_that_sleeps_between_batches_is_found(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.pil_loader import PilCrops
+    from ibeton.pipeline.loaders.pil import PilCrops
 
     batches = PilCrops.batches
 
@@ -126,7 +126,7 @@ def test_a_slow_disk_is_found(
 ) -> None:
     import numba
 
-    from pipeline.ffcv_loader import DecodeAndCut
+    from ibeton.pipeline.loaders.ffcv import DecodeAndCut
 
     usleep = ctypes.CDLL(None).usleep
     usleep.argtypes, usleep.restype = (ctypes.c_uint,), ctypes.c_int
@@ -178,8 +178,8 @@ def test_one_worker_where_there_could_be_two_is_found(
 SLOW_RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from model import IBOT
-from train import main
+from ibeton.model import IBOT
+from ibeton.train import main
 update = IBOT.update_teacher
 def slow(self, *arguments):
     time.sleep(1.0 if os.environ["RANK"] == "1" else 0.0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_runs import PER_EPOCH, Start, losses
 
-from training import runs
-from training.folder import RunFolder, is_held, read_run
+from ibeton.training import runs
+from ibeton.training.run_folder import RunFolder, is_held, read_run
 
 
 def test_a_folder_is_held_by_one_process_and_belongs_to_one_run(tmp_path: Path) -> None:

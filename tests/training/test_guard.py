@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from model import IBOT, build, training_step
-from model.config import ModelConfig
-from model.optim import build_optimizer
-from training.collapse import CollapseAlarm, spread
-from training.guard import IN_A_ROW, OVERFLOWS_IN_A_ROW, Guard
+from ibeton.model import IBOT, build, training_step
+from ibeton.model.config import ModelConfig
+from ibeton.model.optim import build_optimizer
+from ibeton.training.health.collapse import CollapseAlarm, spread
+from ibeton.training.health.nonfinite_guard import IN_A_ROW, OVERFLOWS_IN_A_ROW, Guard
 
 NAN, INF = float("nan"), float("inf")
 RATES = {"epoch": 1, "lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}

@@ -12,8 +12,8 @@ import torch
 from slurm import ROOT, end, free_job, srun_words, start, wait_for
 from small_runs import SMALL, losses
 
-from training.runs import summary
-from training.watchdog import HUNG
+from ibeton.training.health.watchdog import HUNG
+from ibeton.training.runs import summary
 
 OPTIONS = ("--batch-size", "4", "--epochs", "40", "--save-steps", "5", "--keep-every", "0")
 LIMITS = ("--lost-after", "8", "--resume", "auto")

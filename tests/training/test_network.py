@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from slurm import ROOT, end, srun_words, start, wait_for
 
-from pipeline.convert import ConvertOptions, convert
-from training.watchdog import HUNG
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.training.health.watchdog import HUNG
 
 NET = "10.83.7"
 SMALL = shlex.split(

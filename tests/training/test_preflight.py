@@ -8,13 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.convert import ConvertOptions, convert
-from train import prepare
-from training import preflight as lines
-from training.config import parse
-from training.forecast import Forecast, LoaderCost, forecast, hours
-from training.photo_cost import photo_cost
-from training.preflight import (
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.train import prepare
+from ibeton.training.config import parse
+from ibeton.training.forecast import preflight as lines
+from ibeton.training.forecast.photo_cost import photo_cost
+from ibeton.training.forecast.preflight import (
     cache_line,
     cpu_line,
     disk_line,
@@ -23,7 +22,8 @@ from training.preflight import (
     preflight,
     time_line,
 )
-from training.run import Run
+from ibeton.training.forecast.projection import Forecast, LoaderCost, forecast, hours
+from ibeton.training.run import Run
 
 GIB = 2**30
 SMALL = shlex.split(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from slurm import end, free_job, srun_words, start
 
-import training.processes
-from training.processes import adopt_slurm, connect, first_node, meet
+from ibeton import distributed
+from ibeton.distributed import adopt_slurm, connect, first_node, meet
 
 ADOPTED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -100,7 +100,7 @@ def store_address(monkeypatch: pytest.MonkeyPatch) -> int:
         port = one.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(training.processes, "JOIN_S", 2)
+    monkeypatch.setattr(distributed, "JOIN_S", 2)
     return port
 
 

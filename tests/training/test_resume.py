@@ -74,8 +74,8 @@ def test_kills_at_random_moments_leave_no_trace(
 
 KILL_IN_WRITE = """
 import os, signal
-from model.checkpoint import files
-from training import checkpoints
+from ibeton.model.checkpoint import files
+from ibeton.training import checkpoints
 replace = os.replace
 def die(source, target):
     if str(target).endswith({name!r}) and {moment!r} == "before":

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from model import IBOT, ModelConfig, build, training_step
-from model.optim import build_optimizer, load_optimizer_state, optimizer_state
-from training.config import Config, from_values
+from ibeton.model import IBOT, ModelConfig, build, training_step
+from ibeton.model.optim import build_optimizer, load_optimizer_state, optimizer_state
+from ibeton.training.config import Config, from_values
 
 STEPS, IMAGES = 4, 4
 BACKBONE: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

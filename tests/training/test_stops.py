@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_runs import PER_EPOCH, Process, Start, losses, records
 
-from training.folder import is_held, read_run
-from training.stops import INTERRUPTED, STOPPED
+from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED
+from ibeton.training.run_folder import is_held, read_run
 
 SLOW_STEP = """
 import time, train

@@ -11,14 +11,14 @@ import pytest
 import torch
 from small_runs import PER_EPOCH, Start, losses, records
 
-from pipeline.loader import dali_problem, ffcv_problem
-from training.checkpoints import listed
-from training.folder import read_run
-from training.guard import IN_A_ROW
+from ibeton.pipeline.loader import dali_problem, ffcv_problem
+from ibeton.training.checkpoints import listed
+from ibeton.training.health.nonfinite_guard import IN_A_ROW
+from ibeton.training.run_folder import read_run
 
 STEPS = 3 * PER_EPOCH
 NAN_IMAGE = """
-from pipeline.loader import Loader
+from ibeton.pipeline.loader import Loader
 finish = Loader._finish
 def spoil(self, epoch, wanted, crops):
     batch = finish(self, epoch, wanted, crops)
@@ -28,8 +28,8 @@ Loader._finish = spoil
 """
 # In this process, steps 10 to 13 meet a gradient that is no number, once.
 BAD_GRADIENTS_ONCE = """
-import train
-from model import steps
+from ibeton import train
+from ibeton.model import steps
 clip, calls = steps.clip_gradients, []
 def spoil(parameters, most):
     parameters = list(parameters)
@@ -41,7 +41,7 @@ steps.clip_gradients = spoil
 """
 # From step 10 on, whenever it is done, the gradient of one tensor is no number.
 BAD_GRADIENTS = """
-import train
+from ibeton import train
 step = train.train_step
 def spoil(run, *rest):
     if run.step == 10:
@@ -51,7 +51,7 @@ def spoil(run, *rest):
 train.train_step = spoil
 """
 INF_LOSS = """
-from model.loss import IBOTLoss
+from ibeton.model.loss import IBOTLoss
 forward, calls = IBOTLoss.forward, []
 def spoil(self, *rest):
     terms = forward(self, *rest)
@@ -190,7 +190,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 FILL = """
-from training import checkpoints
+from ibeton.training import checkpoints
 write, calls = checkpoints.write, []
 def fill(folder, *rest):
     calls.append(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from slurm import end, free_job, srun_words, start, wait_for
 
-from training.watchdog import HUNG, thread_stacks
+from ibeton.training.health.watchdog import HUNG, thread_stacks
 
 MEMBER = str(Path(__file__).with_name("group_member.py"))
 Group = list[subprocess.Popen[bytes]]

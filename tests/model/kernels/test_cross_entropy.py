@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.kernels.cross_entropy import CHUNK, cross_entropy, cross_entropy_reference
+from ibeton.model.kernels.cross_entropy import CHUNK, cross_entropy, cross_entropy_reference
 
 ROOT = Path(__file__).parents[3]
 # By format: of the loss, and of the gradient's largest value.
@@ -145,7 +145,7 @@ def in_subprocess(script: str, **environment: str) -> str:
 
 INTERPRET = """
 import torch
-from model.kernels.cross_entropy import rows_by_chunk, rows_by_triton
+from ibeton.model.kernels.cross_entropy import rows_by_chunk, rows_by_triton
 from test_cross_entropy import SHAPES, TOLERANCE, random_rows
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -174,7 +174,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.kernels.cross_entropy import _row_kernel
+from ibeton.model.kernels.cross_entropy import _row_kernel
 
 for capability in (70, 80, 90):
     for dtype in ("fp32", "fp16") + (("bf16",) if capability >= 80 else ()):

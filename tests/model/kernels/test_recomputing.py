@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
-from model.kernels.norm_linear import norm_linear, norm_linear_reference
+from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 

@@ -1,0 +1,148 @@
+"""What benchmarks/throughput.py measures, in turns: the loader, the model, and both together."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+
+from ibeton import stages
+from ibeton.pipeline import Batch, Loader, build_loader
+from ibeton.stages import Lap, StageClock, stage
+from ibeton.train import DTYPES, Run, rates, train_step
+from ibeton.training.metrics import LateMetrics
+from ibeton.training.timing.speed import Window
+from ibeton.workers import cores
+
+LOADER_STEPS = 16  # of a turn of the loader at least: single batches come in bursts
+UNTIMED = 2  # steps at the beginning of a turn, until the loader is in its stride
+LOADER, MODEL, OFF, BOTH = "loader", "model", "model, clock off", "both"
+PIL, PLAIN = "published loader", "plain model"
+
+
+class Bench:
+    """A configuration of train.py. Each side takes a turn of `steps` steps in every round and
+    leaves a window of it in `windows`."""
+
+    def __init__(self, run: Run, steps: int) -> None:
+        self.run, self.steps = run, steps
+        self.images = run.config.pipeline.batch_size
+        self.rates = rates(run)[0]
+        self.windows: dict[str, list[Window]] = {}
+        self.clock = StageClock(run.device)
+        self._late = LateMetrics(run.world_size)
+        config = run.config.pipeline
+        # Batches that a loader may have made ahead, one a worker in the published one. They are
+        # taken at the end of a turn, untimed: nothing is left to be made in the turns of others.
+        self._ahead = config.batches_ahead * (config.workers or cores()) + 2
+        with closing(self._batches(run.loader)) as batches:
+            self.batch = next(batches)
+            self.batch.global_crops = self.batch.global_crops.clone()
+
+    def loader(self, name: str, loader: Loader) -> None:
+        """Batches, of which nothing is made."""
+        with closing(self._batches(loader)) as batches:
+            for _ in range(UNTIMED):
+                next(batches)
+            window = Window()
+            self._start(self.clock)
+            for _ in range(max(self.steps, LOADER_STEPS)):
+                with stage(stages.WAIT):
+                    next(batches)
+                window.add(self.images, self.clock.lap().seconds(), stages.work.take())
+            self._end(name, window, batches)
+
+    def model(self) -> None:
+        """Steps on one batch, in turn with stages told apart and without."""
+        laps: dict[str, list[Lap]] = {MODEL: [], OFF: []}
+        self.train_step()
+        self._start(self.clock)
+        for _ in range(self.steps):
+            for name, clock in ((MODEL, self.clock), (OFF, None)):
+                stages.use(clock)
+                self.train_step()
+                laps[name].append(self.clock.lap())
+        for name, those in laps.items():
+            self._end(name, self._window(those))
+
+    def plain(self, step: Callable[[Any], Any]) -> None:
+        """Steps of the plain model on the same batch."""
+        step(self.batch)
+        self._start(None)
+        laps = []
+        for _ in range(self.steps):
+            step(self.batch)
+            laps.append(self.clock.lap())
+        self._end(PLAIN, self._window(laps))
+
+    def both(self) -> None:
+        """What train.py does, but for its log."""
+        window = Window()
+        with closing(self._batches(self.run.loader)) as batches:
+            self._start(self.clock)
+            for i in range(UNTIMED + self.steps):
+                with stage(stages.WAIT):
+                    batch = next(batches)
+                metrics = train_step(self.run, batch, 0, self.rates)
+                self._settle(window)
+                self._late.push({"step": i}, metrics, self.clock)
+            self._settle(window)
+            self._end(BOTH, window, batches)
+
+    def train_step(self) -> None:
+        train_step(self.run, self.batch, 0, self.rates)
+
+    def sides(self, stack: ExitStack, baseline: bool) -> list[Callable[[], None]]:
+        """All turns of a round."""
+        sides: list[Callable[[], None]] = [
+            functools.partial(self.loader, LOADER, self.run.loader),
+            self.model,
+            self.both,
+        ]
+        if baseline:
+            from ibeton.benchmarks.model import Baseline
+
+            config = self.run.config
+            pil = build_loader(dataclasses.replace(config.pipeline, loader="pil"), self.run.device)
+            stack.callback(pil.close)
+            dtype = DTYPES[self.run.precision]
+            plain = Baseline(config.model, self.run.device.type, dtype).step
+            sides.append(functools.partial(self.loader, PIL, pil))
+            sides.append(functools.partial(self.plain, plain))
+        return sides
+
+    def _batches(self, loader: Loader) -> Generator[Batch, None, None]:
+        """The last batches of an epoch, as many as a turn takes."""
+        wanted = UNTIMED + max(self.steps, LOADER_STEPS) + self._ahead
+        if loader.steps_per_epoch < wanted:
+            raise ValueError(
+                f"--data has {len(loader.photos)} photos, {loader.steps_per_epoch} steps; a turn"
+                f" takes {wanted}: give more photos, a smaller --batch-size or fewer --steps"
+            )
+        yield from loader.epoch(0, loader.steps_per_epoch - wanted)
+
+    def _start(self, clock: StageClock | None) -> None:
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        stages.use(clock)
+        stages.work.take()
+        self.clock.start()
+
+    def _window(self, laps: list[Lap]) -> Window:
+        window = Window()
+        for lap in laps:
+            window.add(self.images, lap.seconds(), {})
+        return window
+
+    def _settle(self, window: Window) -> None:
+        record = self._late.settle()
+        if record is not None and record["step"] >= UNTIMED:
+            window.add(self.images, record["parts"], record["efforts"])
+
+    def _end(self, name: str, window: Window, rest: Iterator[Batch] | None = None) -> None:
+        stages.use(None)
+        self.windows.setdefault(name, []).append(window)
+        for _ in rest or ():
+            pass

@@ -1,0 +1,211 @@
+"""Features on disk: computed once, by all ranks together, and found again by what they came from.
+
+    checkpoint folder/features/<key>/blocks+cls/index.npy, blocks.npy, cls.npy
+
+The key is a digest of the network's weights and settings, of the photos (`PhotoSet.fingerprint`),
+of view, precision and kind of device, and of the code that computes them. A folder appears under
+its name only when it is whole. Arrays are memory-mapped, so sets larger than the memory work.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ibeton
+from ibeton.evaluation.frozen.features import (
+    Extraction,
+    Features,
+    check_read,
+    collect,
+    feature_batches,
+)
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.model.head import IBOTHead
+
+_CHUNK = 4096  # rows at a time, when shards become one array
+
+
+def cached_features(
+    folder: Path,
+    backbone: nn.Module,
+    config: dict[str, Any],
+    photos: PhotoSet,
+    names: Sequence[str],
+    how: Extraction,
+    head: IBOTHead | None = None,
+) -> Features:
+    """Features by name, as `features.extract` gives them, from `folder` if they are there;
+    else computed and kept. They are memory-mapped.
+
+    Where torch.distributed is initialised every rank calls it, and computes its share; the folder
+    must be one that all of them see. `config` says what the weights do not (heads, windows).
+    Raises ValueError if no photo can be read or a cached array is damaged.
+    """
+    key = features_key(backbone, config, photos, how, head)
+    entry = _agreed(lambda: _find(folder / key, names))
+    if entry is None:
+        entry = _extract_to(folder / key, backbone, photos, sorted(names), how, head)
+    indices = _load(entry / "index.npy")
+    check_read(photos, len(indices))
+    arrays = {name: _load(entry / f"{name}.npy") for name in names}
+    return Features(arrays, torch.from_numpy(photos.labels[indices]))
+
+
+def features_key(
+    backbone: nn.Module,
+    config: dict[str, Any],
+    photos: PhotoSet,
+    how: Extraction,
+    head: IBOTHead | None,
+) -> str:
+    """Sixteen hexadecimal digits that change with anything that changes features."""
+    digest = hashlib.sha256()
+    for module in (backbone, head):
+        digest.update(type(module).__name__.encode())
+        for name, tensor in module.state_dict().items() if module is not None else ():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    device = torch.device(how.device).type
+    settings = [config, photos.size, str(how.dtype()), device, torch.__version__, PIL.__version__]
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update((photos.fingerprint() + _code()).encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _code() -> str:
+    """A digest of the code between photos and features."""
+    digest = hashlib.sha256()
+    package = Path(ibeton.__file__).parent
+    sources = [package / "evaluation" / "photos.py", Path(__file__).with_name("features.py")]
+    for room in ("pipeline/store", "model"):
+        sources += sorted((package / room).rglob("*.py"))
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _find(folder: Path, names: Sequence[str]) -> Path | None:
+    """A whole entry that holds at least `names`."""
+    for entry in sorted(folder.glob("[!.]*")):
+        if set(names) <= set(entry.name.split("+")):
+            return entry
+    return None
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="c")  # private: torch wants memory that may be written
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent}") from error
+
+
+def _ranks() -> tuple[int, int]:
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _agreed(action: Any) -> Any:
+    """What `action()` gives on rank 0, on every rank."""
+    rank, world = _ranks()
+    result = [action() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def _extract_to(
+    folder: Path,
+    backbone: nn.Module,
+    photos: PhotoSet,
+    names: list[str],
+    how: Extraction,
+    head: IBOTHead | None,
+) -> Path:
+    """Compute all features, each rank a run of the photos, and give the entry that holds them."""
+    rank, world = _ranks()
+
+    def begin() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=".partial-", dir=folder)
+
+    partial = Path(_agreed(begin))
+    try:
+        share = np.array_split(np.arange(len(photos)), world)[rank]
+
+        def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+            path = partial / f"{name}.{rank}"
+            return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+        batches = feature_batches(backbone, photos, names, share, how, head)
+        arrays, indices = collect(batches, len(share), allocate)
+        with open(partial / f"index.{rank}", "wb") as file:
+            np.save(file, indices)
+        for array in arrays.values():
+            array.flush()  # type: ignore[attr-defined]  # a view of a np.memmap is one, too
+        del arrays
+        if world > 1:
+            dist.barrier()
+        return _agreed(lambda: _finish(partial, folder / "+".join(names), names, photos, world))
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, world: int) -> Path:
+    """Make one array of the ranks' and give the folder its name."""
+    for shard in (partial / f"index.{rank}" for rank in range(world)):
+        if not shard.exists():
+            raise FileNotFoundError(
+                f"{shard} is not there: the ranks must share the folder of --cache"
+            )
+    indices = [np.load(partial / f"index.{rank}") for rank in range(world)]
+    check_read(photos, sum(map(len, indices)))
+    for name in names:
+        shards = [
+            np.load(partial / f"{name}.{rank}", mmap_mode="r")[: len(kept)]
+            for rank, kept in enumerate(indices)
+            if len(kept)
+        ]
+        if len(shards) == 1 and len(shards[0]) == len(photos):
+            os.replace(partial / f"{name}.0", partial / f"{name}.npy")
+        else:
+            _concatenate(shards, partial / f"{name}.npy")
+    np.save(partial / "index.npy", np.concatenate(indices))
+    for leftover in partial.glob("*.[0-9]*"):
+        leftover.unlink()
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    partial.chmod(0o755)
+    try:
+        os.rename(partial, entry)
+    except OSError:  # another process came first, with the same key and so the same features
+        if not entry.exists():
+            raise
+    return entry
+
+
+def _concatenate(shards: list[np.ndarray], path: Path) -> None:
+    shape = (sum(map(len, shards)), *shards[0].shape[1:])
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=shards[0].dtype, shape=shape)
+    row = 0
+    for shard in shards:
+        for first in range(0, len(shard), _CHUNK):
+            part = shard[first : first + _CHUNK]
+            out[row : row + len(part)] = part
+            row += len(part)
+    out.flush()

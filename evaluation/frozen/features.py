@@ -1,0 +1,289 @@
+"""Photos -> features of a frozen backbone: where every frozen evaluation starts.
+
+One forward pass gives all of these, as far as they are asked for by name:
+
+    cls         class token of the last block, [C]
+    blocks      class tokens of the last four blocks, one behind the other, [4 C] (Swin: the width
+                of each block's stage)
+    patch_mean  mean of the last block's patch tokens, [C]
+    patches     patch tokens of the last block, [N, C]
+    parts       means of the 1, 4, 16 and 64 patch tokens that the class token attends to most in
+                the last block, [4, C]; ViT only
+    prototype   number of the prototype that the head gives the class token, int64 []
+
+Tokens are those after the final norm, as published. Swin has no class token: the mean of its tokens
+stands in for it (published code).
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.model.head import IBOTHead
+
+log = logging.getLogger(__name__)
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels on the 0..1 scale
+STD = (0.229, 0.224, 0.225)
+NAMES = ("cls", "blocks", "patch_mean", "patches", "parts", "prototype")
+BLOCKS = 4
+PARTS = (1, 4, 16, 64)
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+_DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are computed. `precision` auto is fp16 on a GPU, fp32 on a CPU; `threads` 0 is
+    one a core."""
+
+    device: torch.device | str = "cpu"
+    batch_size: int = 128
+    threads: int = 0
+    precision: str = "fp32"
+
+    def dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None for plain float32. Raises ValueError for fp16 on a CPU,
+        or another word."""
+        on_cpu = torch.device(self.device).type == "cpu"
+        name = self.precision
+        if name == "auto":
+            name = "fp32" if on_cpu else "fp16"
+        if name not in _DTYPES:
+            raise ValueError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
+        if name == "fp16" and on_cpu:
+            raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+        return _DTYPES[name]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = self.dtype()
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype)
+
+
+@dataclass
+class Features:
+    """Features of the photos of a set that could be read, in the set's order."""
+
+    arrays: dict[str, np.ndarray]  # by name, [n, ...], float32 (prototype: int64)
+    labels: Tensor  # int64 [n]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in the mode that it was in."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def tokens_of(
+    backbone: nn.Module, head: IBOTHead | None, images: Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Features by name of normalised images [B, 3, S, S]: tensors [B, ...] as the module says.
+
+    A backbone that only maps images to tokens [B, 1 + N, C] has all but `blocks` and `parts`.
+    Raises ValueError for parts of a Swin, and for prototypes without a head.
+    """
+    looking: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if "parts" in names:
+        looking = _last_attention(backbone)
+    with looking as attention:
+        outputs = [backbone(images)] if "blocks" not in names else _blocks(backbone, images)
+    tokens = outputs[-1]  # [B, 1 + N, C]
+    cls, patches = tokens[:, 0], tokens[:, 1:]
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name == "cls":
+            found[name] = cls
+        elif name == "blocks":
+            found[name] = torch.cat([output[:, 0] for output in outputs], dim=1)
+        elif name == "patch_mean":
+            found[name] = patches.mean(dim=1)
+        elif name == "patches":
+            found[name] = patches
+        elif name == "parts":
+            found[name] = most_attended(patches, attention[0])
+        elif name == "prototype" and head is not None:
+            found[name] = head.cls_logits(cls).argmax(dim=1)
+        else:
+            raise ValueError(
+                f"feature {name}: expected one of {', '.join(NAMES)}, the last of a"
+                " network with its head"
+            )
+    return found
+
+
+def _blocks(backbone: Any, images: Tensor) -> list[Tensor]:
+    """Tokens of the last blocks; with mean pooling, the normed mean of patches in front."""
+    outputs = backbone.get_intermediate_layers(images, BLOCKS)
+    norm = getattr(backbone, "fc_norm", None)
+    if norm is None:
+        return outputs
+    return [torch.cat([norm(o[:, 1:].mean(1, keepdim=True)), o[:, 1:]], dim=1) for o in outputs]
+
+
+@contextmanager
+def _last_attention(backbone: Any) -> Iterator[list[Tensor]]:
+    """During a forward pass, the attention of the last block's class token to the patches, mean of
+    the heads: one tensor [B, N] in the list."""
+    if not hasattr(backbone, "blocks"):
+        raise ValueError("part-wise probing needs a class token that attends: a ViT, not a Swin")
+    found: list[Tensor] = []
+
+    def look(attention: Any, inputs: tuple[Tensor, list[tuple[int, int]]]) -> None:
+        qkv, shapes = inputs
+        query, key, _ = attention.split_heads(qkv, *shapes[0])  # [B, H, 1 + N, D]
+        scores = query[:, :, :1] * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+        found.append(scores.float().softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
+
+    hook = backbone.blocks[-1].attn.register_forward_pre_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def most_attended(patches: Tensor, attention: Tensor) -> Tensor:
+    """Means of the k patches [B, N, C] with the highest attention [B, N], for k in PARTS (all
+    patches where there are fewer): [B, 4, C]."""
+    order = attention.argsort(dim=1, descending=True, stable=True)  # [B, N]
+    ranked = patches.take_along_dim(order.unsqueeze(2), dim=1)
+    return torch.stack([ranked[:, :k].mean(dim=1) for k in PARTS], dim=1)
+
+
+def normalised(images: Tensor, device: torch.device | str) -> Tensor:
+    """Pixels uint8 [B, 3, S, S] -> what a backbone takes, float32 on `device`."""
+    mean, std = (torch.tensor(c).view(3, 1, 1).to(device, non_blocking=True) for c in (MEAN, STD))
+    return images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+
+
+def feature_batches(
+    backbone: nn.Module,
+    photos: PhotoSet,
+    names: Sequence[str],
+    indices: Sequence[int] | np.ndarray,
+    how: Extraction,
+    head: IBOTHead | None = None,
+    epoch: int | None = None,
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Photos' indices int64 [b] and their features by name, [b, ...], in the order of `indices`.
+
+    Decoding, the forward pass and the way back to the CPU overlap. Unreadable photos are left out:
+    each is logged by name. `epoch`: of that epoch's random views, see `view_batches`. Raises
+    ValueError for features that are no numbers.
+    """
+    device = torch.device(how.device)
+    late: tuple[np.ndarray, dict[str, Tensor]] | None = None
+    pinned, modules = device.type == "cuda", [m for m in (backbone, head) if m is not None]
+    views = view_batches(photos, indices, how.batch_size, how.threads, epoch, pinned)
+    with evaluating(*modules), closing(views):
+        for batch in views:
+            for reason in batch.unreadable:
+                log.warning("left out of the evaluation: %s", reason)
+            if not len(batch.indices):
+                continue
+            with torch.inference_mode(), how.autocast():
+                found = tokens_of(backbone, head, normalised(batch.images, device), names)
+            if late is not None:  # a batch later, so that a GPU has work while this waits
+                yield late[0], _to_numpy(late[1])
+            late = batch.indices, found
+        if late is not None:
+            yield late[0], _to_numpy(late[1])
+
+
+def _to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    # NumPy's memory: tensors made in inference mode would be barred from training on them.
+    arrays = {
+        name: (t.float() if t.is_floating_point() else t).cpu().numpy()
+        for name, t in tensors.items()
+    }
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(
+            "features hold NaN or infinity; the backbone is broken or has diverged"
+            " (or try --precision fp32)"
+        )
+    return arrays
+
+
+Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
+
+
+def collect(
+    batches: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int, allocate: Allocate
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Put batches below each other, in arrays of `rows` rows that `allocate(name, shape, dtype)`
+    makes: arrays and indices int64, cut to what came."""
+    arrays: dict[str, np.ndarray] = {}
+    indices, read = np.empty(rows, np.int64), 0
+    for index, found in batches:
+        for name, values in found.items():
+            if name not in arrays:
+                arrays[name] = allocate(name, (rows, *values.shape[1:]), values.dtype)
+            arrays[name][read : read + len(index)] = values
+        indices[read : read + len(index)] = index
+        read += len(index)
+    return {name: array[:read] for name, array in arrays.items()}, indices[:read]
+
+
+def check_read(photos: PhotoSet, read: int) -> None:
+    """Count what was left out in the log. Raises ValueError if nothing could be read."""
+    if not read:
+        raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
+    if read < len(photos):
+        log.warning("%d of %d photos of %s left out", len(photos) - read, len(photos), photos.path)
+
+
+def extract(
+    backbone: nn.Module,
+    photos: PhotoSet,
+    names: Sequence[str],
+    how: Extraction,
+    head: IBOTHead | None = None,
+) -> Features:
+    """Features of all photos, in memory. `evaluation.frozen.cache` keeps them on disk instead.
+
+    backbone and head are on `how.device` and left as they were. Unreadable photos are left out:
+    each is logged by name, then counted. Raises ValueError if none can be read.
+    """
+    batches = feature_batches(backbone, photos, names, range(len(photos)), how, head)
+    arrays, indices = collect(
+        batches, len(photos), lambda name, shape, dtype: np.empty(shape, dtype)
+    )
+    check_read(photos, len(indices))
+    return Features(arrays, torch.from_numpy(photos.labels[indices]))
+
+
+def extract_features(
+    backbone: nn.Module,
+    photos: PhotoSet,
+    device: torch.device | str = "cpu",
+    batch_size: int = 128,
+    workers: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Class tokens float32 [n, C] and labels int64 [n] in the photos' order, see `extract`.
+
+    backbone: images float32 [B, 3, S, S] on `device` -> tokens [B, 1 + N, C], class token first.
+    workers: threads that decode (0: one a core).
+    """
+    found = extract(backbone, photos, ("cls",), Extraction(device, batch_size, workers))
+    return found["cls"], found.labels

@@ -1,0 +1,144 @@
+"""Linear probing: a linear layer on frozen features, for all learning rates at once.
+
+As published: SGD with momentum 0.9, no weight decay, 100 epochs, batch 1024, 45 learning rates
+n x 10^p x batch / 256 with n = 1 .. 9 and p = -4 .. 0, each falling on a cosine to 0 by epoch;
+weights start normal (0.01), biases at 0. The figure is the best learning rate's at its best epoch,
+both chosen on the validation set, as published; JSON and table also say what the last epoch gives.
+
+Features: class tokens of the last four blocks; for ViT-B and ViT-L, class token and mean patch
+token of the last block. They are those of the evaluation views, computed once. `--augmented` is the
+published way: every epoch computes those of new random crops and flips, one forward pass for all
+learning rates.
+
+    python -m evaluation.frozen.linear --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.frozen.features import Extraction, feature_batches
+from ibeton.evaluation.frozen.heads import RATES, Batches, LinearSettings, train_heads
+from ibeton.evaluation.photos import PhotoSet
+
+
+def shuffled(
+    features: Tensor, labels: Tensor, settings: LinearSettings
+) -> Callable[[int], Batches]:
+    """Batches of features [n, C] at hand, in a new order every epoch; the last one may be small."""
+
+    def batches(epoch: int) -> Batches:
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(labels))
+        for first in range(0, len(order), settings.batch_size):
+            rows = torch.from_numpy(order[first : first + settings.batch_size])
+            yield features.index_select(0, rows), labels[rows]
+
+    return batches
+
+
+def augmented(
+    backbone: nn.Module,
+    photos: PhotoSet,
+    names: Sequence[str],
+    how: Extraction,
+    settings: LinearSettings,
+) -> Callable[[int], Batches]:
+    """Batches of features of random views, computed anew every epoch."""
+
+    def batches(epoch: int) -> Batches:
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(photos))
+        waiting: list[tuple[Tensor, Tensor]] = []
+        size = settings.batch_size
+        parts = feature_batches(backbone, photos, names, order, how, epoch=epoch)
+        for indices, found in parts:
+            waiting.append((joined(found, names), torch.from_numpy(photos.labels[indices])))
+            while sum(len(labels) for _, labels in waiting) >= size:
+                features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+                yield features[:size], labels[:size]
+                waiting = [(features[size:], labels[size:])]
+        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+        if len(labels):
+            yield features, labels
+
+    return batches
+
+
+def feature_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """What published linear probing feeds: by architecture."""
+    return ("cls", "patch_mean") if config["arch"] in ("vit_b", "vit_l") else ("blocks",)
+
+
+def joined(found: dict[str, np.ndarray], names: Sequence[str]) -> Tensor:
+    parts = [torch.from_numpy(found[name]) for name in names]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=int, default=100, help="of linear probing")
+    parser.add_argument("--sgd-batch", type=int, default=1024, help="photos a step of SGD")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=RATES, help="learning rates for a batch of 256"
+    )
+    parser.add_argument(
+        "--augmented",
+        action="store_true",
+        help="new random crops and flips every epoch, as published (a forward pass an epoch)",
+    )
+
+
+def settings_of(args: argparse.Namespace) -> LinearSettings:
+    settings = LinearSettings(args.epochs, args.sgd_batch, tuple(args.lr))
+    settings.check()
+    return settings
+
+
+def linear_scores(task: Task, rows: Tensor | None = None) -> Scores:
+    """Top-1 in percent: the best of all rates and epochs; that rate, its epoch, and the best at the
+    last epoch. `rows` int64: learn from these photos of the training set alone."""
+    names, settings = feature_names(task.config), settings_of(task.args)
+    if task.args.augmented and rows is None:
+        batches = augmented(task.backbone, task.train_photos, names, task.how, settings)
+    else:
+        features, labels = joined(task.train.arrays, names), task.train.labels
+        if rows is not None:
+            features, labels = features[rows], labels[rows]
+        batches = shuffled(features, labels, settings)
+    val = joined(task.val.arrays, names)
+    sets = (batches, val, task.val.labels, task.num_classes)
+    accuracies = train_heads(*sets, settings, task.how.device)[1]
+    return best_scores(accuracies, settings)
+
+
+def best_scores(accuracies: np.ndarray, settings: LinearSettings) -> Scores:
+    """The scores of accuracies [epochs, H]."""
+    epoch, head = np.unravel_index(accuracies.argmax(), accuracies.shape)
+    return {
+        "top1": float(accuracies[epoch, head]),
+        "lr": settings.rates[head],
+        "epoch": int(epoch) + 1,
+        "last_epoch_top1": float(accuracies[-1].max()),
+    }
+
+
+PROTOCOL = Protocol(
+    "linear",
+    "linear probing, all learning rates at once",
+    feature_names,
+    linear_scores,
+    ("top1",),
+    (add_options,),
+    (settings_of,),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command([PROTOCOL], argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

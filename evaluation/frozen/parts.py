@@ -1,0 +1,64 @@
+"""Part-wise linear probing: how much of a photo's class do its most attended patches tell?
+
+The last block's patch tokens are ranked by the attention that the class token pays them (mean of
+the heads); the mean of the first k goes into a linear layer (iBOT, section 4.3; the settings there
+are from memory). Beside them: the mean of all patches, and the class token. The linear layers are
+those of `evaluation.frozen.linear`, on evaluation views.
+
+    python -m evaluation.frozen.parts --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.frozen import linear
+from ibeton.evaluation.frozen.features import PARTS, Features
+from ibeton.evaluation.frozen.heads import train_heads
+from ibeton.model.config import SWINS
+
+
+def needs(config: dict[str, Any]) -> tuple[str, ...]:
+    if config["arch"] in SWINS:
+        raise ValueError(
+            f"part-wise probing of {config['arch']}: a Swin has no class token whose attention"
+            " would rank patches; give a ViT"
+        )
+    return ("parts", "patch_mean", "cls")
+
+
+def part_scores(task: Task) -> Scores:
+    """Top-1 in percent of linear probing on the mean of the k most attended patches, on that of all
+    and on the class token."""
+
+    def inputs(features: Features) -> dict[str, Tensor]:
+        means = {f"k{k}_top1": features["parts"][:, i] for i, k in enumerate(PARTS)}
+        return {**means, "all_top1": features["patch_mean"], "cls_top1": features["cls"]}
+
+    settings, val, scores = linear.settings_of(task.args), inputs(task.val), {}
+    for name, features in inputs(task.train).items():
+        batches = linear.shuffled(features, task.train.labels, settings)
+        sets = (batches, val[name], task.val.labels, task.num_classes)
+        scores[name] = float(train_heads(*sets, settings, task.how.device)[1].max())
+    return scores
+
+
+PROTOCOL = Protocol(
+    "parts",
+    "part-wise linear probing",
+    needs,
+    part_scores,
+    ("k1_top1", "all_top1"),
+    (linear.add_options,),
+    (linear.settings_of,),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command([PROTOCOL], argv=argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

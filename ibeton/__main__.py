@@ -1,0 +1,67 @@
+"""The command `ibeton`: one subcommand for each program of the package.
+
+    ibeton train --arch vit_s --epochs 800 --data imagenet.beton
+
+Subcommands take the same options as the modules they run.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+# subcommand -> (module with `main(argv)`, arguments put before the user's, help)
+COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "train": ("train", (), "pre-train a backbone"),
+    "convert": ("pipeline.convert.converter", (), "photos to one .beton file"),
+    "merge": ("pipeline.convert.merge", (), "the shards of a conversion to one file"),
+    "knn": ("evaluation.frozen.knn", (), "k-NN accuracy of frozen features"),
+    "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
+    "show": ("evaluation.show", (), "pictures of what a backbone sees"),
+    "inspect": ("model.checkpoint.__main__", ("inspect",), "list what a checkpoint holds"),
+    "import": ("model.checkpoint.__main__", ("import",), "read iBOT, DINO or timm weights"),
+    "export": (
+        "model.checkpoint.__main__",
+        ("export",),
+        "write timm, Hugging Face or iBOT weights",
+    ),
+    "runs": ("training.runs", (), "list runs and their state"),
+    "doctor": ("pipeline.doctor", (), "what is installed, what is missing, how to fix it"),
+    "plan": ("benchmarks.plan", (), "time and memory of a run on given GPUs"),
+    "throughput": ("benchmarks.throughput", (), "profile the loader, the model and both together"),
+}
+
+
+def usage() -> str:
+    """The text of `ibeton --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {help}" for name, (_, _, help) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ibeton COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`ibeton COMMAND --help` lists options.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit status; 2 for an unknown one."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean `ibeton {near[0]}`?" if near else "`ibeton --help` lists commands"
+        print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
+        return 2
+    module, before, _ = COMMANDS[name]
+    sys.argv[0] = f"ibeton {name}"  # what usage and errors call the program
+    return importlib.import_module(f"ibeton.{module}").main([*before, *rest]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The transformer block on packed tokens, under timm's parameter names.
+
+Packed means: the tokens of all images of all crop sizes below each other in one tensor [T, C], and
+beside it `shapes`, one (images, tokens an image) for each crop size. Norms, projections and MLPs
+see [T, C]; attention runs once for each crop size. In shapes: H attention heads, D = C / H.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibeton.model.kernels.gelu_linear import gelu_linear
+from ibeton.model.kernels.norm_linear import norm_linear
+
+LAYERNORM_EPS = 1e-6
+INIT_STD = 0.02
+
+Shapes = list[tuple[int, int]]  # (images, tokens an image) of each crop size
+Branch = Callable[[Tensor, Shapes], Tensor]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights and zero biases for linear layers; others are left alone.
+
+    The cut is at +-2 in absolute terms, a hundred standard deviations off (published code).
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth, the simple way: zero the whole of a sample's x [B, ...] with probability
+    `rate`, and scale the others up so that the mean stays."""
+    if not training or rate == 0:
+        return x
+    keep = 1 - rate
+    kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+    return x * (kept / keep)
+
+
+class Kept(NamedTuple):
+    """The samples that a residual branch keeps under stochastic depth."""
+
+    tokens: Tensor | None  # int64 [T'], the places of their tokens; None: `factor` says it
+    shapes: Shapes  # what the kept tokens are
+    scale: float  # 1 / (1 - rate)
+    factor: Tensor | None  # [T, 1], 0 or `scale`; None: the tokens are gathered
+
+
+def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
+    """For each branch with its rate, the samples it keeps: each is dropped by itself, with that
+    probability. None for a rate of 0.
+
+    Drawn from the CPU's generator, so that the host knows how many are kept without asking the
+    device. On a CPU the branch then runs on the kept samples alone. On CUDA it runs on all: shapes
+    that stay the same are worth more there to allocator and graphs than the 5 % of arithmetic
+    which the published rates would save (not measured).
+    """
+    samples = sum(images for images, _ in shapes)
+    kept = torch.rand(len(rates), samples) >= torch.tensor(rates).unsqueeze(1)
+    lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
+    if device.type == "cpu":
+        token_of = torch.arange(samples).repeat_interleave(lengths)  # [T], the token's sample
+        return [
+            None if rate == 0 else _gathered(row, token_of, rate, shapes)
+            for rate, row in zip(rates, kept, strict=True)
+        ]
+    total = int(lengths.sum())
+    factors = kept / (1 - torch.tensor(rates).unsqueeze(1))
+    spread = factors.to(device, non_blocking=True).repeat_interleave(
+        lengths.to(device, non_blocking=True), dim=1, output_size=total
+    )
+    return [
+        None if rate == 0 else Kept(None, shapes, 1 / (1 - rate), spread[i].unsqueeze(1))
+        for i, rate in enumerate(rates)
+    ]
+
+
+def _gathered(kept: Tensor, token_of: Tensor, rate: float, shapes: Shapes) -> Kept:
+    counts = kept.split([images for images, _ in shapes])
+    kept_shapes = [
+        (int(count.sum()), tokens) for count, (_, tokens) in zip(counts, shapes, strict=True)
+    ]
+    tokens = kept[token_of].nonzero().squeeze(1)
+    return Kept(tokens, kept_shapes, 1 / (1 - rate), None)
+
+
+def among(kept: Kept, rows: Tensor, total: int) -> Kept:
+    """The same samples, for a branch that sees only the tokens `rows` int64 [R] of all `total`, and
+    looks at none but its own."""
+    if kept.tokens is None:
+        assert kept.factor is not None
+        return kept._replace(factor=kept.factor.index_select(0, rows))
+    flags = torch.zeros(total, dtype=torch.bool)
+    flags[kept.tokens] = True
+    return kept._replace(tokens=flags[rows].nonzero().squeeze(1))
+
+
+def add_branch(x: Tensor, branch: Branch, shapes: Shapes, kept: Kept | None) -> Tensor:
+    """x [T, C] plus the branch of it, where stochastic depth keeps it."""
+    if kept is None:
+        return x + branch(x, shapes)
+    if kept.tokens is None:
+        assert kept.factor is not None
+        return x + branch(x, shapes) * kept.factor
+    out = branch(x.index_select(0, kept.tokens), kept.shapes)
+    return x.index_add(0, kept.tokens, out.to(x.dtype), alpha=kept.scale)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each image."""
+
+    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def split_heads(self, qkv: Tensor, images: int, tokens: int) -> tuple[Tensor, ...]:
+        """Output of `qkv` [images * tokens, 3C] -> query, key, value [images, H, tokens, D]."""
+        heads = qkv.view(images, tokens, 3, self.num_heads, -1)
+        return heads.permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, qkv: Tensor, shapes: Shapes) -> Tensor:
+        """Output of `qkv` [T, 3C] -> [T, C]. One attention and one projection a crop size: to
+        project them together, a copy of all would have to be made and kept."""
+        outs = []
+        parts = qkv.split([images * tokens for images, tokens in shapes])
+        for part, (images, tokens) in zip(parts, shapes, strict=True):
+            if images:
+                query, key, value = self.split_heads(part, images, tokens)
+                out = F.scaled_dot_product_attention(query, key, value)  # [B, H, N, D]
+                outs.append(self.proj(out.transpose(1, 2).flatten(2).flatten(0, 1)))
+        if not outs:  # stochastic depth dropped everything; gradients are zero, not missing
+            return self.proj(qkv[:, : self.proj.in_features])
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens, with stochastic depth and optional layer scale.
+
+    Kept for the backward are the branches' inputs, query, key, value, what attention gives, and
+    what enters the GELU; norms and GELU are computed again (`model.kernels`).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        layer_scale: float,
+    ) -> None:
+        super().__init__()
+        self.gamma_1: nn.Parameter | None = None
+        self.gamma_2: nn.Parameter | None = None
+        if layer_scale > 0:
+            self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale))
+        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        self.attn = Attention(embed_dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+
+    def attention_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
+        out = self.attn(norm_linear(x, self.norm1, self.attn.qkv), shapes)
+        return out if self.gamma_1 is None else self.gamma_1 * out
+
+    def mlp_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
+        out = gelu_linear(norm_linear(x, self.norm2, self.mlp.fc1), self.mlp.fc2)
+        return out if self.gamma_2 is None else self.gamma_2 * out
+
+    def forward(
+        self,
+        x: Tensor,  # [T, C]
+        shapes: Shapes,
+        kept_attention: Kept | None = None,
+        kept_mlp: Kept | None = None,  # of the tokens that are wanted: see `among`
+        rows: Tensor | None = None,  # int64 [R], the tokens that are wanted; None: all
+    ) -> Tensor:
+        """-> [T, C], or [R, C] with `rows`: the MLP, two thirds of the work, then runs on these
+        alone, as no token after the attention needs another."""
+        x = add_branch(x, self.attention_branch, shapes, kept_attention)
+        if rows is not None:
+            x = x.index_select(0, rows)
+        return add_branch(x, self.mlp_branch, shapes, kept_mlp)

@@ -1,0 +1,269 @@
+"""Any source of photos -> one .beton file.
+
+    python -m pipeline.convert SRC DST.beton       SRC: photo folder, tar, tar of class tars
+    python -m pipeline.convert DST.beton --verify  read an existing file back
+
+JPEGs are stored as they are, once their structure proved them whole. Photos that cannot be read are
+left out and listed, with reasons, in DST.beton.json. The file appears only when it is whole; after
+an interrupt, a failure or `kill -9` the same command goes on where it was. `--shard 2/8` converts
+the second of eight parts; `python -m pipeline.convert.merge` makes one file of the eight.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from ibeton.command import run_command
+from ibeton.options import Parser, add_options, fill
+from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
+from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
+from ibeton.pipeline.convert.stored import StoredPhoto, checksum, store_photos
+from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
+from ibeton.pipeline.store.beton_writer import BetonWriter
+from ibeton.pipeline.store.sources import UNLABELLED, Photo, Source, open_source
+from ibeton.progress import progress
+from ibeton.workers import Job, Result, cores, in_order
+
+_CHUNK = 8  # photos a job: enough to hide its cost, few enough to hold in memory
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did: `photos` are stored, `before` were done by an interrupted one."""
+
+    path: Path
+    classes: list[str]
+    photos: int
+    done: Done
+    before: int = 0
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.done.counts
+
+    @property
+    def unlabelled(self) -> int:
+        return self.done.unlabelled
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        return self.done.unreadable
+
+    def lines(self) -> list[str]:
+        """The report for the screen."""
+        how = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
+        size = self.path.stat().st_size / 1e6
+        rate = (self.done.photos - self.before) / max(self.seconds, 1e-9)
+        lines = [
+            f"{self.path}: {self.photos:,} photos ({how}), {len(self.classes):,} classes,"
+            f" {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
+        ]
+        if self.before:
+            lines.append(f"went on after {self.before:,} photos of an unfinished conversion")
+        if self.unlabelled:
+            lines.append(f"{self.unlabelled:,} photos stand in no class folder: unlabelled (-1)")
+        if self.unreadable:
+            lines.append(f"{len(self.unreadable):,} unreadable, all listed in {self.path}.json:")
+            lines += [f"  {_printable(name)}: {reason}" for name, reason in self.unreadable[:5]]
+        return lines
+
+
+def convert(
+    src: str | Path, dst: str | Path, options: ConvertOptions | None = None
+) -> ConversionReport:
+    """Write the photos of `src` to `dst`, in sorted order unless shuffled, and `dst`.json beside.
+
+    The file depends neither on the number of workers nor on interrupts. Raises ValueError,
+    FileNotFoundError or FileExistsError for bad input (also when no photo at all is readable, or
+    when `dst` is half made from another source or with other options), RuntimeError when a worker
+    dies or `--verify` finds a difference. What was done by then is kept for the same call to go on
+    with, after bad input and faults that `--verify` found nothing is.
+    """
+    options = options or ConvertOptions()
+    options.check()
+    dst = Path(dst)
+    check_destination(dst, options.overwrite)
+    source, started = open_source(src), time.monotonic()
+    every = chosen(source, options)
+    digest, photos = listing(every), shard(every, options)
+    binding = {
+        "source": source.path,
+        "list of photos": digest,
+        "options": options.content(),
+        "Pillow": PIL.__version__,
+    }
+
+    with (
+        Journal(dst, binding, lambda i, j: stamp(photos[i:j]), options.restart) as journal,
+        BetonWriter(dst, len(photos), partial_path(dst)) as writer,
+    ):
+        journal.resume(writer)
+        done, before = journal.done, journal.done.photos
+        _write(writer, photos, options, journal)
+        if not writer.count:
+            journal.discard()
+            name, reason = done.unreadable[0]
+            raise ValueError(
+                f"{src}: none of {len(photos):,} photos is readable ({name}: {reason})"
+            )
+        partial = writer.seal()
+        if options.verify:
+            workers = options.workers or cores()
+            problems = verify(str(partial), done.checksums, len(source.classes), workers)
+            if problems:
+                journal.discard()
+                raise RuntimeError(f"{len(problems)} faults on reading back: {problems[0]}")
+        report = ConversionReport(dst, source.classes, writer.count, done, before)
+        writer.publish(_sidecar(source, options, report, digest))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _printable(name: str) -> str:
+    """File names need not be UTF-8; what is not is escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def check_destination(dst: Path, overwrite: bool) -> None:
+    """Raise ValueError or an OSError, naming `dst`, where no .beton file can be written."""
+    if dst.suffix != ".beton":
+        raise ValueError(f"{dst} must end in .beton, by which the loaders know the format")
+    if not dst.parent.is_dir():
+        raise FileNotFoundError(f"the folder {dst.parent} does not exist; make it first")
+    if dst.is_dir():
+        raise ValueError(f"{dst} is a folder; give the name of a file")
+    if not os.access(dst.parent, os.W_OK):
+        raise PermissionError(f"the folder {dst.parent} is not writable; give another for DST")
+    if dst.exists() and not overwrite:
+        raise FileExistsError(f"{dst} exists; --overwrite replaces it")
+
+
+def _write(
+    writer: BetonWriter, photos: list[Photo], options: ConvertOptions, journal: Journal
+) -> None:
+    """Store all readable photos that are still to do."""
+    done = journal.done
+    with closing(_stored(photos[done.photos :], options)) as results:
+        for photo, stored in results:
+            if isinstance(stored, str):
+                done.unreadable.append((photo.name, stored))
+            else:
+                _append(writer, photo, stored, done)
+            done.photos += 1
+            journal.tick(writer, BLOCK)
+
+
+def _append(writer: BetonWriter, photo: Photo, stored: StoredPhoto, done: Done) -> None:
+    if writer.count % BLOCK == 0:
+        done.checksums.append(0)
+    sample = (photo.label, stored.mode, stored.width, stored.height, memoryview(stored.data))
+    writer.append(*sample)
+    done.checksums[-1] = checksum(done.checksums[-1], *sample)
+    done.counts[stored.how] = done.counts.get(stored.how, 0) + 1
+    done.unlabelled += photo.label == UNLABELLED
+
+
+def _stored(
+    photos: list[Photo], options: ConvertOptions
+) -> Generator[tuple[Photo, StoredPhoto | str], None, None]:
+    """Each photo with what is to be stored of it, or why it is unreadable."""
+    if not photos:
+        return  # all were done before
+    starts = range(0, len(photos), _CHUNK)
+    jobs = ((photos[i : i + _CHUNK], options.storage()) for i in starts)
+    workers = min(options.workers or cores(), len(starts))
+    # Photos that are stored as they are cost less than their way through a pipe.
+    spread = _in_threads if options.mostly_kept() else in_order
+    with (
+        progress("convert", len(photos)) as advance,
+        closing(spread(store_photos, jobs, workers)) as results,
+    ):
+        for i, stored in zip(starts, results, strict=True):
+            chunk = photos[i : i + _CHUNK]
+            yield from zip(chunk, stored, strict=True)
+            advance(len(chunk))
+
+
+def _in_threads(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Generator[Result, None, None]:
+    """What `in_order` does, in threads. Reading, writing and Pillow let go of the interpreter."""
+    threads = ThreadPoolExecutor(workers)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on photos
+            for job in jobs:
+                waiting.append(threads.submit(function, job))
+                if len(waiting) >= 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _sidecar(
+    source: Source, options: ConvertOptions, report: ConversionReport, digest: str
+) -> dict[str, Any]:
+    """What stands in the JSON beside the file; the same for any number of workers."""
+    return {
+        "source": source.path,
+        "listing": digest,
+        "options": options.content(),
+        "classes": report.classes,
+        "photos": report.photos,
+        "unlabelled": report.unlabelled,
+        "counts": report.counts,
+        "unreadable": report.unreadable,
+        "checksums": {"samples": BLOCK, "crc32": report.done.checksums},
+    }
+
+
+def _convert_command(src: str, dst: str, options: ConvertOptions) -> int:
+    """Convert and print the report; a failure on the way also tells what is kept."""
+    try:
+        print("\n".join(convert(src, dst, options).lines()))
+        return 0
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError):
+        raise  # bad input
+    except KeyboardInterrupt:
+        what, status = "interrupted", 130
+    except (OSError, RuntimeError) as error:
+        what, status = f"error: {error}", 1
+    print(f"{what}; {left_behind(Path(dst)) or 'nothing was written'}", file=sys.stderr)
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for bad input, 1 for a failure on the way."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers are the parallelism
+    parser = Parser(prog="python -m pipeline.convert", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("src", help="photo folder, tar, tar of class tars; or a .beton to verify")
+    parser.add_argument("dst", nargs="?", help="the .beton file to write")
+    add_options(parser, ConvertOptions)
+    given = vars(parser.parse_args(argv))
+    options = fill(ConvertOptions, given)
+
+    def act() -> int:
+        if given["dst"] is not None:
+            return _convert_command(given["src"], given["dst"], options)
+        if not options.verify:
+            raise ValueError("DST is missing: give the .beton file to write, or --verify")
+        options.check()
+        faults, good = verify_existing(given["src"], options.workers)
+        print("\n".join(faults) or good)
+        return 1 if faults else 0
+
+    return run_command(act, writes=given["dst"] is not None)

@@ -1,0 +1,62 @@
+"""A photo that cannot be decoded is named, counted, and another takes its place."""
+
+import logging
+
+import numpy as np
+
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.photos import Photos
+
+log = logging.getLogger(__name__)
+
+_MOST_IN_A_ROW = 100  # so many bad neighbours mean a bad data set, not a bad photo
+
+
+class Replacements:
+    """Second look at photos that a fast decoder refused, and the list of those that are lost.
+
+    Which photo replaces which depends on the sample index alone, so every loader, batch size and
+    worker count agrees on it.
+    """
+
+    def __init__(self, photos: Photos, views: list[ViewSpec], seed: int) -> None:
+        self._photos = photos
+        self._views = views
+        self._seed = seed
+        self.unreadable: dict[int, str] = {}  # index -> name and reason
+
+    def readable(self, index: int) -> tuple[int, np.ndarray]:
+        """The first photo from `index` on that decodes: its index and its pixels uint8 [H, W, 3].
+
+        Raises RuntimeError after a hundred bad ones in a row.
+        """
+        for offset in range(min(_MOST_IN_A_ROW, len(self._photos))):
+            candidate = (index + offset) % len(self._photos)
+            try:
+                return candidate, self._photos.pixels(candidate)
+            except UnreadablePhoto as reason:
+                self.note(candidate, str(reason))
+        raise RuntimeError(
+            f"{_MOST_IN_A_ROW} photos in a row cannot be read, from {self._photos.name(index)} on;"
+            " check the data set (python -m pipeline.convert --verify)"
+        )
+
+    def note(self, index: int, reason: str) -> None:
+        """Count an unreadable photo and name it, once."""
+        self.take_over(index, f"{self._photos.name(index)}: {reason}")
+
+    def take_over(self, index: int, name_and_reason: str) -> None:
+        """The same for one that a worker process has named."""
+        if index not in self.unreadable:
+            self.unreadable[index] = name_and_reason
+            log.warning("unreadable photo, its neighbour is used: %s", name_and_reason)
+
+    def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:
+        """Cut the views of `index`, or of its replacement, anew; returns the index used."""
+        used, pixels = self.readable(index)
+        height, width = pixels.shape[:2]
+        draws = draw_views(self._views, self._seed, epoch, index, height, width)
+        cut_views(pixels, draws, global_out, local_out)
+        return used

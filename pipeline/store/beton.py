@@ -1,0 +1,182 @@
+"""The .beton file format (FFCV's version 2), and its reader; `beton_writer.py` writes it.
+
+    header            version, fields, page size, number of samples, where the allocation table is
+    two fields        `image` (RGBImageField, type 2) and `label` (IntField, type 1)
+    metadata          24 bytes a sample: mode, width, height, pointer to the data; label
+    data              JPEG bytes or raw pixels, from the first page on; none crosses a page's edge
+    allocation table  (sample, pointer, size), up to the end of the file
+
+Beside `photos.beton` the converter leaves `photos.beton.json` with what the format has no room for:
+class names, source, options, counts, unreadable photos and checksums. A .beton without it is whole.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
+
+VERSION = 2
+JPG, RAW = 0, 1  # modes of a stored photo
+MAX_SIDE = 65535  # width and height are uint16
+MIN_PAGE = 1 << 21  # FFCV's least, 2 MiB
+FIRST_PAGE = 1 << 23  # FFCV's default, 8 MiB
+MAX_PHOTO = 1 << 31  # bytes; a page is a power of two that fits uint32
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+FIELDS = [(2, b"image"), (1, b"label")]
+METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the JSON beside a .beton file stands: photos.beton -> photos.beton.json."""
+    return Path(f"{path}.json")
+
+
+class BetonReader:
+    """A .beton file with the fields `image` and `label`, memory-mapped.
+
+    labels: int64 [n], -1 where unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or
+    RAW. sizes: uint64 [n], stored bytes. classes: names from the JSON beside the file, or [].
+
+    Raises FileNotFoundError, and ValueError for a file that is no .beton, has another version or
+    other fields, is cut short, or stands beside the JSON of another file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist or is no file;"
+                " make it: python -m pipeline.convert SRC DST.beton"
+            )
+        if self.path.stat().st_size < METADATA_START:
+            raise ValueError(f"{path} is no .beton file: it is too small")
+        # A plain view: slices of a np.memmap are slow to make.
+        self._data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        header = self._data[: HEADER.itemsize].view(HEADER)[0]
+        self._check_header(header)
+        self.num_samples, self.page_size = int(header["num_samples"]), int(header["page_size"])
+        samples, table = self._tables(int(header["alloc_table_ptr"]))
+        self.labels = samples["label"].astype(np.int64)
+        self.modes = samples["image"]["mode"].copy()
+        self.widths = samples["image"]["width"].copy()
+        self.heights = samples["image"]["height"].copy()
+        self._pointers = samples["image"]["data_ptr"].copy()
+        self.sizes = self._sizes(table)
+        self.sidecar = self._read_sidecar()
+        self.classes: list[str] = list(self.sidecar.get("classes", []))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def name(self, index: int) -> str:
+        """What to call the photo in a message."""
+        return f"photo {index} of {self.path}"
+
+    def photo_bytes(self, index: int) -> memoryview:
+        """The stored bytes, JPEG or raw pixels by `modes[index]`, not copied."""
+        begin = int(self._pointers[index])
+        return self._data[begin : begin + int(self.sizes[index])].data
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3]; raises UnreadablePhoto, also for a size other than the one noted."""
+        data = self.photo_bytes(index)
+        shape = (int(self.heights[index]), int(self.widths[index]), 3)
+        if self.modes[index] == RAW:
+            if len(data) != np.prod(shape):
+                raise UnreadablePhoto(f"{len(data)} bytes of raw pixels do not make {shape}")
+            return np.frombuffer(data, np.uint8).reshape(shape).copy()
+        if self.modes[index] != JPG:
+            raise UnreadablePhoto(f"mode {self.modes[index]} is neither jpg (0) nor raw (1)")
+        pixels = decode_photo(data)
+        if pixels.shape != shape:
+            raise UnreadablePhoto(f"decodes to {pixels.shape}, the file says {shape}")
+        return pixels
+
+    def _check_header(self, header: np.void) -> None:
+        page = int(header["page_size"])
+        if page < MIN_PAGE or page & (page - 1) or not header["num_fields"]:
+            raise ValueError(f"{self.path} is no .beton file: its header makes no sense")
+        if header["version"] != VERSION:
+            raise ValueError(
+                f"{self.path} is a .beton of version {header['version']}, version {VERSION} is"
+                " read; convert the photos anew"
+            )
+        end = HEADER.itemsize + int(header["num_fields"]) * FIELD.itemsize
+        if end > len(self._data):
+            raise ValueError(f"{self.path} is cut short inside its field list")
+        fields = self._data[HEADER.itemsize : end].view(FIELD)
+        found = [(int(f["type_id"]), bytes(f["name"])) for f in fields]
+        if found != FIELDS:
+            named = ", ".join(f"{name.decode('ascii', 'replace')} (type {t})" for t, name in found)
+            raise ValueError(
+                f"{self.path} has the fields {named}; expected image (RGBImageField, type 2) and"
+                " label (IntField, type 1), in this order"
+            )
+
+    def _tables(self, table_start: int) -> tuple[np.ndarray, np.ndarray]:
+        """The metadata and the allocation table."""
+        data_start = METADATA_START + self.num_samples * SAMPLE.itemsize
+        rest = len(self._data) - table_start
+        samples = self.num_samples
+        if table_start < data_start or rest < samples * ALLOCATION.itemsize:
+            raise ValueError(
+                f"{self.path} is cut short or was never finished: {len(self._data):,} bytes do not"
+                f" hold {samples:,} samples and their table; convert the photos anew"
+            )
+        table = self._data[table_start : len(self._data) - rest % ALLOCATION.itemsize]
+        metadata = self._data[METADATA_START:data_start]
+        return metadata.view(SAMPLE), table.view(ALLOCATION)
+
+    def _sizes(self, table: np.ndarray) -> np.ndarray:
+        """Stored bytes of each sample, uint64 [n]: its pointer, looked up in the table."""
+        if not self.num_samples:
+            return np.zeros(0, np.uint64)
+        pointers = table["ptr"]
+        order = np.argsort(pointers, kind="stable")  # FFCV's own writer leaves them unordered
+        place = np.searchsorted(pointers, self._pointers, sorter=order)
+        entry = table[order[np.minimum(place, len(order) - 1)]]
+        end, page = np.uint64(len(self._data)), np.uint64(self.page_size)
+        beyond = (entry["ptr"] > end) | (entry["size"] > end - entry["ptr"])
+        crosses = entry["ptr"] % page + entry["size"] > page
+        # FFCV's process cache and its quasi-random order go by the sample number and the page.
+        another = entry["sample_id"] != np.arange(self.num_samples, dtype=np.uint64)
+        wrong = np.flatnonzero((entry["ptr"] != self._pointers) | beyond | crosses | another)
+        if len(wrong):
+            raise ValueError(
+                f"{self.path} is damaged: the data of {len(wrong):,} samples, the first of them"
+                f" {wrong[0]}, is not where its table says; convert the photos anew"
+            )
+        return entry["size"].copy()
+
+    def _read_sidecar(self) -> dict[str, Any]:
+        path = sidecar_path(self.path)
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            size = content["file_bytes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not what the converter writes; remove it") from error
+        if size != len(self._data):
+            raise ValueError(
+                f"{path} describes a file of {size:,} bytes, {self.path} has"
+                f" {len(self._data):,}; remove it, or put back the .beton it was written with"
+            )
+        return content

@@ -1,0 +1,151 @@
+"""Writes .beton files (the format is described in `beton.py`) without FFCV."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ibeton.pipeline.store.beton import (
+    ALLOCATION,
+    FIELD,
+    FIELDS,
+    FIRST_PAGE,
+    HEADER,
+    JPG,
+    MAX_PHOTO,
+    MAX_SIDE,
+    METADATA_START,
+    RAW,
+    SAMPLE,
+    VERSION,
+    sidecar_path,
+)
+
+
+class BetonWriter:
+    """Writes a .beton file that appears under its name only when it is whole.
+
+    `most`: no more samples than this will come; room for their metadata is kept before the data.
+    Use as a context manager: append, then `seal` and `publish`; without those nothing is left.
+    `partial`: the file's name while it is unfinished. Given one, the writer opens what is there, to
+    `go_on` with, and leaves it there; it is for the caller to remove.
+
+    Pages are 8 MiB and grow to the power of two that holds the largest photo. What lies inside a
+    small page lies inside the larger one around it, so the data need not move. FFCV's process
+    cache holds whole pages in memory: for it, `--max-resolution` keeps raw photos small.
+    """
+
+    def __init__(self, path: str | Path, most: int, partial: Path | None = None) -> None:
+        self.path = Path(path)
+        self.partial = partial or self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self.page_size = FIRST_PAGE
+        self.count = 0
+        self._samples = np.zeros(most, SAMPLE)  # memory is taken as they are filled
+        self._table = np.zeros(most, ALLOCATION)
+        self.end = _aligned(METADATA_START + self._samples.nbytes, FIRST_PAGE)
+        self._theirs = partial is not None
+        how = os.O_RDWR | os.O_CREAT | (0 if self._theirs else os.O_EXCL)
+        try:
+            self.file = os.open(self.partial, how, 0o666)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{self.partial} exists: another conversion is writing {self.path.name}, or was"
+                " killed; remove it if none is running"
+            ) from None
+
+    def __enter__(self) -> "BetonWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self.file)
+        if not self._theirs:
+            self.partial.unlink(missing_ok=True)
+
+    def go_on(self, sizes: np.ndarray, end: int, page_size: int) -> None:
+        """Take up an unfinished file: `sizes` bytes of each sample in it, of which the last ends at
+        `end`; what lies beyond is cut off. Raises ValueError for a file that does not hold them."""
+        count = len(sizes)
+        samples = os.pread(self.file, count * SAMPLE.itemsize, METADATA_START)
+        if os.fstat(self.file).st_size < end or len(samples) < count * SAMPLE.itemsize:
+            raise ValueError(f"{self.partial} is shorter than what was written to it")
+        os.truncate(self.file, end if count else 0)
+        self._samples[:count] = np.frombuffer(samples, SAMPLE)
+        self._table["sample_id"][:count] = np.arange(count)
+        self._table["ptr"][:count] = self._samples["image"]["data_ptr"][:count]
+        self._table["size"][:count] = sizes
+        self.count, self.page_size = count, page_size
+        self.end = end if count else self.end
+
+    def sizes(self, first: int) -> list[int]:
+        """Stored bytes of the samples from number `first` on."""
+        return self._table["size"][first : self.count].tolist()
+
+    def append(
+        self, label: int, mode: int, width: int, height: int, data: bytes | memoryview
+    ) -> None:
+        """Add one sample. Raises ValueError for a size or a mode that the format cannot hold."""
+        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+            raise ValueError(f"{width} x {height} pixels: a side must be 1 to {MAX_SIDE}")
+        if mode not in (JPG, RAW) or (mode == RAW and len(data) != width * height * 3):
+            raise ValueError(f"mode {mode} with {len(data)} bytes for {width} x {height} pixels")
+        if not 0 < len(data) <= MAX_PHOTO:
+            raise ValueError(f"{len(data):,} bytes: a photo must have 1 to {MAX_PHOTO:,}")
+        while len(data) > self.page_size:
+            self.page_size *= 2
+        if self.end % self.page_size + len(data) > self.page_size:
+            self.end = _aligned(self.end, self.page_size)
+        self._write(data, self.end)
+        self._samples[self.count] = ((mode, width, height, self.end), label)
+        self._table[self.count] = (self.count, self.end, len(data))
+        self.end += len(data)
+        self.count += 1
+
+    def write_metadata(self, first: int = 0) -> None:
+        """Write the metadata of the samples from number `first` on to its place in the file."""
+        begin = METADATA_START + first * SAMPLE.itemsize
+        self._write(self._samples[first : self.count].view(np.uint8).data, begin)
+
+    def seal(self) -> Path:
+        """Write tables and header and push all to disk; returns the whole file's passing name."""
+        table_start = _aligned(self.end, 8)
+        self._write(self._table[: self.count].view(np.uint8).data, table_start)
+        header = (VERSION, len(FIELDS), self.page_size, self.count, table_start)
+        fields = [(type_id, name, b"") for type_id, name in FIELDS]
+        self._write(np.array(header, HEADER).tobytes() + np.array(fields, FIELD).tobytes(), 0)
+        self.write_metadata()
+        os.fsync(self.file)
+        return self.partial
+
+    def publish(self, sidecar: dict[str, Any]) -> None:
+        """Give the sealed file its name, and the JSON beside it.
+
+        The old JSON goes first and the new one comes last, so that none describes another file.
+        """
+        beside = sidecar_path(self.path)
+        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
+        content = {**sidecar, "file_bytes": self.partial.stat().st_size}
+        try:
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            beside.unlink(missing_ok=True)
+            os.replace(self.partial, self.path)
+            os.replace(partial, beside)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write(self, data: bytes | memoryview, position: int) -> None:
+        rest = memoryview(data)
+        while rest:  # the system takes at most 2 GiB at once, and less where the disk gets full
+            written = os.pwrite(self.file, rest, position)
+            rest, position = rest[written:], position + written
+
+
+def _aligned(position: int, page: int) -> int:
+    return -(-position // page) * page

@@ -1,0 +1,64 @@
+"""One view of photos, wherever they stand: a .beton file, a folder or a tar."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
+from ibeton.pipeline.store.sources import open_source, read_bytes
+
+
+class Photos(Protocol):
+    """A data set of photos by index; what BetonReader and FolderPhotos have in common."""
+
+    labels: np.ndarray  # int64 [n], -1 where unlabelled
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def photo_bytes(self, index: int) -> bytes | memoryview:
+        """The photo as it is stored; raises UnreadablePhoto."""
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 [H, W, 3]; raises UnreadablePhoto."""
+
+    def name(self, index: int) -> str:
+        """What to call the photo in a message."""
+
+
+class FolderPhotos:
+    """Photos of a folder or a tar, in the source's sorted order."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._source = open_source(path)
+        self.labels = np.array([photo.label for photo in self._source.photos], dtype=np.int64)
+        self.classes = self._source.classes
+
+    def __len__(self) -> int:
+        return len(self._source.photos)
+
+    def photo_bytes(self, index: int) -> bytes:
+        try:
+            return read_bytes(self._source.photos[index])
+        except OSError as error:  # gone, or unreadable, since it was listed
+            raise UnreadablePhoto(str(error)) from error
+
+    def pixels(self, index: int) -> np.ndarray:
+        return decode_photo(self.photo_bytes(index))
+
+    def name(self, index: int) -> str:
+        return self._source.photos[index].name
+
+
+def is_beton(path: str | Path) -> bool:
+    return Path(path).suffix == ".beton"
+
+
+def open_photos(path: str | Path) -> Photos:
+    """Open a .beton file, a photo folder or a tar.
+
+    Raises FileNotFoundError or ValueError, naming the path, for what is none of them.
+    """
+    return BetonReader(path) if is_beton(path) else FolderPhotos(path)

@@ -1,0 +1,134 @@
+"""Where a loss or gradient that is no number comes from: the step again, with eyes open."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibeton.model import IBOT
+from ibeton.pipeline import Batch
+
+_NAMED = 8  # tensors named in one list; the others are counted
+
+
+def diagnose(
+    ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float = 1.0
+) -> dict[str, Any]:
+    """What is not finite in the step on `batch`, with the weights as they are; without a word to
+    other ranks. `scale` is that of loss scaling. Leaves `ibot` without gradients.
+
+    Of each: "images" (indices whose pixels), "weights" and "gradients" (names; gradients in the
+    order of the backward), "layers" (modules in the order of the forward), "terms" (of the loss),
+    and "alone": indices of images that lead to it all by themselves.
+    """
+    call, ibot.__dict__["student_call"] = ibot.student_call, ibot.student  # off DDP
+    report: dict[str, Any] = {
+        "images": batch.indices[_bad_images(batch)].tolist(),
+        "weights": [name for name, tensor in ibot.state_dict().items() if not _finite(tensor)],
+    }
+    layers: list[str] = []
+    gradients: list[str] = []
+    hooks: list[Any] = []
+    for name, module in ibot.named_modules():
+        if name and name != "loss":
+            hooks.append(module.register_forward_hook(_noting(name, layers)))
+    for name, parameter in ibot.student.named_parameters():
+        if parameter.requires_grad:
+            hooks.append(
+                parameter.register_post_accumulate_grad_hook(_noting_gradient(name, gradients))
+            )
+    images = len(batch.indices)
+    for i in range(ibot.micro_steps):  # for the memory, as in training
+        part = slice(i * images // ibot.micro_steps, (i + 1) * images // ibot.micro_steps)
+        terms = _step(ibot, batch, part, epoch, dtype, scale)
+        report["terms"] = {name: float(value) for name, value in terms.items()}
+        if gradients or not _finite(terms["loss"]):
+            break
+    report["layers"], report["gradients"] = list(layers), list(gradients)
+    report["alone"] = []
+    for i, index in enumerate(batch.indices.tolist()):
+        gradients.clear()
+        terms = _step(ibot, batch, slice(i, i + 1), epoch, dtype, scale)
+        if gradients or not _finite(terms["loss"]):
+            report["alone"].append(index)
+    for hook in hooks:
+        hook.remove()
+    ibot.__dict__["student_call"] = call
+    return report
+
+
+def sentences(report: dict[str, Any], names: dict[int, str]) -> list[str]:
+    """A report of `diagnose` in words; `names` of photos by index."""
+
+    def photos(indices: list[int]) -> str:
+        return _some([f"{index} ({names[index]})" for index in indices])
+
+    lines = [f"loss {report['terms']['loss']}, of which " + _terms(report["terms"])]
+    if report["weights"]:
+        lines.append("weights not finite: " + _some(report["weights"]))
+    if report["images"]:
+        lines.append("pixels not finite: photo " + photos(report["images"]))
+    if report["layers"]:
+        lines.append("first layer with an output that is not finite: " + report["layers"][0])
+    if report["gradients"]:
+        lines.append("gradients not finite, from the loss down: " + _some(report["gradients"]))
+    if report["alone"]:
+        lines.append("photos that lead to it alone: " + photos(report["alone"]))
+    if not (report["layers"] or report["gradients"]):
+        lines.append("done again, the step is sound: look at the hardware")
+    return lines
+
+
+def _step(
+    ibot: IBOT, batch: Batch, part: slice, epoch: int, dtype: torch.dtype | None, scale: float
+) -> dict[str, Tensor]:
+    """Forward and backward of some images of the batch, and nothing else."""
+    ibot.zero_grad(set_to_none=True)
+    device = batch.global_crops.device.type
+    eager = torch.compiler.set_stance("force_eager")  # compiled blocks call no hooks
+    with eager, torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        terms = ibot(
+            batch.global_crops[:, part], batch.local_crops[:, part], batch.masks[:, part], epoch
+        )
+    (terms["loss"] * scale).backward()
+    ibot.zero_grad(set_to_none=True)
+    ibot.loss.noted.clear()
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def _noting(name: str, layers: list[str]) -> Any:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple | list) else [output]
+        if not all(_finite(x) for x in outputs if isinstance(x, Tensor)) and name not in layers:
+            layers.append(name)
+
+    return note
+
+
+def _noting_gradient(name: str, gradients: list[str]) -> Any:
+    def note(parameter: Tensor) -> None:
+        if parameter.grad is not None and not _finite(parameter.grad):
+            gradients.append(name)
+
+    return note
+
+
+def _bad_images(batch: Batch) -> Tensor:
+    """bool [B] on the CPU: images with a pixel that is not finite."""
+    bad = ~batch.global_crops.isfinite().flatten(2).all(dim=2).all(dim=0)
+    if len(batch.local_crops):
+        bad |= ~batch.local_crops.isfinite().flatten(2).all(dim=2).all(dim=0)
+    return bad.cpu()
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _terms(terms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {terms[name]}" for name in ("cls", "patch", "teacher_entropy"))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,159 @@
+"""The folder of a run: whose it is, who writes to it now, and what was run with what.
+
+    config.json     the settings, as resolved
+    run.json        the run's name, its state, and each start: command, code, versions, machine
+    log.jsonl, tensorboard/, curves.png, checkpoint*.pt
+
+A run has one folder and a folder one run. While a process writes to it, it holds a lock on `.lock`,
+which the kernel lets go with the process, however that ends.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ibeton.training import checkpoints
+
+RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
+_CODE = Path(__file__).parents[1]
+_PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "nvidia-dali-cuda120", "timm", "pillow")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What run.json says; empty where there is none. Raises ValueError for one that is damaged."""
+    return _read(folder / RUN)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says; likewise."""
+    return _read(folder / CONFIG)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or remove it") from error
+
+
+def identity(folder: Path) -> str:
+    """The name of the run that the folder belongs to; empty where it is free."""
+    return str(read_run(folder).get("id", ""))
+
+
+def new_identity() -> str:
+    """A name that no other run has."""
+    return uuid.uuid4().hex[:12]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process writes to the folder now (on this machine, or where locks are shared)."""
+    try:
+        with open(folder / LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class RunFolder:
+    """Holds `folder` for run `name`, from construction until `close`, and keeps its run.json.
+
+    `seen` is the name that the folder bore when the run was made ready; `begins` are "step",
+    "steps_per_epoch" and "processes" of this start. Raises ValueError where
+    another process holds the folder, or has begun another run in it since.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, seen: str, config: dict[str, Any], begins: dict[str, int]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder
+        self._lock = open(folder / LOCK, "a")  # noqa: SIM115 - held as long as self
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = identity(folder) != seen
+        except BlockingIOError:
+            held = True
+        if held:
+            self._lock.close()
+            raise ValueError(
+                f"{folder} is in use by another process: wait for it, or give another --output-dir"
+            )
+        checkpoints.clean(folder)
+        self._write(CONFIG, config)
+        self._run = {"id": name, "state": "running", "starts": []} | read_run(folder)
+        self._run["starts"].append(_start() | begins)
+        self._note("running")
+
+    def close(self, state: str) -> None:
+        """Bring run.json to `state` (stopped, finished, interrupted, or failed with a reason), and
+        let others have the folder."""
+        try:
+            self._note(state)
+        finally:
+            self._lock.close()
+
+    def _note(self, state: str) -> None:
+        self._run |= {"state": state, "since": _now()}
+        self._write(RUN, self._run)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, self.path / name)
+
+
+def _start() -> dict[str, Any]:
+    return {
+        "time": _now(),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "code": _code_state(),
+        "versions": _versions(),
+    }
+
+
+def _code_state() -> dict[str, Any]:
+    """The commit of this code, and tracked files that differ from it; empty without git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit, "changed": [line[3:] for line in changed]}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_CODE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

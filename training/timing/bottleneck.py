@@ -1,0 +1,185 @@
+"""What limits a run and what to change, from what was measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ibeton.stages import Effort
+from ibeton.training.timing.speed import WAITING, Window, loader_ceiling, slowest
+
+MUCH_WAIT = 0.05  # share of the step that is no longer chance
+_MUCH_COMM = 0.1
+_IDLE = 0.4  # a loader that limits keeps its workers busier than that
+_ALIKE = 1.05  # of two changes that bring about the same, the cheaper one
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the loader of one process has and could have."""
+
+    kind: str  # ffcv, dali or pil
+    workers: int
+    cores: int  # for each process
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something to change, and the images/s of one process that it would bring."""
+
+    what: str
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`limit`: a stage, "idle" where the loader's workers are, "other" where no stage is."""
+
+    limit: str
+    text: str
+    change: Change | None = None
+
+
+def verdict(window: Window, room: Room, floors: dict[str, float] | None = None) -> Verdict:
+    """What limits over `window`. `floors`: seconds a step below which a stage cannot go, where that
+    is known; then the stage with the most to gain is named."""
+    share = window.waiting / window.seconds
+    if share > MUCH_WAIT:
+        return _loader_verdict(window, room, share)
+    return _model_verdict(window, floors or {})
+
+
+def _loader_verdict(window: Window, room: Room, share: float) -> Verdict:
+    head = f"data wait {share:.0%}: "
+    own = {name: window.parts.get(name, 0.0) for name in WAITING}
+    longest = max(own, key=lambda name: own[name])
+    if longest != "wait":
+        ms = 1000 * own[longest] / window.steps
+        return Verdict(
+            longest,
+            f"{head}{longest} takes {ms:.3g} ms a step of the training's own thread; crops on a"
+            " GPU, or a smaller batch in more processes, take it away",
+        )
+    busy = {name: e.seconds / (e.lanes * window.seconds) for name, e in window.efforts.items()}
+    workers = sum(busy[name] for name, e in window.efforts.items() if e.shared)
+    lanes = {"workers": workers} | {n: b for n, b in busy.items() if not window.efforts[n].shared}
+    fullest = max(lanes, key=lambda name: lanes[name])
+    if lanes[fullest] < _IDLE:
+        return Verdict(
+            "idle",
+            f"{head}no stage of the loader limits, its {room.workers} worker(s) are busy"
+            f" {workers:.0%} of the time: something between batches stands still. Epochs of few"
+            " steps? Other processes on these cores? More workers than images in a batch?",
+        )
+    limit = fullest
+    if fullest == "workers":
+        shared = [name for name, e in window.efforts.items() if e.shared]
+        limit = max(shared, key=lambda name: window.efforts[name].seconds)
+    effort = window.efforts[limit]
+    model = window.images / (window.seconds - window.waiting)
+    ms = 1000 * effort.per_photo
+    text = (
+        f"{head}{limit} limits, {ms:.3g} ms a photo on each of {effort.lanes} worker(s), which are"
+        f" busy {lanes[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s a process, the"
+        f" model alone could take {model:.4g}."
+    )
+    if room.kind == "pil":
+        text += " pil is the published way; --loader ffcv on a .beton file decodes each photo once."
+    change = best_change(window.efforts, room, window.images_per_s, model)
+    if change is None:
+        return Verdict(limit, f"{text} All {room.cores} cores are at work: more cores, or a GPU")
+    text += f" Change: {change.what}: up to {change.images_per_s:.4g} images/s"
+    return Verdict(limit, text, change)
+
+
+def best_change(efforts: dict[str, Effort], room: Room, now: float, most: float) -> Change | None:
+    """What brings a loader that gives `now` images/s furthest; the model takes at most `most`."""
+    found = [
+        Change(what, min(most, now * loader_ceiling(changed) / loader_ceiling(efforts)))
+        for what, changed in _changes(efforts, room)
+    ]
+    if not found:
+        return None
+    best = max(change.images_per_s for change in found)
+    return next(change for change in found if change.images_per_s * _ALIKE >= best)
+
+
+def _changes(efforts: dict[str, Effort], room: Room) -> list[tuple[str, dict[str, Effort]]]:
+    """What could be changed, and the loader's work then; the cheapest first."""
+
+    def changed(how: Callable[[str, Effort], Effort]) -> dict[str, Effort]:
+        return {name: how(name, effort) for name, effort in efforts.items()}
+
+    def scaled(stage: str, factor: float) -> dict[str, Effort]:
+        return changed(lambda n, e: replace(e, seconds=e.seconds * factor) if n == stage else e)
+
+    changes = []
+    if room.cores > room.workers:
+        more = changed(lambda n, e: replace(e, lanes=room.cores) if e.shared else e)
+        changes.append((f"--workers {room.cores}, as many as there are cores", more))
+    if "read" in efforts:
+        cache = "memory for the page cache to hold the photos, or a faster disk"
+        changes.append((cache, scaled("read", 0.0)))
+    if "crop" in efforts and efforts["crop"].shared and room.on_gpu:
+        way = "a .beton file and --loader ffcv" if room.kind == "pil" else "--crops-on gpu"
+        changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
+    if "decode" in efforts:
+        smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"
+        changes.append((smaller, scaled("decode", 0.5)))
+    return changes
+
+
+def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:
+    parts = {name: s / window.steps for name, s in window.parts.items() if name not in WAITING}
+    step = window.seconds / window.steps
+    if parts.get("comm", 0.0) > _MUCH_COMM * step:
+        return Verdict(
+            "comm",
+            f"other ranks limit: {parts['comm'] / step:.0%} of the step waits for their gradients;"
+            " see which rank is the slowest, or do more between two exchanges (--batch-size)",
+        )
+    gain = {name: seconds - floors.get(name, 0.0) for name, seconds in parts.items()}
+    limit = max(gain, key=lambda name: gain[name])
+    text = f"the model limits: {limit} takes {parts[limit] / step:.0%} of the step"
+    if limit not in floors:
+        return Verdict(limit, text)
+    faster = window.images / window.steps / (step - gain[limit])
+    text += (
+        f", {parts[limit] / floors[limit]:.3g} times its floor; at the floor the step would give"
+        f" {faster:.4g} images/s instead of {window.images_per_s:.4g}"
+    )
+    return Verdict(limit, text, Change(f"{limit} at its floor", faster))
+
+
+def rank_line(ranks: list[dict[str, float]]) -> str:
+    """The slowest rank in a sentence; empty where none stands out."""
+    rank, own, stage, behind = slowest(ranks)
+    if behind < MUCH_WAIT * own:
+        return ""
+    return (
+        f"rank {rank} is the slowest: {own:.4g} ms a step of its own, {stage} {behind:.4g} ms above"
+        " the mean of the others, which wait for it"
+    )
+
+
+class Adviser:
+    """Says what limits the data side once, and again when that changes; it looks at windows of
+    `steps` steps."""
+
+    def __init__(self, room: Room, steps: int = 20) -> None:
+        self._room, self._steps = room, steps
+        self._window: Window | None = None
+        self._said = ""
+
+    def add(self, images: int, parts: dict[str, float], efforts: dict[str, Effort]) -> str:
+        """Add a step; a line, now and then."""
+        if self._window is None:  # the first step of a process waits for what is compiled
+            self._window = Window()
+            return ""
+        self._window.add(images, parts, efforts)
+        if self._window.steps < self._steps:
+            return ""
+        window, self._window = self._window, Window()
+        share = window.waiting / window.seconds
+        found = verdict(window, self._room) if share > MUCH_WAIT else Verdict("", "")
+        said, self._said = self._said, found.limit
+        return found.text if found.limit != said else ""
