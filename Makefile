@@ -46,8 +46,8 @@ profile: setup   ## where the time goes: loader, model and both against their fl
 gpu: setup       ## all that wants a GPU, in one call of eight minutes: tests, then benchmarks
 	@$(PY) benchmarks/gpu.py --out runs/gpu
 
-clean:           ## remove runs and caches, keep .venv
-	rm -rf runs data/drawn .pytest_cache .ruff_cache .mypy_cache
+clean:           ## remove caches and the synthetic photos; runs and .venv stay
+	rm -rf data/synthetic .pytest_cache .ruff_cache .mypy_cache
 
 .PHONY: help setup ffcv doctor train test test-all lint bench profile gpu clean
 .DEFAULT_GOAL := help

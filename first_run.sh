@@ -11,7 +11,7 @@ if [ -e "$RUN/checkpoint.pt" ]; then
     exit 2
 fi
 if [ -z "$DATA" ]; then
-    DATA=data/drawn
+    DATA=data/synthetic
     mkdir -p "$DATA"
     [ -d "$DATA/val" ] || "$PY" -m benchmarks.synthetic.photos "$DATA" --contact-sheet "$DATA/sheet.png" \
         --images-per-class 200 --val-per-class 50

@@ -31,17 +31,17 @@ from ibeton.training.health.stop_signals import (
     INTERRUPTED,
     STOPPED,
     StopRequested,
-    Stops,
-    shelter_workers,
+    StopSignals,
+    block_signals_in_workers,
 )
 from ibeton.training.health.watchdog import Watchdog
-from ibeton.training.metrics import LateMetrics
-from ibeton.training.rollback import go_back
-from ibeton.training.run import Run, claim, rates, resume, save, seed_step
+from ibeton.training.metrics import DelayedMetrics
+from ibeton.training.rollback import roll_back
+from ibeton.training.run import Run, lock_run_folder, rates, resume, save, seed_step
 from ibeton.training.run_folder import RunFolder
 from ibeton.training.run_log import RunLog
-from ibeton.training.timing.bottleneck import Room
-from ibeton.training.timing.monitor import Watch
+from ibeton.training.timing.bottleneck import LoaderResources
+from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
 from ibeton.workers import cores
 
@@ -52,18 +52,18 @@ def prepare(config: Config) -> Run:
     """Open the data, build the model, resume. Raises ValueError or FileNotFoundError, with a
     sentence for the user."""
     device, rank, world_size = join_processes(config.run.device)
-    dog = Watchdog(rank, world_size, config.run.lost_after, config.run.stall_after)
-    with dog.telling():
-        return _prepare(config, device, rank, world_size, dog)
+    watchdog = Watchdog(rank, world_size, config.run.lost_after, config.run.stall_after)
+    with watchdog.report_errors():
+        return _prepare(config, device, rank, world_size, watchdog)
 
 
 def _prepare(
-    config: Config, device: torch.device, rank: int, world_size: int, dog: Watchdog
+    config: Config, device: torch.device, rank: int, world_size: int, watchdog: Watchdog
 ) -> Run:
     config.share_batch(world_size)
     loader = build_loader(config.pipeline, device, rank, world_size)
     if loader.kind == "pil":
-        shelter_workers()
+        block_signals_in_workers()
     precision = config.run.precision
     if precision == "auto":
         precision = "fp16" if device.type == "cuda" else "fp32"
@@ -77,7 +77,9 @@ def _prepare(
     sharded = config.run.shard_optimizer and world_size > 1
     optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    run = Run(config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, dog)
+    run = Run(
+        config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
+    )
     resume(run)
     if world_size > 1:
         ibot.wrap_ddp(device)
@@ -92,13 +94,13 @@ def is_due(run: Run, last: int) -> bool:
     return run.step == last or (run.step // per_epoch) % every == 0
 
 
-def evaluate(run: Run, log: RunLog | None, stops: Stops) -> None:
+def evaluate(run: Run, log: RunLog | None, stops: StopSignals) -> None:
     """Quick scores of the teacher, on rank 0, unless a run that was killed had come that far. A
     request to stop leaves them undone: the run has been saved, and evaluates when it goes on."""
-    if log is not None and run.step not in log.scores() and not stops.wanted():
+    if log is not None and run.step not in log.scores() and not stops.requested():
         options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
         photos, size = (options.eval_train, options.eval_val), run.config.model.image_size
-        with suppress(StopRequested), stops.leaving_undone(), run.dog.patient("evaluation"):
+        with suppress(StopRequested), stops.interruptible(), run.watchdog.no_timeout("evaluation"):
             scores = quick_scores(run.ibot.teacher, *photos, size, options.eval_k, run.device)
             top1, top5, nmi = scores["knn_top1"], scores["knn_top5"], scores["head_nmi"]
             log.record({"step": run.step, "epoch": epoch, **scores, "knn_k": options.eval_k})
@@ -107,50 +109,50 @@ def evaluate(run: Run, log: RunLog | None, stops: Stops) -> None:
                 f"  head NMI {nmi:.2f} %, {scores['head_clusters']} clusters"
             )
             plot_curves(run.folder)
-    with run.dog.patient("evaluation"):
-        stops.agreed(run.device)  # the others wait for rank 0 here
+    with run.watchdog.no_timeout("evaluation"):
+        stops.requested_on_any_rank(run.device)  # the others wait for rank 0 here
 
 
-def watch(run: Run) -> Watch:
+def watch(run: Run) -> StepMonitor:
     """The clock and the figures of this rank; with --profile, a trace of rank 0."""
     batch_size, at_hand = run.config.pipeline.batch_size, cores_a_process(cores())
     workers = run.config.pipeline.workers or cores()
-    room = Room(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
     dtype = DTYPES[run.precision]
-    watching = Watch(batch_size, run.rank, run.world_size, run.device, dtype, room)
+    watching = StepMonitor(batch_size, run.rank, run.world_size, run.device, dtype, room)
     if run.config.run.profile and run.rank == 0:
         watching.trace(run.folder, run.config.run.profile)
     return watching
 
 
-def train(run: Run, log: RunLog | None, watch: Watch, stops: Stops) -> bool:
+def train(run: Run, log: RunLog | None, watch: StepMonitor, stops: StopSignals) -> bool:
     """All steps up to the end, or to --stop-after; at the end of epochs save and evaluate. False
     where it was asked to stop before."""
     last = run.config.run.epochs * run.loader.steps_per_epoch
     last = min(last, run.config.run.stop_after or last)
-    schedule, late = rates(run), LateMetrics(run.world_size)
+    schedule, delayed = rates(run), DelayedMetrics(run.world_size)
     if is_due(run, last):
         evaluate(run, log, stops)
-    while run.step < last and not stops.agreed(run.device):
-        train_epoch(run, log, watch, stops, late, schedule[:last])
-        if run.guard.in_trouble():
-            late.settle()
-            with run.dog.patient("going back"):
-                go_back(run, log, DTYPES[run.precision])
+    while run.step < last and not stops.requested_on_any_rank(run.device):
+        train_epoch(run, log, watch, stops, delayed, schedule[:last])
+        if run.guard.should_roll_back():
+            delayed.resolve()
+            with run.watchdog.no_timeout("going back"):
+                roll_back(run, log, DTYPES[run.precision])
             continue
-        with run.dog.patient("saving"):
+        with run.watchdog.no_timeout("saving"):
             save(run)
         if is_due(run, last):
             evaluate(run, log, stops)
-    return run.step >= last and not stops.agreed(run.device)
+    return run.step >= last and not stops.requested_on_any_rank(run.device)
 
 
 def train_epoch(
     run: Run,
     log: RunLog | None,
-    watch: Watch,
-    stops: Stops,
-    late: LateMetrics,
+    watch: StepMonitor,
+    stops: StopSignals,
+    delayed: DelayedMetrics,
     schedule: list[dict[str, float]],
 ) -> None:
     """Steps to the end of the epoch or the schedule, or until the run is to stop or to go back."""
@@ -159,28 +161,28 @@ def train_epoch(
     last, leave = min(len(schedule), (epoch + 1) * per_epoch), False
     batches = itertools.islice(run.loader.epoch(epoch, first), last - run.step)
     watch.clock.start()
-    for batch in watch.waiting(run.dog.batches(batches, run.step)):
+    for batch in watch.waiting(run.watchdog.batches(batches, run.step)):
         with watch.counting():
             metrics = train_step(run, batch, epoch, schedule[run.step])
             if run.step % options.log_steps == 0:
                 probe = batch.global_crops[0, :PROBED]
                 metrics["spread"] = spread(run.ibot.teacher.backbone, probe, DTYPES[run.precision])
-        leave = show(run, late.settle(), log, watch)  # of the step before: keeps pace with it
+        leave = log_step(run, delayed.resolve(), log, watch)  # of the step before
         record: dict[str, Any] = {"step": run.step, "epoch": epoch, **schedule[run.step]}
         record |= {"unreadable": len(run.loader.unreadable), "indices": batch.indices}
-        late.push(record, metrics, watch.clock, stops.wanted())
+        delayed.enqueue(record, metrics, watch.clock, stops.requested())
         watch.stepped()
         run.step += 1
         if leave:
             break
         if options.save_steps and run.step % options.save_steps == 0 and run.step < last:
-            if show(run, late.settle(), log, watch):  # or the log would lack what is saved
+            if log_step(run, delayed.resolve(), log, watch):  # or the log would lack what is saved
                 return
-            with run.dog.patient("saving"):
+            with run.watchdog.no_timeout("saving"):
                 save(run)
             watch.clock.start()
-    if not run.guard.in_trouble():
-        show(run, late.settle(), log, watch, always=run.step == len(schedule))
+    if not run.guard.should_roll_back():
+        log_step(run, delayed.resolve(), log, watch, always=run.step == len(schedule))
 
 
 def train_step(
@@ -202,17 +204,21 @@ def train_step(
     )
 
 
-def show(
-    run: Run, record: dict[str, Any] | None, log: RunLog | None, watch: Watch, always: bool = False
+def log_step(
+    run: Run,
+    record: dict[str, Any] | None,
+    log: RunLog | None,
+    watch: StepMonitor,
+    always: bool = False,
 ) -> bool:
     """Bring a settled step to screen and, each so many steps, to the log. Every rank takes part.
     True where the run is to leave the epoch: to stop, or to go back."""
     if record is None:
         return False
-    lines = watch.add(record.pop("parts"), record.pop("efforts"))
+    lines = watch.add(record.pop("parts"), record.pop("stage_work"))
     record |= watch.figures()
     stop, indices = record.pop("stop"), record.pop("indices")
-    if line := run.guard.judge(record):
+    if line := run.guard.update(record):
         lines.append(line)
         record["indices"] = indices.tolist()
     if "spread" in record:
@@ -228,34 +234,34 @@ def show(
         log.progress(record["step"] + 1, record)
         if due:
             log.record(record)
-    return stop or run.guard.in_trouble()
+    return stop or run.guard.should_roll_back()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed on the
     way, 2 when it could not begin, 130 at a second Ctrl-C."""
-    with Stops() as stops:
+    with StopSignals() as stops:
         try:
             config = parse(arguments)
             stops.limit(config.run.max_hours)
-            with stops.leaving_undone():
+            with stops.interruptible():
                 run = prepare(config)
-            with run.dog.telling():
-                folder = claim(run) if run.rank == 0 else None
+            with run.watchdog.report_errors():
+                folder = lock_run_folder(run) if run.rank == 0 else None
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except StopRequested:
             print("stopped before the first step: nothing to save", file=sys.stderr)
             return STOPPED
-        return carry_out(run, folder, stops)
+        return run_training(run, folder, stops)
 
 
-def carry_out(run: Run, folder: RunFolder | None, stops: Stops) -> int:
+def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
     """Train, and leave everything in order. The exit status, as in `main`."""
     log, watching, state, status = None, watch(run), "failed", 1
     try:
-        with run.dog.telling():
+        with run.watchdog.report_errors():
             log = start_log(run) if folder is not None else None
             if train(run, log, watching, stops):
                 state, status = "finished", 0
@@ -280,7 +286,7 @@ def carry_out(run: Run, folder: RunFolder | None, stops: Stops) -> int:
                 log.close()
             if folder is not None:
                 folder.close(state)
-        run.dog.close()
+        run.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     return status

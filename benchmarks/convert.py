@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py --data photos/ [--photos 2000] [--rounds 7] [--json FILE]
 
-Both get the same colour JPEGs, which need no encoding, and one worker. FFCV's writer gets them as
+Both get the same color JPEGs, which need no encoding, and one worker. FFCV's writer gets them as
 its documentation has it, from Pillow images: with its default settings it stores pixels, with
 `write_mode="jpg"` it encodes anew. Ours keeps their bytes, lists its source, starts its worker anew
 and waits until the disk has the file, all of which is timed; FFCV's does none of it. The floor is a
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
-from ibeton.benchmarks.synthetic.photos import DrawOptions, draw_photos
+from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 from ibeton.pipeline.store.beton import BetonReader
 from ibeton.pipeline.store.jpeg_walk import whole_jpeg_size
@@ -56,10 +56,10 @@ class PillowPhotos:
 
 
 def repeated(data: Path, folder: Path, count: int) -> list[Photo]:
-    """`count` links in `folder` to the colour JPEGs of the folder `data`, classes as there."""
+    """`count` links in `folder` to the color JPEGs of the folder `data`, classes as there."""
     kept = [p for p in open_source(data).photos if whole_jpeg_size(read_bytes(p))]
     if not kept:
-        raise SystemExit(f"error: --data {data} holds no whole colour JPEG")
+        raise SystemExit(f"error: --data {data} holds no whole color JPEG")
     for i in range(count):
         photo = kept[i % len(kept)]
         name = Path(photo.name)
@@ -175,7 +175,7 @@ def main() -> None:
 def run(args: argparse.Namespace, room: Path) -> None:
     data, source = args.data, room / "photos"
     if data is None:
-        draw_photos(room / "drawn", DrawOptions(images_per_class=30, val_per_class=1))
+        make_photos(room / "drawn", SyntheticOptions(images_per_class=30, val_per_class=1))
         data = room / "drawn" / "train"
     photos = repeated(data.resolve(), source, args.photos)
     sides: dict[str, Callable[[Path], None]] = {

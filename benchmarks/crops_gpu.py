@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
-from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.optim import build_optimizer
 from ibeton.pipeline import PipelineConfig
@@ -243,7 +243,7 @@ def main() -> None:
         mend()
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or drawn_beton(Path(folder))
+        data = args.data or synthetic_beton(Path(folder))
         bench = Bench(args, data)
         sides = bench.sides()
         times: dict[str, list[float]] = {name: [] for name in sides}

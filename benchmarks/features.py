@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
-from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.evaluation.frozen.features import (
     PRECISIONS,
     Extraction,
     feature_batches,
-    normalised,
+    normalized,
     tokens_of,
 )
 from ibeton.evaluation.photos import PhotoSet, view_batches
@@ -63,7 +63,7 @@ def measure(
         for batch in itertools.cycle(ready):
             with torch.inference_mode(), how.autocast():
                 found = tokens_of(
-                    network.backbone, network.head, normalised(batch.images, how.device), NAMES
+                    network.backbone, network.head, normalized(batch.images, how.device), NAMES
                 )
             done += len(batch.images)
             if done >= images:
@@ -130,7 +130,7 @@ def main() -> None:
     config = fill(ModelConfig, vars(args))
     how = Extraction(args.device, args.batch_size, args.workers, args.precision)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or drawn_beton(Path(folder))
+        data = args.data or synthetic_beton(Path(folder))
         rates, cpu = measure(data, config, how, args.images, args.rounds)
     about, console = machine("torch", "pillow"), Console(width=100)
     table = Table(title=f"images/s, {config.arch} at {config.image_size} pixels, {args.device}")

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from ibeton.benchmarks.features import add_shared_options, on_two_clocks
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
-from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.evaluation.frozen.features import Extraction, extract
 from ibeton.evaluation.frozen.heads import RATES, LinearSettings, train_head_reference, train_heads
 from ibeton.evaluation.frozen.linear import augmented, feature_names, joined, shuffled
@@ -101,7 +101,7 @@ def main() -> None:
     how = Extraction(args.device, args.batch_size, args.workers, args.precision)
     epochs = (args.sgd_epochs, args.streamed_epochs)
     with tempfile.TemporaryDirectory() as folder:
-        photos = PhotoSet(args.data or drawn_beton(Path(folder)), config.image_size)
+        photos = PhotoSet(args.data or synthetic_beton(Path(folder)), config.image_size)
         seconds, cpu = measure(photos, config, how, epochs, args.rounds)
     table = Table(title=f"{len(RATES)} learning rates, {len(photos)} photos, {args.device}")
     for heading in ("", "seconds", "CPU seconds"):

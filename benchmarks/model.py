@@ -62,7 +62,7 @@ def resident(field: str) -> int:
 
 
 def peak_memory(side: Side, batch: Batch) -> int:
-    """Bytes above the idle process at the peak of a step. Idle: weights and the optimiser's moments
+    """Bytes above the idle process at the peak of a step. Idle: weights and the optimizer's moments
     are there, gradients and activations are not."""
     side.step(batch)
     side.optimizer.zero_grad(set_to_none=True)

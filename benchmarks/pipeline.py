@@ -5,7 +5,7 @@
 
 Side by side, in rounds that take turns: reading the bytes, decoding them by libjpeg-turbo (the
 limit), the published recipe (Pillow), and our loaders. All see the same bytes and make the same
-views: normalised float32 tensors, except where a row says pixels.
+views: normalized float32 tensors, except where a row says pixels.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from ibeton.benchmarks.harness.measure import (
     spread,
     take_turns,
 )
-from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.pipeline import PipelineConfig, build_loader
-from ibeton.pipeline.batch import normalised
+from ibeton.pipeline.batch import normalized
 from ibeton.pipeline.crops.cpu import cut_views
 from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loader import dali_problem, ffcv_problem
@@ -103,7 +103,7 @@ class Bench:
             pixels = self.decoded[index % len(self.decoded)]
             cut_views(pixels, draw_views(self.views, 0, 0, index, *pixels.shape[:2]), large, small)
             for views in (large, small):
-                normalised(torch.from_numpy(views)[None], self.mean, self.std)
+                normalized(torch.from_numpy(views)[None], self.mean, self.std)
         return self.images
 
     def loader(self, kind: str) -> Side:
@@ -183,8 +183,8 @@ def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
     ]
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     middles = [quartiles(values)[0] for _, values in rows]
-    colours = ["#999999" if n.startswith((RECIPE, LIMIT)) else "#2a78b5" for n, _ in rows]
-    bars = axes.barh([name for name, _ in rows], middles, color=colours)
+    colors = ["#999999" if n.startswith((RECIPE, LIMIT)) else "#2a78b5" for n, _ in rows]
+    bars = axes.barh([name for name, _ in rows], middles, color=colors)
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("images/s (median of rounds)")
@@ -209,7 +209,7 @@ def main() -> None:
     at_hand = sorted(os.sched_getaffinity(0))
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or drawn_beton(Path(folder))
+        data = args.data or synthetic_beton(Path(folder))
         rates = {"1 core": measured_apart(data, at_hand[:1], args.images, args.rounds)}
         if args.cores > 1 and len(at_hand) >= args.cores:
             name = f"{args.cores} cores"

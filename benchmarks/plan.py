@@ -88,7 +88,7 @@ def between(low: float, high: float) -> float:
 
 def plan(shape: StepShape, setup: Setup, epochs: int, sharded: bool = False) -> dict[str, Any]:
     """All figures, as they go into the JSON file. Rates are of all processes together. `sharded`:
-    so are the optimiser's moments."""
+    so are the optimizer's moments."""
     every = three(shape, setup)
     speeds = [each.images_per_s * setup.processes for each in every]
     middle = every[1]

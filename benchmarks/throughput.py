@@ -37,13 +37,13 @@ from ibeton.benchmarks.harness.throughput_floors import (
     measure_peaks,
 )
 from ibeton.benchmarks.harness.throughput_report import compare, print_report, write_html, write_png
-from ibeton.benchmarks.synthetic.dataset import drawn_beton
+from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_command
 from ibeton.options import Parser
 from ibeton.stages import PARTS, StageClock, stage
 from ibeton.train import Run, prepare
 from ibeton.training.config import ARCHITECTURES, parse
-from ibeton.training.timing.bottleneck import Room, rank_line, verdict
+from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdict
 from ibeton.training.timing.speed import Window, cores_a_process
 from ibeton.workers import cores
 
@@ -65,7 +65,7 @@ def measure(arguments: list[str], rounds: int, steps: int, baseline: bool) -> di
             raise ValueError(f"--baseline: the plain model has no {config.model.arch}")
         run = prepare(config)
         stack.callback(leave, run)
-        stack.enter_context(run.dog.telling())
+        stack.enter_context(run.watchdog.report_errors())
         bench = Bench(run, steps)
         demand = demand_of(run, bench.batch, bench.rates)
         sides = bench.sides(stack, baseline)
@@ -81,7 +81,7 @@ def measure(arguments: list[str], rounds: int, steps: int, baseline: bool) -> di
 def leave(run: Run) -> None:
     """End threads, worker processes and the group."""
     run.loader.close()
-    run.dog.close()
+    run.watchdog.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -106,7 +106,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
     run, windows = bench.run, bench.windows
     config = run.config.pipeline
     workers, at_hand = config.workers or cores(), cores_a_process(cores())
-    room = Room(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
     ranks = of_ranks(bench)
     best = Peaks(*map(max, zip(*map(dataclasses.astuple, peaks), strict=True)))
     lowest = floors(demand, best, room.workers)
@@ -138,10 +138,10 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
         },
         "loader_ms": {
             name: {
-                "ms": [1000 * bench.images / w.efforts[name].ceiling for w in windows[LOADER]],
-                "lanes": effort.lanes,
+                "ms": [1000 * bench.images / w.stage_work[name].ceiling for w in windows[LOADER]],
+                "workers": work_done.workers,
             }
-            for name, effort in windows[LOADER][0].efforts.items()
+            for name, work_done in windows[LOADER][0].stage_work.items()
         },
         "ranks": ranks,
         "floor_ms": {name: 1000 * seconds for name, seconds in lowest.items()},
@@ -170,7 +170,9 @@ def clock_cost(bench: Bench) -> dict[str, Any]:
     return {"us_a_stage": 1e6 * seconds, "share_of_step": share}
 
 
-def sentences(windows: dict[str, list[Window]], room: Room, lowest: dict[str, float]) -> list[str]:
+def sentences(
+    windows: dict[str, list[Window]], room: LoaderResources, lowest: dict[str, float]
+) -> list[str]:
     """What limits, what changing it would bring, and how far from the best the two together are."""
     rate = {name: statistics.median(w.images_per_s for w in side) for name, side in windows.items()}
     middle = sorted(windows[BOTH], key=lambda window: window.images_per_s)[len(windows[BOTH]) // 2]
@@ -239,7 +241,7 @@ def main(given: list[str] | None = None) -> int:
         options = rest
         with tempfile.TemporaryDirectory() as folder:
             if "--data" not in rest:
-                data = drawn_beton(Path(folder), PHOTOS[device])
+                data = synthetic_beton(Path(folder), PHOTOS[device])
                 options = [*DEFAULTS[device], *rest, "--data", data]
             steps = own.steps or {"cpu": 1, "cuda": 20}[device]
             result = measure(options, own.rounds, steps, own.baseline)

@@ -1,6 +1,6 @@
 """Labelled photos -> batches of views, decoded by threads while who asked for them computes.
 
-The published evaluation view: shorter side resized to 256 (bicubic, as Pillow does it), centre
+The published evaluation view: shorter side resized to 256 (bicubic, as Pillow does it), center
 224 x 224. The published view for training a linear layer: a random crop of 8 to 100 % of the photo,
 resized (bilinear), and a flip; its draws follow from (epoch, photo).
 
@@ -33,7 +33,7 @@ Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why t
 
 
 def evaluation_view(image: Image.Image, size: int) -> Tensor:
-    """The published evaluation view scaled to `size`: shorter side to 256, centre 224 at size 224.
+    """The published evaluation view scaled to `size`: shorter side to 256, center 224 at size 224.
 
     uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
     torchvision alone takes more than a third of the time that a run takes to load.

@@ -3,7 +3,7 @@
 python -m evaluation.show attention       where the class token looks, head by head
 python -m evaluation.show patterns        the patches most central to a prototype
 python -m evaluation.show correspondence  patches of two views, or two photos, that find each other
-python -m evaluation.show neighbours      the photos nearest to a photo
+python -m evaluation.show neighbors      the photos nearest to a photo
 
 all with --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
 """
@@ -21,7 +21,7 @@ from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.attention import draw_attention
 from ibeton.evaluation.pictures.canvas import spread
 from ibeton.evaluation.pictures.correspondence import draw_correspondence, two_photos, two_views
-from ibeton.evaluation.pictures.neighbors import draw_neighbours
+from ibeton.evaluation.pictures.neighbors import draw_neighbors
 from ibeton.evaluation.pictures.patterns import assign, central_patterns, draw_patterns
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
 from ibeton.options import Parser
@@ -34,19 +34,23 @@ def make_parser() -> argparse.ArgumentParser:
     attention = kinds.add_parser("attention", help="where the class token looks")
     patterns = kinds.add_parser("patterns", help="the patches most central to a prototype")
     matches = kinds.add_parser("correspondence", help="patches that find each other")
-    neighbours = kinds.add_parser("neighbours", help="the photos nearest to a photo")
-    for kind in (attention, patterns, matches, neighbours):
+    neighbors = kinds.add_parser(
+        "neighbors", aliases=["neighbours"], help="the photos nearest to a photo"
+    )
+    for kind in (attention, patterns, matches, neighbors):
         kind.add_argument("--checkpoint", required=True, help="of train.py, or an imported one")
         kind.add_argument("--data", required=True, help="labelled photos: folder, tar or .beton")
         kind.add_argument("--output", required=True, type=Path, help="PNG to write")
         kind.add_argument("--network", choices=("teacher", "student"), default="teacher")
         kind.add_argument("--image-size", type=int, help="side of a view (as the model was built)")
         kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for kind in (attention, matches, neighbours):
+    for kind in (attention, matches, neighbors):
         kind.add_argument("--photos", type=int, nargs="+", help="numbers (default: four, spread)")
     matches.add_argument("--pairs", action="store_true", help="photos two by two, not two views")
     patterns.add_argument("--patterns", type=int, default=6, help="how many prototypes")
-    neighbours.add_argument("--neighbours", type=int, default=8, help="how many of each photo")
+    neighbors.add_argument(
+        "--neighbors", "--neighbours", type=int, default=8, help="how many of each photo"
+    )
     return parser
 
 
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: no CUDA device is usable; give --device cpu")
-    for name in ("patterns", "neighbours"):
+    for name in ("patterns", "neighbors"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
     content = load_checkpoint(args.checkpoint)
@@ -71,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
     indices = args.photos or spread(photos, 4)
     if args.kind == "attention":
         draw_attention(backbone, photos, indices, args.device, args.output)
-    elif args.kind == "neighbours":
+    elif args.kind in ("neighbors", "neighbours"):
         how = Extraction(args.device)
-        draw_neighbours(backbone, photos, indices, args.neighbours, how, args.output)
+        draw_neighbors(backbone, photos, indices, args.neighbors, how, args.output)
     else:
         if args.pairs and len(indices) % 2:
             raise ValueError(f"--pairs with {len(indices)} photos: give two for each row")

@@ -54,10 +54,10 @@ class StageClock:
         """What is left of the open stage counts as stage `name`."""
         self._mark(name)
 
-    def lap(self) -> "Lap":
+    def lap(self) -> "StepTiming":
         """End the lap and begin the next. Its times may be asked for when the device is done."""
         self._mark(self._innermost())
-        lap = Lap(self._marks, self._spare if self._on_gpu else None)
+        lap = StepTiming(self._marks, self._spare if self._on_gpu else None)
         self._marks = self._marks[-1:]
         return lap
 
@@ -73,7 +73,7 @@ class StageClock:
         self._marks.append((name, event))
 
 
-class Lap:
+class StepTiming:
     """The marks of a lap: what begins with each, and when."""
 
     def __init__(self, marks: list[tuple[str, Any]], spare: list[torch.cuda.Event] | None) -> None:
@@ -140,19 +140,19 @@ def rest_is(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Effort:
-    """Work of one stage in the loader: `seconds` over all of `lanes` threads, processes or streams,
-    for `photos`."""
+class StageWork:
+    """Work of one stage in the loader: `seconds` over all of `workers` threads, processes or
+    streams, for `photos`."""
 
     seconds: float
     photos: int
-    lanes: int
-    shared: bool = True  # whether the lanes are the loader's workers, which do other stages too
+    workers: int
+    shared: bool = True  # whether the workers are the loader's workers, which do other stages too
 
-    def plus(self, more: "Effort") -> "Effort":
+    def plus(self, more: "StageWork") -> "StageWork":
         """Both together."""
         seconds, photos = self.seconds + more.seconds, self.photos + more.photos
-        return Effort(seconds, photos, more.lanes, more.shared)
+        return StageWork(seconds, photos, more.workers, more.shared)
 
     @property
     def per_photo(self) -> float:
@@ -161,8 +161,8 @@ class Effort:
 
     @property
     def ceiling(self) -> float:
-        """Images/s, if the lanes did nothing else."""
-        return self.lanes / self.per_photo if self.seconds else float("inf")
+        """Images/s, if the workers did nothing else."""
+        return self.workers / self.per_photo if self.seconds else float("inf")
 
 
 class Work:
@@ -170,15 +170,17 @@ class Work:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums: dict[str, Effort] = {}
+        self._sums: dict[str, StageWork] = {}
 
-    def add(self, name: str, seconds: float, photos: int, lanes: int, shared: bool = True) -> None:
-        effort = Effort(seconds, photos, lanes, shared)
+    def add(
+        self, name: str, seconds: float, photos: int, workers: int, shared: bool = True
+    ) -> None:
+        work_done = StageWork(seconds, photos, workers, shared)
         with self._lock:
             before = self._sums.get(name)
-            self._sums[name] = effort if before is None else before.plus(effort)
+            self._sums[name] = work_done if before is None else before.plus(work_done)
 
-    def take(self) -> dict[str, Effort]:
+    def take(self) -> dict[str, StageWork]:
         """What was added since the last call."""
         with self._lock:
             sums, self._sums = self._sums, {}

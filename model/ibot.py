@@ -52,12 +52,12 @@ class IBOT(nn.Module):
 
     def wrap_ddp(self, device: torch.device) -> None:
         """Average the student's gradients over ranks from now on. Networks must be on `device`, and
-        the process group initialised. Batch norms in the head take statistics over all ranks.
+        the process group initialized. Batch norms in the head take statistics over all ranks.
 
         Gradients travel in buckets while the backward goes on, and lie in those buckets. All
         parameters take part in every step, so DDP need not look for unused ones, and the graph
         is static unless micro-steps leave some backwards unreduced.
-        Raises ValueError for batch norms on a CPU, where PyTorch cannot synchronise them."""
+        Raises ValueError for batch norms on a CPU, where PyTorch cannot synchronize them."""
         if self.student.head.couples_tokens():
             if device.type != "cuda":
                 raise ValueError(
@@ -106,7 +106,7 @@ class IBOT(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, skipped: Tensor | None = None) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, after the optimiser's step, for
+        """teacher = momentum * teacher + (1 - momentum) * student, after the optimizer's step, for
         the parameters that both have by name; buffers stay (published code). Where `skipped`, a
         bool on the device, is true, the teacher stays too."""
         student = dict(self.student.named_parameters())
@@ -173,7 +173,7 @@ def build_backbone(config: ModelConfig, is_student: bool) -> "VisionTransformer 
 
 
 def build_network(config: ModelConfig, is_student: bool) -> Network:
-    """The student or the teacher, freshly initialised."""
+    """The student or the teacher, freshly initialized."""
     backbone = build_backbone(config, is_student)
     head = IBOTHead(
         backbone.embed_dim,
@@ -205,7 +205,7 @@ def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
 
 
 def build(config: ModelConfig) -> IBOT:
-    """The whole model on the CPU (or torch's default device), freshly initialised from torch's
+    """The whole model on the CPU (or torch's default device), freshly initialized from torch's
     random state. Raises ValueError, naming the option, for settings that cannot work."""
     config.check()
     loss = IBOTLoss(

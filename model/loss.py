@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ibeton.model.kernels.cross_entropy import cross_entropy, full
+from ibeton.model.kernels.cross_entropy import cross_entropy, upcast
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.network import Logits, Targets
 from ibeton.model.schedules import temperature_schedule
@@ -101,12 +101,12 @@ class IBOTLoss(nn.Module):
             patch_temp,
         )
         with torch.no_grad():
-            targets = ((full(teacher.cls) - self.center) / temp).softmax(dim=-1)
+            targets = ((upcast(teacher.cls) - self.center) / temp).softmax(dim=-1)
             entropy = -torch.special.xlogy(targets, targets).sum(dim=-1).mean()
             batch = len(teacher.cls) // self.global_views
             second = cls_logits[batch : 2 * batch]
             agree = teacher.cls[:batch].argmax(dim=-1) == second.argmax(dim=-1)
-            self.noted.append(torch.cat([full(teacher.cls).mean(dim=0), teacher.patch_mean]))
+            self.noted.append(torch.cat([upcast(teacher.cls).mean(dim=0), teacher.patch_mean]))
         return {
             "loss": cls + patch,
             "cls": cls,

@@ -1,4 +1,4 @@
-"""Optimisers over the published parameter groups, and what happens to gradients before a step."""
+"""Optimizers over the published parameter groups, and what happens to gradients before a step."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -27,7 +27,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(student: nn.Module, name: str = "adamw", sharded: bool = False) -> Optimizer:
-    """Optimiser of the student. Learning rate and decay are 0 until `training_step` sets them.
+    """Optimizer of the student. Learning rate and decay are 0 until `training_step` sets them.
 
     AdamW runs fused, where the parameters are on a CPU or CUDA device: one pass over memory, and
     under a GradScaler it skips an overflown step on the device, without asking the host. `sharded`
@@ -61,7 +61,7 @@ def is_sharded(optimizer: Optimizer) -> bool:
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
-    """The state dict for a checkpoint. That of a sharded optimiser, for which all ranks must ask,
+    """The state dict for a checkpoint. That of a sharded optimizer, for which all ranks must ask,
     is an unsharded one's on rank 0, and None on the others."""
     if not is_sharded(optimizer):
         return optimizer.state_dict()
@@ -157,7 +157,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def cancel_last_layer_gradients(student: nn.Module, epoch: int, freeze_epochs: int) -> None:
     """In the first `freeze_epochs` epochs, drop the gradients of both last layers, g and v.
 
-    Dropped is None, not zero: the optimiser then skips them wholly, decay, moments and step count
+    Dropped is None, not zero: the optimizer then skips them wholly, decay, moments and step count
     included (published code, `cancel_gradients_last_layer`).
     """
     if epoch < freeze_epochs:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ibeton.model.backbones.blocks import Block, drop_path
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.ibot import IBOT
-from ibeton.model.kernels.cross_entropy import full
+from ibeton.model.kernels.cross_entropy import upcast
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.network import Logits, Network
 
@@ -72,8 +72,8 @@ def across_views_reference(
 ) -> Tensor:
     """Mean cross-entropy over images and over pairs of a teacher view and another student view
     (iBOT, section 3.2, equation 1). student: V + L of [B, K]; teacher [V * B, K]."""
-    targets = ((full(teacher) - loss.center) / temp).softmax(dim=-1)
-    log_p = [(full(view) / loss.student_temp).log_softmax(dim=-1) for view in student]
+    targets = ((upcast(teacher) - loss.center) / temp).softmax(dim=-1)
+    log_p = [(upcast(view) / loss.student_temp).log_softmax(dim=-1) for view in student]
     terms = [
         -(target * log_p[v]).sum(dim=-1).mean()
         for q, target in enumerate(targets.chunk(loss.global_views))
@@ -93,8 +93,8 @@ def masked_patches_reference(
     masks = masks.reshape(student.shape[:2]).to(torch.float32)  # [V * B, N]
     views = (t.chunk(loss.global_views) for t in (student, teacher, masks))
     for student_view, teacher_view, mask in zip(*views, strict=True):
-        target = ((full(teacher_view) - loss.center2) / temp).softmax(dim=-1)
-        log_p = (full(student_view) / loss.student_temp).log_softmax(dim=-1)
+        target = ((upcast(teacher_view) - loss.center2) / temp).softmax(dim=-1)
+        log_p = (upcast(student_view) / loss.student_temp).log_softmax(dim=-1)
         by_patch = -(target * log_p).sum(dim=-1)  # [B, N]
         by_image = (by_patch * mask).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
         terms.append(by_image.mean())
@@ -121,8 +121,8 @@ def loss_reference(
         loss, patch_logits, teacher_patch, masks, patch_temp
     )
     first = teacher_cls.chunk(loss.global_views)[0]
-    targets = ((full(teacher_cls) - loss.center) / temp).softmax(dim=-1)
-    means = [full(teacher_cls).mean(dim=0), full(teacher_patch).mean(dim=(0, 1))]
+    targets = ((upcast(teacher_cls) - loss.center) / temp).softmax(dim=-1)
+    means = [upcast(teacher_cls).mean(dim=0), upcast(teacher_patch).mean(dim=(0, 1))]
     loss.noted.append(torch.cat(means))
     return {
         "loss": cls + patch,

@@ -27,8 +27,8 @@ def training_step(
     freeze_last_layer: int = 1,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Forward, backward, clip, freeze, optimiser, teacher. Nothing here waits for the device,
-    unless the optimiser must be told from here whether to step (SGD, LARS, a sharded one).
+    """Forward, backward, clip, freeze, optimizer, teacher. Nothing here waits for the device,
+    unless the optimizer must be told from here whether to step (SGD, LARS, a sharded one).
 
     `clip_grad` 0 does not clip; `freeze_last_layer` is in epochs; `autocast_dtype` None computes
     in the parameters' own dtype, float16 wants a `scaler` (else ValueError). `ibot.micro_steps`
@@ -38,8 +38,8 @@ def training_step(
 
     Returns scalars without gradient: those of `IBOTLoss.forward`, `grad_norm` (L2 over all
     gradients, before clipping) and `finite` (bool). A step whose loss or gradients are not finite,
-    on any rank, is skipped on all: weights, optimiser, teacher, centers and batch statistics
-    stay as they were. (The published trainer stops, with the weights spoilt.)
+    on any rank, is skipped on all: weights, optimizer, teacher, centers and batch statistics
+    stay as they were. (The published trainer stops, with the weights spoiled.)
     """
     if autocast_dtype is torch.float16 and scaler is None:
         raise ValueError("float16 needs a GradScaler: small gradients vanish without loss scaling")
@@ -92,7 +92,7 @@ def _none_if_not_finite(loss: Tensor) -> Tensor:
 
 
 def _step_unless(skipped: Tensor, optimizer: Optimizer) -> None:
-    """The optimiser's step, unless `skipped`. Fused optimisers look at it on the device, by the
+    """The optimizer's step, unless `skipped`. Fused optimizers look at it on the device, by the
     attributes that a GradScaler would set."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         vars(optimizer).update(grad_scale=None, found_inf=skipped.float())

@@ -13,7 +13,7 @@ from ibeton.pipeline.compiled import compiled
 class Batch:
     """One batch on the training device. B images, V global and L local views, square crops.
 
-    Crops are normalised by the configured mean and standard deviation. Views come first, so that
+    Crops are normalized by the configured mean and standard deviation. Views come first, so that
     `flatten(0, 1)` gives the view-major order in which the published loss wants its logits.
     """
 
@@ -26,7 +26,7 @@ class Batch:
 
 @dataclass
 class Crops:
-    """Finished views of one batch before normalisation, on the CPU, sample first.
+    """Finished views of one batch before normalization, on the CPU, sample first.
 
     The arrays may be slots that the loader reuses: consume them before asking for the next batch.
     """
@@ -38,7 +38,7 @@ class Crops:
 
 @dataclass
 class DeviceCrops:
-    """Finished views of one batch, normalised and on the training device, view first."""
+    """Finished views of one batch, normalized and on the training device, view first."""
 
     global_crops: Tensor  # float [V, B, 3, S, S]
     local_crops: Tensor  # float [L, B, 3, s, s]
@@ -60,7 +60,7 @@ class Decoded:
 
 
 @compiled
-def _normalise(crops: np.ndarray, scale: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
+def _normalize(crops: np.ndarray, scale: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
     """`crops` [B, V, 3, S, S] into `out` [V, B, 3, S, S], in one pass where torch needs three."""
     for b in range(crops.shape[0]):
         for v in range(crops.shape[1]):
@@ -70,13 +70,13 @@ def _normalise(crops: np.ndarray, scale: np.ndarray, shift: np.ndarray, out: np.
                     target[i] = np.float32(np.float32(source[i]) * scale[c]) + shift[c]
 
 
-def normalised(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalized(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, V, 3, S, S] -> float32 [V, B, 3, S, S] on the device of `mean`; mean and std are
     float32 [3] on the 0..1 scale. The result is fresh memory, so the input may be reused."""
     scale, shift = 1 / (255 * std), -mean / std
     if mean.device.type == "cpu":
         out = torch.empty(crops.shape[1], crops.shape[0], *crops.shape[2:])
-        _normalise(*(t.contiguous().numpy() for t in (crops, scale, shift)), out.numpy())
+        _normalize(*(t.contiguous().numpy() for t in (crops, scale, shift)), out.numpy())
         return out
     crops = crops.to(mean.device).transpose(0, 1)
     out = torch.empty(crops.shape, dtype=torch.float32, device=mean.device)

@@ -36,7 +36,7 @@ class PipelineConfig:
     color_jitter: tuple[float, float, float, float] = option(
         (0.4, 0.4, 0.2, 0.1), "strength of brightness, contrast, saturation, hue"
     )
-    gray_p: float = option(0.2, "share of views turned grey")
+    gray_p: float = option(0.2, "share of views turned gray")
     patch_size: int = option(16, "side of a patch in pixels")
     pred_shape: str = option("block", "shape of the masks", ("block", "rand"))
     pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen a view")

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ibeton.pipeline.batch import Batch, Crops, DeviceCrops, normalised
+from ibeton.pipeline.batch import Batch, Crops, DeviceCrops, normalized
 from ibeton.pipeline.config import PipelineConfig
 from ibeton.pipeline.loaders.memory import keep_freed_memory
 from ibeton.pipeline.loaders.replacements import Replacements
@@ -170,8 +170,8 @@ class Loader:
         global_crops, local_crops = crops.global_crops, crops.local_crops
         if isinstance(crops, Crops):
             with stage("copy"):
-                global_crops = normalised(global_crops, self._mean, self._std)
-                local_crops = normalised(local_crops, self._mean, self._std)
+                global_crops = normalized(global_crops, self._mean, self._std)
+                local_crops = normalized(local_crops, self._mean, self._std)
         cells = config.global_crops_size // config.patch_size
         with stage("mask"):
             masks = draw_masks(

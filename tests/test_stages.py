@@ -123,17 +123,17 @@ def test_work_of_many_threads_is_summed() -> None:
 
     def add() -> None:
         for _ in range(1000):
-            work.add("decode", 0.25, photos=2, lanes=4)
+            work.add("decode", 0.25, photos=2, workers=4)
 
     threads = [threading.Thread(target=add) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    effort = work.take()["decode"]
-    assert (effort.seconds, effort.photos) == (2000.0, 16000)
-    assert effort.per_photo == 0.125
-    assert effort.ceiling == 32  # images/s of four lanes
+    work_done = work.take()["decode"]
+    assert (work_done.seconds, work_done.photos) == (2000.0, 16000)
+    assert work_done.per_photo == 0.125
+    assert work_done.ceiling == 32  # images/s of four workers
     assert work.take() == {}
 
 

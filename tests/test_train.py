@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 from ibeton.train import main
 
-ROOT = Path(__file__).parents[1]
 PHOTOS = 96
 # A run of 12 steps an epoch that takes seconds.
 SMALL = shlex.split(

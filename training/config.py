@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class RunConfig:
-    """The run: optimisation, output, evaluation. Defaults are the published ViT-S/16 recipe."""
+    """The run: optimization, output, evaluation. Defaults are the published ViT-S/16 recipe."""
 
     recipe: str = option("", "preset to start from (default: the one of --arch)", tuple(RECIPES))
     output_dir: str = option("", "run folder (default: runs/ARCH)")
@@ -58,12 +58,12 @@ class RunConfig:
     global_batch_size: int = option(
         0, "images a step over all processes, in equal parts (0: --batch-size in each)"
     )
-    shard_optimizer: bool = option(False, "each process keeps its part of the optimiser's state")
+    shard_optimizer: bool = option(False, "each process keeps its part of the optimizer's state")
     lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
     stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
     precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
-    optimizer: str = option("adamw", "optimiser", OPTIMIZERS)
+    optimizer: str = option("adamw", "optimizer", OPTIMIZERS)
     lr: float = option(5e-4, "peak learning rate for a global batch of 256, scaled linearly")
     min_lr: float = option(1e-6, "learning rate at the end, not scaled")
     warmup_epochs: int = option(10, "epochs of linear warm-up of the learning rate")
@@ -80,7 +80,7 @@ class RunConfig:
     eval_train: str = option("", "labelled photos for k-NN: the memory (.beton or folder)")
     eval_val: str = option("", "labelled photos for k-NN: the queries (.beton or folder)")
     eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
-    eval_k: int = option(20, "neighbours in those evaluations")
+    eval_k: int = option(20, "neighbors in those evaluations")
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""

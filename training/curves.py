@@ -24,8 +24,8 @@ def plot_curves(folder: Path) -> Path | None:
     )
     left = axes[0][0]
     steps = [r["step"] for r in losses]
-    for name, colour in (("loss", _INK), ("cls", _BLUE), ("patch", _ORANGE)):
-        left.plot(steps, [r[name] for r in losses], label=name, color=colour, linewidth=1.4)
+    for name, color in (("loss", _INK), ("cls", _BLUE), ("patch", _ORANGE)):
+        left.plot(steps, [r[name] for r in losses], label=name, color=color, linewidth=1.4)
     left.set(title="Loss", xlabel="step", ylabel="nats")
     left.legend(frameon=False)
     if scores:

@@ -6,24 +6,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibeton.stages import Effort, Lap, StageClock, stage, work
+from ibeton.stages import StageClock, StageWork, StepTiming, stage, work
 
 LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm", "spread")
 
 
-class LateMetrics:
+class DelayedMetrics:
     """Holds the record of the last step until the next has been queued on the device."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._pending: dict[str, Any] | None = None
-        self._lap: Lap | None = None
-        self._efforts: dict[str, Effort] = {}
+        self._lap: StepTiming | None = None
+        self._efforts: dict[str, StageWork] = {}
         self._names: list[str] = []
         self._values = torch.empty(0)
         self._copied: torch.cuda.Event | None = None
 
-    def push(
+    def enqueue(
         self,
         record: dict[str, Any],
         metrics: dict[str, Tensor],
@@ -49,16 +49,16 @@ class LateMetrics:
             self._values = values
         self._pending, self._lap, self._efforts = record, clock.lap(), work.take()
 
-    def settle(self) -> dict[str, Any] | None:
+    def resolve(self) -> dict[str, Any] | None:
         """The pending record with its numbers, under "parts" the seconds of its lap, under
-        "efforts" the loader's work and under "stop" whether any rank wants to; waits for the device
-        to end that step. None where none pends. All ranks are given the same numbers."""
+        "stage_work" the loader's work and under "stop" whether any rank wants to; waits for the
+        device to end that step. None where none pends. All ranks are given the same numbers."""
         if self._pending is None or self._lap is None:
             return None
         if self._copied is not None:
             self._copied.synchronize()
         *numbers, stop = self._values.tolist()
         record = self._pending | dict(zip(self._names, numbers, strict=True))
-        record |= {"parts": self._lap.seconds(), "efforts": self._efforts, "stop": stop > 0}
+        record |= {"parts": self._lap.seconds(), "stage_work": self._efforts, "stop": stop > 0}
         self._pending = None
         return record

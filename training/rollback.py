@@ -12,7 +12,7 @@ from ibeton.training.run import Run, newest, restore, seed_step
 from ibeton.training.run_log import RunLog
 
 
-def go_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
+def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
     """Write what is the matter to trouble-rankR.json, and bring the run to its last checkpoint.
 
     `dtype` is that of autocast. All ranks take part. Raises RunError, with the report of this rank,
@@ -31,7 +31,7 @@ def go_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
         )
     restore(run, path, load_checkpoint(path))
     if log is not None:
-        log.go_back(run.step)
+        log.roll_back(run.step)
         log.record({"step": run.step, "went_back_from": step})
         for line in (*report, f"going back from step {step} to step {run.step}, once"):
             log.say(line)

@@ -26,7 +26,7 @@ from ibeton.pipeline.store.photos import Photos
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
 from ibeton.training.health.collapse import CollapseAlarm
-from ibeton.training.health.nonfinite_guard import Guard, RunError
+from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
@@ -56,7 +56,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     precision: str
-    dog: Watchdog
+    watchdog: Watchdog
     step: int = 0
     name: str = ""
     seen: str = ""
@@ -64,7 +64,7 @@ class Run:
 
     def __post_init__(self) -> None:
         per_epoch, model = self.loader.steps_per_epoch, self.config.model
-        self.guard = Guard(self.scaler is not None, grace=per_epoch)
+        self.guard = NonFiniteGuard(self.scaler is not None, grace=per_epoch)
         patience = max(_ALARM_AFTER, per_epoch)
         self.alarm = CollapseAlarm(model.out_dim, model.lambda1, patience)
 
@@ -100,7 +100,7 @@ def seed_step(run: Run, step: int) -> None:
     torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def claim(run: Run) -> RunFolder:
+def lock_run_folder(run: Run) -> RunFolder:
     """The run's folder, from now on held by this process. Raises ValueError, see `RunFolder`."""
     begins = {"step": run.step, "processes": run.world_size}
     begins["steps_per_epoch"] = run.loader.steps_per_epoch

@@ -69,7 +69,7 @@ class RunLog:
         self._board = SummaryWriter(str(board), purge_step=first_step)
         self._started, self._first = time.monotonic(), first_step
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Forget all from `step` on: the run goes on from there."""
         self._file.close()
         self._board.close()

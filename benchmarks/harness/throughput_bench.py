@@ -10,9 +10,9 @@ import torch
 
 from ibeton import stages
 from ibeton.pipeline import Batch, Loader, build_loader
-from ibeton.stages import Lap, StageClock, stage
+from ibeton.stages import StageClock, StepTiming, stage
 from ibeton.train import DTYPES, Run, rates, train_step
-from ibeton.training.metrics import LateMetrics
+from ibeton.training.metrics import DelayedMetrics
 from ibeton.training.timing.speed import Window
 from ibeton.workers import cores
 
@@ -32,7 +32,7 @@ class Bench:
         self.rates = rates(run)[0]
         self.windows: dict[str, list[Window]] = {}
         self.clock = StageClock(run.device)
-        self._late = LateMetrics(run.world_size)
+        self._late = DelayedMetrics(run.world_size)
         config = run.config.pipeline
         # Batches that a loader may have made ahead, one a worker in the published one. They are
         # taken at the end of a turn, untimed: nothing is left to be made in the turns of others.
@@ -56,7 +56,7 @@ class Bench:
 
     def model(self) -> None:
         """Steps on one batch, in turn with stages told apart and without."""
-        laps: dict[str, list[Lap]] = {MODEL: [], OFF: []}
+        laps: dict[str, list[StepTiming]] = {MODEL: [], OFF: []}
         self.train_step()
         self._start(self.clock)
         for _ in range(self.steps):
@@ -87,7 +87,7 @@ class Bench:
                     batch = next(batches)
                 metrics = train_step(self.run, batch, 0, self.rates)
                 self._settle(window)
-                self._late.push({"step": i}, metrics, self.clock)
+                self._late.enqueue({"step": i}, metrics, self.clock)
             self._settle(window)
             self._end(BOTH, window, batches)
 
@@ -130,16 +130,16 @@ class Bench:
         stages.work.take()
         self.clock.start()
 
-    def _window(self, laps: list[Lap]) -> Window:
+    def _window(self, laps: list[StepTiming]) -> Window:
         window = Window()
         for lap in laps:
             window.add(self.images, lap.seconds(), {})
         return window
 
     def _settle(self, window: Window) -> None:
-        record = self._late.settle()
+        record = self._late.resolve()
         if record is not None and record["step"] >= UNTIMED:
-            window.add(self.images, record["parts"], record["efforts"])
+            window.add(self.images, record["parts"], record["stage_work"])
 
     def _end(self, name: str, window: Window, rest: Iterator[Batch] | None = None) -> None:
         stages.use(None)

@@ -141,7 +141,7 @@ def _flops(run: Run, batch: Batch, rates: dict[str, float]) -> dict[str, float]:
 
 
 def _model_bytes(run: Run, batch: Batch) -> dict[str, float]:
-    """The loss reads logits of student and teacher and writes the student's gradient. The optimiser
+    """The loss reads logits of student and teacher and writes the student's gradient. The optimizer
     reads gradients for their norms, scales them, reads weights, gradients and two moments, and
     writes all but the gradients: ten passes. The moving average reads two and writes one."""
     config = run.config.model

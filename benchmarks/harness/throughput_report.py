@@ -31,7 +31,7 @@ HEADINGS = ("stage", "ms a step", "images/s", "% of step", "floor ms", "x floor"
 @dataclass(frozen=True)
 class Row:
     """A stage: its milliseconds a step by round, on the step's critical path or in the loader
-    beside it, where all lanes work at once."""
+    beside it, where all workers work at once."""
 
     name: str
     beside: bool
@@ -141,8 +141,8 @@ def write_png(result: dict[str, Any], path: Path) -> Path:
     )
     for place, row in enumerate(found):
         middle, low, high = quartiles(row.ms)
-        colour = _LOADER if row.beside else _WAIT if row.name in WAITING else _STEP
-        left.barh(place, middle, color=colour, height=0.7)
+        color = _LOADER if row.beside else _WAIT if row.name in WAITING else _STEP
+        left.barh(place, middle, color=color, height=0.7)
         left.plot([low, high], [place, place], color="#999999", linewidth=2)
         left.annotate(number(middle), (max(middle, high), place), (5, 0), va="center",
                       textcoords="offset points", fontsize=9)  # fmt: skip
@@ -154,7 +154,7 @@ def write_png(result: dict[str, Any], path: Path) -> Path:
     left.set_xlim(0, 1.15 * max(quartiles(row.ms)[2] for row in found))
     left.set(xlabel="milliseconds a step", title="stages")
     legend = {"loader, beside the step": _LOADER, "step: waits": _WAIT, "step: model": _STEP}
-    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in legend.values()]
+    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=color) for color in legend.values()]
     handles.append(plt.Line2D([], [], color=_FLOOR, linewidth=2.5))
     left.legend(handles, [*legend, "floor"], **_BELOW)
     _draw_sides(right, result["images_per_s"])

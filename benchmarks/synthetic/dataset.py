@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ibeton.benchmarks.synthetic.photos import DrawOptions, draw_photos
+from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 
 
-def drawn_beton(folder: Path, images_per_class: int = 12) -> str:
+def synthetic_beton(folder: Path, images_per_class: int = 12) -> str:
     """A .beton file in `folder` of synthetic photos, ten classes of them."""
-    options = DrawOptions(images_per_class=images_per_class, val_per_class=1)
-    draw_photos(folder / "drawn", options)
+    options = SyntheticOptions(images_per_class=images_per_class, val_per_class=1)
+    make_photos(folder / "drawn", options)
     convert(folder / "drawn" / "train", folder / "drawn.beton", ConvertOptions())
     return str(folder / "drawn.beton")

@@ -4,7 +4,7 @@
 
 It writes DST/train/<class>/00000.jpg and DST/val/<class>/00000.jpg.
 
-Ten classes of shape, from branches to waves. Size, pose, colours, surfaces, light and clutter are
+Ten classes of shape, from branches to waves. Size, pose, colors, surfaces, light and clutter are
 drawn from the same distributions for every class, so only the shape tells. A photo follows from
 (seed, split, class, number) alone. DST/train and DST/val appear only when they are whole.
 """
@@ -33,7 +33,7 @@ CLASSES = tuple(SHAPES)  # in the order of their labels
 
 
 @dataclass(frozen=True)
-class DrawOptions:
+class SyntheticOptions:
     """How many photos to draw."""
 
     images_per_class: int = option(300, "train photos a class")
@@ -96,16 +96,16 @@ def _clutter(rng: Rng, width: int, height: int, count: int, largest: float) -> S
     return placed
 
 
-def _colour(rng: Rng, luma: float) -> np.ndarray:
-    """A pale colour of that brightness. Strong ones would tell the photos apart by themselves, and
+def _color(rng: Rng, luma: float) -> np.ndarray:
+    """A pale color of that brightness. Strong ones would tell the photos apart by themselves, and
     a network that learns by telling photos apart would never look at the shapes."""
     tint = rng.uniform(-1, 1, 3) * 10
     return (luma + tint - _LUMA @ tint).clip(0, 255)
 
 
 def _surface(rng: Rng, width: int, height: int, luma: float) -> Image.Image:
-    """Two colours near that brightness, in a gradient, two halves, or patches."""
-    ends = [_colour(rng, np.clip(luma + rng.uniform(-12, 12), 3, 252)) for _ in range(2)]
+    """Two colors near that brightness, in a gradient, two halves, or patches."""
+    ends = [_color(rng, np.clip(luma + rng.uniform(-12, 12), 3, 252)) for _ in range(2)]
     kind, angle = rng.integers(3), rng.uniform(0, 2 * np.pi)
     if kind == 2:
         coarse = rng.integers(0, 256, rng.integers(3, 12, 2), dtype=np.uint8)
@@ -130,7 +130,7 @@ def _cover(shape: Shape, width: int, height: int) -> Image.Image:
     return fine.reduce(_FINE)
 
 
-def draw_photo(seed: int, split: str, kind: str, number: int) -> Image.Image:
+def make_photo(seed: int, split: str, kind: str, number: int) -> Image.Image:
     """Photo `number` of class `kind`: RGB, sides of 96 to 320 pixels.
 
     Raises ValueError for a split that is not in SPLITS or a class that is not in CLASSES.
@@ -178,19 +178,19 @@ def _developed(rng: Rng, photo: Image.Image) -> Image.Image:
 def _jpeg(seed: int, split: str, kind: str, number: int) -> bytes:
     """The photo as a JPEG file of quality 85 to 95."""
     file = io.BytesIO()
-    photo = draw_photo(seed, split, kind, number)
+    photo = make_photo(seed, split, kind, number)
     photo.save(file, "JPEG", quality=85 + (7 * number + seed) % 11)
     return file.getvalue()
 
 
-def draw_photos(dst: str | Path, options: DrawOptions | None = None) -> None:
+def make_photos(dst: str | Path, options: SyntheticOptions | None = None) -> None:
     """Write train and val photos of every class below `dst`, and the contact sheet if one is named.
 
     Raises ValueError for bad options, FileExistsError for a train or val that holds anything or a
     contact sheet that exists, FileNotFoundError for a contact sheet in a missing folder. Whatever
     is raised, no partial train or val is left.
     """
-    options = options or DrawOptions()
+    options = options or SyntheticOptions()
     options.check()
     dst = Path(dst)
     _check_free(dst, options.contact_sheet)
@@ -249,12 +249,12 @@ def main(argv: list[str] | None = None) -> int:
     about = (__doc__ or "").split("\n")[0]
     parser = Parser(prog="python -m benchmarks.synthetic.photos", description=about)
     parser.add_argument("dst", help="the folder to draw train/ and val/ into")
-    add_options(parser, DrawOptions)
+    add_options(parser, SyntheticOptions)
     given = vars(parser.parse_args(argv))
-    options = fill(DrawOptions, given)
+    options = fill(SyntheticOptions, given)
 
     def draw() -> int:
-        draw_photos(given["dst"], options)
+        make_photos(given["dst"], options)
         train, val = options.images_per_class, options.val_per_class
         print(
             f"{given['dst']}: {len(CLASSES)} classes, {train:,} train, {val:,} val photos of each"

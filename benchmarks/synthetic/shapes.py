@@ -103,7 +103,7 @@ def _houses(rng: Rng) -> Shape:
 
 
 def _rings(rng: Rng) -> Shape:
-    """Two to four circles about one centre."""
+    """Two to four circles about one center."""
     count, thick = int(rng.integers(2, 5)), rng.uniform(0.4, 0.6)
     shape: Shape = []
     for i in range(count, 0, -1):
@@ -113,7 +113,7 @@ def _rings(rng: Rng) -> Shape:
 
 
 def _spirals(rng: Rng) -> Shape:
-    """A line that winds out of the centre, two or three times round, either way."""
+    """A line that winds out of the center, two or three times round, either way."""
     turns, hand = rng.uniform(2, 3.2), rng.choice((-1, 1))
     t = np.linspace(0.04, 1, 90)
     angle = 2 * np.pi * turns * t

@@ -49,7 +49,7 @@ def cached_features(
     """Features by name, as `features.extract` gives them, from `folder` if they are there;
     else computed and kept. They are memory-mapped.
 
-    Where torch.distributed is initialised every rank calls it, and computes its share; the folder
+    Where torch.distributed is initialized every rank calls it, and computes its share; the folder
     must be one that all of them see. `config` says what the weights do not (heads, windows).
     Raises ValueError if no photo can be read or a cached array is damaged.
     """

@@ -1,7 +1,7 @@
 """Unsupervised classification: do clusters that no label had a hand in agree with the classes?
 
 Clusters of the validation set come from the projection head (the prototype that it gives each class
-token, as published) and from k-means on normalised class tokens of the training set, with as many
+token, as published) and from k-means on normalized class tokens of the training set, with as many
 clusters as classes. Accuracy gives each class one cluster, by Hungarian matching; clusters beyond
 are wrong. ARI, NMI (arithmetic mean, as published) and Fowlkes-Mallows take any number of clusters.
 Few or uneven clusters raise the last by themselves: beside it stands what their sizes alone give.

@@ -99,7 +99,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 def tokens_of(
     backbone: nn.Module, head: IBOTHead | None, images: Tensor, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Features by name of normalised images [B, 3, S, S]: tensors [B, ...] as the module says.
+    """Features by name of normalized images [B, 3, S, S]: tensors [B, ...] as the module says.
 
     A backbone that only maps images to tokens [B, 1 + N, C] has all but `blocks` and `parts`.
     Raises ValueError for parts of a Swin, and for prototypes without a head.
@@ -171,7 +171,7 @@ def most_attended(patches: Tensor, attention: Tensor) -> Tensor:
     return torch.stack([ranked[:, :k].mean(dim=1) for k in PARTS], dim=1)
 
 
-def normalised(images: Tensor, device: torch.device | str) -> Tensor:
+def normalized(images: Tensor, device: torch.device | str) -> Tensor:
     """Pixels uint8 [B, 3, S, S] -> what a backbone takes, float32 on `device`."""
     mean, std = (torch.tensor(c).view(3, 1, 1).to(device, non_blocking=True) for c in (MEAN, STD))
     return images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
@@ -203,7 +203,7 @@ def feature_batches(
             if not len(batch.indices):
                 continue
             with torch.inference_mode(), how.autocast():
-                found = tokens_of(backbone, head, normalised(batch.images, device), names)
+                found = tokens_of(backbone, head, normalized(batch.images, device), names)
             if late is not None:  # a batch later, so that a GPU has work while this waits
                 yield late[0], _to_numpy(late[1])
             late = batch.indices, found

@@ -25,7 +25,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # features float32 [b, C], labels int
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """Optimisation of the layers."""
+    """Optimization of the layers."""
 
     epochs: int = 100
     batch_size: int = 1024

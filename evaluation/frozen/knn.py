@@ -28,13 +28,13 @@ VOTES = 1 << 22  # votes at a time, photos x classes: 32 MiB
 Accuracy = tuple[float, float]  # top-1 and top-5 in percent
 
 
-def find_neighbours(
+def find_neighbors(
     train: Tensor, test: Tensor, k: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Return the k most similar training photos of each test photo: similarity float32 [m, k],
     falling, and index int64 [m, k], on the CPU; n columns where n is less than k.
 
-    train [n, C], test [m, C]: float32, normalised. Of equally similar photos the first ones win, on
+    train [n, C], test [m, C]: float32, normalized. Of equally similar photos the first ones win, on
     any device: similarity and index are packed into one integer, so that no two are equal. Memory
     beside both inputs is bounded. Raises ValueError for shapes or values that cannot be compared.
     """
@@ -44,7 +44,7 @@ def find_neighbours(
             "give [n, C] and [m, C], of one width and n at least 1"
         )
     if k < 1:
-        raise ValueError(f"k is {k}; a vote needs at least 1 neighbour")
+        raise ValueError(f"k is {k}; a vote needs at least 1 neighbor")
     if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
         raise ValueError("features hold NaN or infinity; the backbone is broken or has diverged")
     test = test.to(device)
@@ -77,12 +77,12 @@ def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def vote(
     similarity: Tensor,  # float32 [m, k], falling
-    neighbour_labels: Tensor,  # int64 [m, k]
+    neighbor_labels: Tensor,  # int64 [m, k]
     labels: Tensor,  # int64 [m]
     temperature: float,
     num_classes: int,
 ) -> Accuracy:
-    """Return top-1 and top-5 accuracy in percent of the neighbours' weighted vote.
+    """Return top-1 and top-5 accuracy in percent of the neighbors' weighted vote.
 
     Of classes with equally many votes the lower number comes first. A class without any vote is
     never right: where fewer than five classes get votes, the published top-5 counts the classes
@@ -99,7 +99,7 @@ def vote(
         rows = slice(start, start + step)
         target = labels[rows, None]  # [b, 1]
         votes = torch.zeros(len(target), num_classes, dtype=torch.float64)
-        votes.scatter_add_(1, neighbour_labels[rows], weights[rows])
+        votes.scatter_add_(1, neighbor_labels[rows], weights[rows])
         own = votes.gather(1, target)
         ahead = (votes > own) | ((votes == own) & (classes < target))
         place = torch.where(own[:, 0] > 0, ahead.sum(1), num_classes + 5)
@@ -119,7 +119,7 @@ def knn_classify(
 ) -> Accuracy:
     """Return top-1 and top-5 accuracy in percent.
 
-    Features float32 [n, C] and [m, C], normalised; labels int64 [n] and [m], below `num_classes`
+    Features float32 [n, C] and [m, C], normalized; labels int64 [n] and [m], below `num_classes`
     (default: as many as the labels need). Any number of photos and classes; k above n means n.
     """
     sets = (train_features, train_labels, test_features, test_labels)
@@ -152,8 +152,8 @@ def classify_by_k(
     if min(train_labels.min(), test_labels.min()) < 0 or largest > num_classes:
         raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, the number of classes less 1")
     if min(ks) < 1:
-        raise ValueError(f"--k holds {min(ks)}; a vote needs at least 1 neighbour")
-    similarity, index = find_neighbours(train_features, test_features, max(ks), device)
+        raise ValueError(f"--k holds {min(ks)}; a vote needs at least 1 neighbor")
+    similarity, index = find_neighbors(train_features, test_features, max(ks), device)
     labels = train_labels[index]
     return {
         k: vote(similarity[:, :k], labels[:, :k], test_labels, temperature, num_classes) for k in ks
@@ -170,19 +170,19 @@ def evaluate_knn(
     batch_size: int = 128,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    centred: bool = False,
+    centered: bool = False,
 ) -> dict[int, Accuracy]:
     """Return {k: (top-1, top-5)} in percent of a backbone, which is on `device` and left as it was.
 
     train, val: photo folder, tar or .beton file; classes are matched by name where both sets name
-    them. `centred` takes the training set's mean off every feature. It makes no collective call:
+    them. `centered` takes the training set's mean off every feature. It makes no collective call:
     in a distributed run rank 0 calls it, with the bare backbone, while the others wait.
     """
     train_set = train if isinstance(train, PhotoSet) else PhotoSet(train, image_size)
     val_set = val if isinstance(val, PhotoSet) else PhotoSet(val, image_size, train_set.classes)
     features, labels = extract_features(backbone, train_set, device, batch_size, workers)
     val_features, val_labels = extract_features(backbone, val_set, device, batch_size, workers)
-    if centred:
+    if centered:
         mean = features.mean(dim=0)
         features, val_features = features - mean, val_features - mean
     return classify_by_k(
@@ -205,7 +205,7 @@ class RawPixels(nn.Module):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--k", type=int, nargs="+", default=KS, help="neighbours that vote")
+    parser.add_argument("--k", type=int, nargs="+", default=KS, help="neighbors that vote")
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="of the votes")
     parser.add_argument(
         "--pixels", action="store_true", help=f"also raw {PIXELS} x {PIXELS} pixels"
@@ -215,7 +215,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the option, for values that cannot work."""
     if min(args.k) < 1:
-        raise ValueError(f"--k holds {min(args.k)}; a vote needs at least 1 neighbour")
+        raise ValueError(f"--k holds {min(args.k)}; a vote needs at least 1 neighbor")
     if args.temperature <= 0:
         raise ValueError(f"--temperature is {args.temperature}; it must be above 0")
 
@@ -224,7 +224,7 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
     """Top-1 and top-5 in percent for each k, by the photos of `train` (all of the training set's);
     before them the best top-1 of all k.
 
-    With --pixels those of centred raw pixels, too.
+    With --pixels those of centered raw pixels, too.
     """
     train = train or task.train
     by_k = classify_by_k(
@@ -243,7 +243,7 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
         sets = (task.args.train, task.args.val, min(PIXELS, task.train_photos.size))
         how = (task.args.temperature, task.how.batch_size, task.how.threads)
         scores |= _named(
-            "pixels_", evaluate_knn(RawPixels(), *sets, task.args.k, *how, centred=True)
+            "pixels_", evaluate_knn(RawPixels(), *sets, task.args.k, *how, centered=True)
         )
     return scores
 

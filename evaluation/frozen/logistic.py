@@ -1,6 +1,6 @@
 """Multinomial logistic regression on frozen features.
 
-As published: normalised class tokens of the last block, L2 penalty, no intercept, strengths 0.01,
+As published: normalized class tokens of the last block, L2 penalty, no intercept, strengths 0.01,
 0.1 and 1. The loss is the mean cross-entropy + strength / (2 n) |W|^2 (that the strength is divided
 by the number of photos n is from memory of the published code). The strength is chosen on a fifth
 of the training set, then all of it is used: the validation set is looked at once.

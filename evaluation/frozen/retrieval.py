@@ -1,4 +1,4 @@
-"""Nearest-neighbour retrieval: mean average precision over the whole ranking.
+"""Nearest-neighbor retrieval: mean average precision over the whole ranking.
 
 Each validation photo ranks all training photos by cosine similarity of class tokens; those of its
 class are what it looks for.
@@ -18,9 +18,9 @@ _SIMILARITIES = 1 << 24  # at a time, queries x photos
 
 
 def mean_average_precision(
-    photos: Tensor,  # float32 [n, C], normalised: what is searched
+    photos: Tensor,  # float32 [n, C], normalized: what is searched
     labels: Tensor,  # int64 [n]
-    queries: Tensor,  # float32 [m, C], normalised
+    queries: Tensor,  # float32 [m, C], normalized
     query_labels: Tensor,  # int64 [m]
     device: torch.device | str = "cpu",
 ) -> float:
@@ -48,7 +48,7 @@ def retrieval_scores(task: Task) -> Scores:
 
 PROTOCOL = Protocol(
     "retrieval",
-    "mean average precision of nearest neighbours",
+    "mean average precision of nearest neighbors",
     lambda config: ("cls",),
     retrieval_scores,
     ("map",),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibeton.evaluation.frozen.features import evaluating, normalised
+from ibeton.evaluation.frozen.features import evaluating, normalized
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.canvas import (
     class_name,
@@ -19,7 +19,7 @@ from ibeton.evaluation.pictures.canvas import (
 
 
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Normalised images [B, 3, S, S] -> attention of the class token to each patch, float32 [B, H,
+    """Normalized images [B, 3, S, S] -> attention of the class token to each patch, float32 [B, H,
     h, w] on the CPU. Heads sum to less than 1: the class token attends to itself too.
 
     Raises ValueError for a Swin, which has no class token.
@@ -40,7 +40,7 @@ def draw_attention(
     backbone: nn.Module, photos: PhotoSet, indices: list[int], device: str, path: Path
 ) -> None:
     """A row for each photo: the photo, a map for each head, and the mean of the heads."""
-    maps = class_attention(backbone, normalised(views_of(photos, indices), device))
+    maps = class_attention(backbone, normalized(views_of(photos, indices), device))
     images = views_of(to_look_at(photos), indices)
     figure, axes = new_figure(len(indices), maps.shape[1] + 2)
     for row, (index, image, heads) in enumerate(zip(indices, images, maps, strict=True)):

@@ -12,7 +12,7 @@ from matplotlib.patches import ConnectionPatch
 from PIL import Image
 from torch import Tensor, nn
 
-from ibeton.evaluation.frozen.features import evaluating, normalised
+from ibeton.evaluation.frozen.features import evaluating, normalized
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.canvas import (
     GREEN,
@@ -44,7 +44,7 @@ class Pair:
 
 
 def two_views(photos: PhotoSet, source: Photos, index: int, seed: int = 0) -> Pair:
-    """Two crops of a photo, each flipped and its colours changed at random as in training;
+    """Two crops of a photo, each flipped and its colors changed at random as in training;
     `source` has its pixels."""
     views_of(photos, [index])  # refuses what cannot be read
     image = Image.fromarray(source.pixels(index))
@@ -116,10 +116,10 @@ def draw_correspondence(
 ) -> None:
     """A row for each pair of images, with lines between the surest correspondences."""
     figure, axes = new_figure(len(pairs), 2, tile=2.6)
-    colours = [f"C{i % 10}" for i in range(LINES)]
+    colors = [f"C{i % 10}" for i in range(LINES)]
     for row, pair in enumerate(pairs):
         with evaluating(backbone), torch.inference_mode():
-            tokens = backbone(normalised(pair.images, device))[:, 1:].float().cpu()  # [2, N, C]
+            tokens = backbone(normalized(pair.images, device))[:, 1:].float().cpu()  # [2, N, C]
         size = pair.images.shape[3]
         columns = size // patch
         first, second, _ = mutual_nearest(*tokens)
@@ -128,19 +128,19 @@ def draw_correspondence(
         note = f"{len(chosen)} of {len(first)} mutual pairs"
         if pair.boxes is not None:
             right = are_right(pair.boxes, points, size, patch)
-            colours = [GREEN if ok else RED for ok in right]
+            colors = [GREEN if ok else RED for ok in right]
             note = f"{right.sum()} of {len(chosen)} right"
         show(axes[row, 0], pair.large[0], pair.titles[0])
         show(axes[row, 1], pair.large[1], f"{pair.titles[1]}: {note}")
         points = [p * enlargement(size) for p in points]
-        for start, end, colour in zip(*points, colours, strict=False):
+        for start, end, color in zip(*points, colors, strict=False):
             line = ConnectionPatch(
-                start, end, "data", "data", axesA=axes[row, 0], axesB=axes[row, 1], color=colour
+                start, end, "data", "data", axesA=axes[row, 0], axesB=axes[row, 1], color=color
             )
             line.set(linewidth=1.2, alpha=0.9)
             figure.add_artist(line)
             for axis, point in zip(axes[row], (start, end), strict=True):
-                axis.plot(*point, "o", color=colour, markersize=3.5, markeredgecolor="white")
+                axis.plot(*point, "o", color=color, markersize=3.5, markeredgecolor="white")
     save(figure, path, "Patches that are each other's nearest")
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ibeton.evaluation.frozen.features import Extraction, check_read, collect, feature_batches
-from ibeton.evaluation.frozen.knn import find_neighbours
+from ibeton.evaluation.frozen.knn import find_neighbors
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.canvas import (
     GREEN,
@@ -32,17 +32,17 @@ def nearest(
     arrays, indices = collect(batches, len(photos), lambda _, shape, dtype: np.empty(shape, dtype))
     check_read(photos, len(indices))
     if count >= len(indices):
-        raise ValueError(f"--neighbours {count}: {photos.path} has {len(indices)} readable photos")
+        raise ValueError(f"--neighbors {count}: {photos.path} has {len(indices)} readable photos")
     features = F.normalize(torch.from_numpy(arrays["cls"]), dim=1)
     rows = np.searchsorted(indices, queries)
-    _, found = find_neighbours(features, features[rows], count + 1)
+    _, found = find_neighbors(features, features[rows], count + 1)
     others = [row[row != own][:count] for row, own in zip(found.numpy(), rows, strict=True)]
     kept = np.stack(others)
     similar = (features[rows].unsqueeze(1) * features[kept]).sum(dim=2).numpy()
     return indices[kept], similar
 
 
-def draw_neighbours(
+def draw_neighbors(
     backbone: nn.Module,
     photos: PhotoSet,
     queries: list[int],

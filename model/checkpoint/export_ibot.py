@@ -24,7 +24,7 @@ PUBLISHED_NAMES = {
 
 def export_ibot(source: Path, target: Path, network: str = "teacher") -> str:
     """Write a whole checkpoint in the published layout: student (behind `module.`), teacher,
-    ibot_loss, epoch and args. Optimiser and scaler stay behind, as their state is of this program.
+    ibot_loss, epoch and args. Optimizer and scaler stay behind, as their state is of this program.
     """
     refuse_existing(target)
     content = load_checkpoint(source)

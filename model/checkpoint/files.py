@@ -195,7 +195,7 @@ def load_backbone(path: str | Path, network: str = "teacher") -> tuple[nn.Module
     """The backbone of a checkpoint's `network` ("teacher" or "student"), in eval mode on the CPU,
     and the run's settings.
 
-    The backbone takes images float32 [B, 3, H, W], normalised, and gives tokens [B, 1 + N, C], the
+    The backbone takes images float32 [B, 3, H, W], normalized, and gives tokens [B, 1 + N, C], the
     class token first (Swin: the mean of the others), then N patch tokens row by row. Raises as
     `load_checkpoint`, and ValueError for another network or tensors that do not fit the settings.
     """

@@ -26,7 +26,7 @@ BLOCK = 4096  # logits that a Triton program holds at a time
 FP16_LIFT = 4096.0
 
 
-def full(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """The same in float32, or in float64 if that is what came in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -43,8 +43,8 @@ def cross_entropy_reference(
     """Sum over rows r of weight[r] * sum over q of the cross-entropy of
     softmax((teacher[pairs[r, q]] - center) / teacher_temp) and softmax(student[r] / student_temp).
     """
-    log_p = (full(student) / student_temp).log_softmax(dim=-1)
-    targets = ((full(teacher.detach()) - center) / teacher_temp).softmax(dim=-1)
+    log_p = (upcast(student) / student_temp).log_softmax(dim=-1)
+    targets = ((upcast(teacher.detach()) - center) / teacher_temp).softmax(dim=-1)
     seen = pairs >= 0
     target = targets[pairs.clamp(min=0)] * seen.unsqueeze(-1)  # [R, Q, K]
     return -(weight * (target.sum(dim=1) * log_p).sum(dim=-1)).sum()
@@ -127,11 +127,11 @@ def rows_by_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [R], and lift * (n * softmax - summed targets) [R, K] in the dtype of the
     student, n being the row's number of targets. On any device."""
-    loss = full(student.new_empty(0)).new_empty(len(student))
+    loss = upcast(student.new_empty(0)).new_empty(len(student))
     difference = torch.empty_like(student) if want_gradient else None
 
     def soften(logits: Tensor) -> Tensor:
-        return full(logits).sub(center).div_(teacher_temp).softmax(dim=-1)
+        return upcast(logits).sub(center).div_(teacher_temp).softmax(dim=-1)
 
     often = pairs.numel() > len(teacher)  # class tokens: a teacher row meets many student rows
     if often:
@@ -139,7 +139,7 @@ def rows_by_chunk(
     step = max(1, CHUNK // student.shape[1])
     for start in range(0, len(student), step):
         rows = slice(start, start + step)
-        log_p = full(student[rows]).div(student_temp).log_softmax(dim=-1)
+        log_p = upcast(student[rows]).div(student_temp).log_softmax(dim=-1)
         targets = torch.zeros_like(log_p)
         for row in pairs[rows].unbind(dim=1):
             some = teacher[row.clamp(min=0)]

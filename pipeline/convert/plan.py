@@ -59,7 +59,7 @@ class ConvertOptions:
         return Storage(self.write_mode, self.quality, self.max_resolution, self.smart_threshold)
 
     def mostly_kept(self) -> bool:
-        """Whether the usual photo, a colour JPEG, is stored without being decoded."""
+        """Whether the usual photo, a color JPEG, is stored without being decoded."""
         return self.write_mode == "keep" and not self.max_resolution
 
     def content(self) -> dict[str, Any]:

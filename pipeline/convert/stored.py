@@ -42,7 +42,7 @@ class StoredPhoto:
 def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
     """Choose what is stored of `data`, which is proved whole.
 
-    keep: the bytes themselves for a colour JPEG (three components, 8 bits) within the largest
+    keep: the bytes themselves for a color JPEG (three components, 8 bits) within the largest
     resolution, so that nothing is compressed twice; all else is encoded anew. A usual JPEG is
     proved by its structure, all else by decoding it. jpg: always anew.
     raw: pixels. smart: pixels, and JPEG where they take more than the threshold, as FFCV has it.
@@ -54,7 +54,7 @@ def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
         return StoredPhoto("kept", *size, data)
     image = load_photo(data)
     small = _within(image, storage.max_resolution)
-    if storage.write_mode == "keep" and small is image and _is_colour_jpeg(image):
+    if storage.write_mode == "keep" and small is image and _is_color_jpeg(image):
         return StoredPhoto("kept", *image.size, data)
     rgb = to_rgb(small)
     width, height = rgb.size
@@ -100,7 +100,7 @@ def _within(image: Image.Image, longest: int) -> Image.Image:
     return to_rgb(image).resize((width, height), Image.Resampling.HAMMING)
 
 
-def _is_colour_jpeg(image: Image.Image) -> bool:
+def _is_color_jpeg(image: Image.Image) -> bool:
     # MPO is a JPEG with further pictures after its end, which decoders do not reach.
     return image.format in ("JPEG", "MPO") and image.mode == "RGB"
 

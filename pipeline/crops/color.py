@@ -1,4 +1,4 @@
-"""Colour operations on a view in place, as Pillow computes them; views are uint8 [3, n].
+"""Color operations on a view in place, as Pillow computes them; views are uint8 [3, n].
 
 Integers are held in int32 and reals in float32 wherever the result stays Pillow's: numba would
 widen both to 64 bits, which halves what a vector holds.
@@ -19,7 +19,7 @@ Float32 = Any
 
 @inlined
 def _luma(r: int, g: int, b: int) -> Int32:
-    """ITU-R 601 grey in 16-bit fixed point."""
+    """ITU-R 601 gray in 16-bit fixed point."""
     weighted = _I32(_I32(19595) * _I32(r)) + _I32(_I32(38470) * _I32(g))
     return _I32(_I32(weighted + _I32(_I32(7471) * _I32(b)) + _I32(0x8000)) >> _I32(16))
 
@@ -47,7 +47,7 @@ def adjust_brightness(view: Array, factor: float) -> None:
 
 @compiled
 def adjust_contrast(view: Array, factor: float) -> None:
-    """Blend with the view's mean grey (rounded)."""
+    """Blend with the view's mean gray (rounded)."""
     r, g, b = view[0], view[1], view[2]
     total = 0
     for start in range(0, r.size, 4096):  # short enough for a sum in 32 bits
@@ -60,14 +60,14 @@ def adjust_contrast(view: Array, factor: float) -> None:
 
 @compiled
 def adjust_saturation(view: Array, factor: float) -> None:
-    """Blend each pixel with its own grey."""
+    """Blend each pixel with its own gray."""
     r, g, b = view[0], view[1], view[2]
     f = _F32(factor)
     for i in range(r.size):
-        grey = _F32(_luma(r[i], g[i], b[i]))
-        r[i] = _blended(r[i], grey, f)
-        g[i] = _blended(g[i], grey, f)
-        b[i] = _blended(b[i], grey, f)
+        gray = _F32(_luma(r[i], g[i], b[i]))
+        r[i] = _blended(r[i], gray, f)
+        g[i] = _blended(g[i], gray, f)
+        b[i] = _blended(b[i], gray, f)
 
 
 @inlined
@@ -100,9 +100,9 @@ def _beyond(hue: Int32, corner: int) -> Int32:
 
 
 @inlined
-def _channel(value: Int32, saturation: Int32, colour: Int32) -> Int32:
-    """round(value * (1 - saturation / 255 * colour / 255)) in 24-bit fixed point."""
-    lost = _I32(_F32(_I32(saturation * colour)) * _F32((1 << 24) / 65025))
+def _channel(value: Int32, saturation: Int32, color: Int32) -> Int32:
+    """round(value * (1 - saturation / 255 * color / 255)) in 24-bit fixed point."""
+    lost = _I32(_F32(_I32(saturation * color)) * _F32((1 << 24) / 65025))
     kept = _I32(_I32(1 << 24) - lost)
     return _I32(_U32(_U32(_U32(value) * _U32(kept)) + _U32(1 << 23)) >> _U32(24))
 
@@ -119,7 +119,7 @@ def adjust_hue(view: Array, factor: float) -> None:
     for i in range(red.size):
         h, s, v = _to_hsv(_I32(red[i]), _I32(green[i]), _I32(blue[i]))
         hue = _I32(_I32(_I32(h + turn) & _I32(255)) * _I32(6))
-        # Pillow goes by six cases; a channel's colour is the same ramp in each, seen from the
+        # Pillow goes by six cases; a channel's color is the same ramp in each, seen from the
         # corner that is opposite it (red) or its own (green, blue).
         red[i] = _channel(v, s, _I32(_I32(255) - _beyond(hue, 765)))
         green[i] = _channel(v, s, _beyond(hue, 510))
@@ -128,11 +128,11 @@ def adjust_hue(view: Array, factor: float) -> None:
 
 @compiled
 def to_gray(view: Array) -> None:
-    """All three channels become the ITU-R 601 grey."""
+    """All three channels become the ITU-R 601 gray."""
     r, g, b = view[0], view[1], view[2]
     for i in range(r.size):
-        grey = np.uint8(_luma(r[i], g[i], b[i]))
-        r[i], g[i], b[i] = grey, grey, grey
+        gray = np.uint8(_luma(r[i], g[i], b[i]))
+        r[i], g[i], b[i] = gray, gray, gray
 
 
 @compiled

@@ -8,7 +8,7 @@ import numpy as np
 
 from ibeton.pipeline.compiled import compiled
 from ibeton.pipeline.crops import blur, resize
-from ibeton.pipeline.crops import color as colour
+from ibeton.pipeline.crops import color as color
 from ibeton.pipeline.sampling.draws import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION
 
 Array = np.ndarray
@@ -29,16 +29,16 @@ def cut_views(pixels: Array, draws: Array, global_out: Array, local_out: Array) 
         if draw.jitter:
             for op in JITTER_ORDERS[draw.order]:
                 if op == BRIGHTNESS:
-                    colour.adjust_brightness(flat, draw.brightness)
+                    color.adjust_brightness(flat, draw.brightness)
                 elif op == CONTRAST:
-                    colour.adjust_contrast(flat, draw.contrast)
+                    color.adjust_contrast(flat, draw.contrast)
                 elif op == SATURATION:
-                    colour.adjust_saturation(flat, draw.saturation)
+                    color.adjust_saturation(flat, draw.saturation)
                 elif op == HUE:
-                    colour.adjust_hue(flat, draw.hue)
+                    color.adjust_hue(flat, draw.hue)
         if draw.gray:
-            colour.to_gray(flat)
+            color.to_gray(flat)
         if draw.blur_radius > 0:
             blur.gaussian_blur(out, draw.blur_radius)
         if draw.solarize:
-            colour.solarize(flat)
+            color.solarize(flat)

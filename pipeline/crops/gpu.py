@@ -5,9 +5,9 @@ The kernels then repeat `crops.py` operation by operation in the same integers, 
 the CPU's (and Pillow's) pixel for pixel. Launches, on all views of the batch each:
 
 1. taps of both resizes       2. first resize, photos -> scratch
-3. second resize, flip, colour ops before the contrast, sum of the grey
-4. contrast, ops behind it; normalise the views without a blur
-5. - 10. the blurred views' box blurs, three along rows, three along columns; normalise
+3. second resize, flip, color ops before the contrast, sum of the gray
+4. contrast, ops behind it; normalize the views without a blur
+5. - 10. the blurred views' box blurs, three along rows, three along columns; normalize
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ibeton.pipeline.crops import gpu_kernels as kernels
 from ibeton.pipeline.crops.blur import box_radius
 from ibeton.pipeline.sampling.draws import CONTRAST, DRAW, JITTER_ORDERS, SATURATION, ViewSpec
 
-_MAX_SIZE = 2048  # the sum of a view's grey must fit into 32 bits
+_MAX_SIZE = 2048  # the sum of a view's gray must fit into 32 bits
 _MAX_SIDE, _MAX_BYTES = 65535, 2**31 - 1  # of one photo: JPEG's limit; places in it are int32
 _MAX_SHARE = 16  # programs a view
 _F32 = np.float32
@@ -49,7 +49,7 @@ class GpuCropper:
         self._device, self._dtype = _full_device(device), dtype
         self._global_views = global_views
         self._sizes = np.array([view.size for view in views], np.int64)
-        # The same float32 operations as batch.normalised, so that float32 views are equal to its.
+        # The same float32 operations as batch.normalized, so that float32 views are equal to its.
         means, stds = torch.tensor(mean).float(), torch.tensor(std).float()
         self._norm = torch.cat([1 / (255 * stds), -means / stds]).to(self._device)
         blocks = triton.cdiv(int(self._sizes.max()) ** 2, kernels.BLOCK_PIXELS)
@@ -67,7 +67,7 @@ class GpuCropper:
 
         `pixels` uint8 [bytes] on the device holds the photos, each [H, W, 3], from byte
         `offsets[b]` on; offsets, `heights` and `widths` are integers [B] on the host, `draws` DRAW
-        [B, V + L]. Returns normalised global [V, B, 3, S, S] and local [L, B, 3, s, s] views, two
+        [B, V + L]. Returns normalized global [V, B, 3, S, S] and local [L, B, 3, s, s] views, two
         parts of one fresh piece of memory. Raises ValueError where an argument has another form, a
         photo ends behind `pixels`, or a box leaves its photo.
         """
@@ -87,17 +87,17 @@ class GpuCropper:
         views, area = self._total(len(plan) // len(self._sizes)), plan["area"].astype(np.int64)
         scratch = self._int32(max(int(area.sum()), views))
         taps = self._int32(int(_table_sizes(plan).sum()))
-        packed, grey_sums = self._int32(views), self._int32(len(plan))
+        packed, gray_sums = self._int32(views), self._int32(len(plan))
         longs, ints, blurred = self._sent(plan)
 
         shared = {"SHARE": self._share, "BLOCK": kernels.BLOCK_PIXELS, **kernels.EXACT}
         grid = (len(plan) * self._share,)
         kernels.tap_tables[(len(plan) * 2,)](
-            longs, ints, taps, grey_sums, BLOCK=kernels.BLOCK_TAPS, **kernels.EXACT
+            longs, ints, taps, gray_sums, BLOCK=kernels.BLOCK_TAPS, **kernels.EXACT
         )
         kernels.first_resize[grid](pixels, longs, ints, taps, scratch, **shared)
-        kernels.second_resize[grid](scratch, longs, ints, taps, packed, grey_sums, **shared)
-        kernels.colours[grid](longs, ints, grey_sums, self._norm, packed, out, **shared)
+        kernels.second_resize[grid](scratch, longs, ints, taps, packed, gray_sums, **shared)
+        kernels.colors[grid](longs, ints, gray_sums, self._norm, packed, out, **shared)
         if not len(blurred):
             return
         source, target = packed, scratch  # the half-resized boxes are no longer needed
@@ -164,7 +164,7 @@ def plan_cuts(
     plan["size"] = np.tile(sizes, images)
     plan["flip"], plan["solarize"] = draw["flip"], draw["solarize"]
     _plan_resize(plan, draw, stride)
-    _plan_colours(plan, draw)
+    _plan_colors(plan, draw)
     for name, values in zip(
         ("blurred", "whole", "weight", "edge"), _boxes(draw["blur_radius"]).T, strict=True
     ):
@@ -198,8 +198,8 @@ def _table_sizes(plan: np.ndarray) -> np.ndarray:
     return (plan["taps"].astype(np.int64) + 1) * plan["size"][:, None]
 
 
-def _plan_colours(plan: np.ndarray, draw: np.ndarray) -> None:
-    """The chain has the four ops of the jitter, then the grey, a saturation of 0."""
+def _plan_colors(plan: np.ndarray, draw: np.ndarray) -> None:
+    """The chain has the four ops of the jitter, then the gray, a saturation of 0."""
     order, jitter = JITTER_ORDERS[draw["order"]], draw["jitter"] != 0
     hue = np.trunc(draw["hue"].astype(np.float64) * 255)  # torchvision's: towards zero
     by_op = np.stack([draw["brightness"], draw["contrast"], draw["saturation"], hue], axis=1)

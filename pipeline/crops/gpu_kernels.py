@@ -34,7 +34,7 @@ CUT = np.dtype(
         ("columns", "i4"),  # of the half-resized box
         ("area", "i4"),  # of the half-resized box, in pixels
         ("flip", "i4"),
-        ("ops", "i4", 5),  # the colour chain: codes of draws.py
+        ("ops", "i4", 5),  # the color chain: codes of draws.py
         ("factors", "f4", 5),  # of each op; of HUE, the turn in 1/256 of a circle, whole
         ("begin", "i4"),  # first op of the chain
         ("split", "i4"),  # the contrast, where there is one: it needs the mean of what came before
@@ -66,7 +66,7 @@ COLUMNS, AREA, FLIP = map(_place, ("columns", "area", "flip"))
 OPS, FACTORS, BEGIN, SPLIT, END = map(_place, ("ops", "factors", "begin", "split", "end"))
 BLURRED, WHOLE, WEIGHT, EDGE = map(_place, ("blurred", "whole", "weight", "edge"))
 SOLARIZE = _place("solarize")
-BLEND_WITH_MEAN, BLEND_WITH_GREY, TURN_HUE = map(tl.constexpr, (CONTRAST, SATURATION, HUE))
+BLEND_WITH_MEAN, BLEND_WITH_GRAY, TURN_HUE = map(tl.constexpr, (CONTRAST, SATURATION, HUE))
 
 RESIZE_BITS = tl.constexpr(22)  # Pillow's fixed point for 8-bit resampling
 RESIZE_ONE, RESIZE_HALF = tl.constexpr(1 << 22), tl.constexpr(1 << 21)
@@ -86,7 +86,7 @@ def tap_tables(
     longs,  # int64 CUT [N]
     ints,  # int32, the same memory
     taps,  # int32, out: for both resizes of each view [1 + taps, size]
-    grey_sums,  # int32 [N], out: zero
+    gray_sums,  # int32 [N], out: zero
     BLOCK: tl.constexpr,  # resized pixels at a time
 ):
     """What each resized pixel is made of: `crops.resize_taps`, two programs a view."""
@@ -98,7 +98,7 @@ def tap_tables(
     source = tl.load(ints + SOURCE + turn)
     count = tl.load(ints + TAPS + turn)
     table = taps + tl.load(longs + TABLE + turn)
-    tl.store(grey_sums + n, 0, mask=turn == 0)
+    tl.store(gray_sums + n, 0, mask=turn == 0)
 
     scale = source.to(tl.float64) / size.to(tl.float64)
     stretch = tl.maximum(scale, 1.0)
@@ -202,7 +202,7 @@ def first_resize(
 
 @triton.jit
 def _luma(red, green, blue):
-    """ITU-R 601 grey in 16-bit fixed point."""
+    """ITU-R 601 gray in 16-bit fixed point."""
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
@@ -231,7 +231,7 @@ def _hue_saturation(red, green, blue, high, low):
 
 @triton.jit
 def _turned_hue(red, green, blue, turn):
-    """The hue turned by `turn` / 256 of a circle: `colour.adjust_hue`."""
+    """The hue turned by `turn` / 256 of a circle: `color.adjust_hue`."""
     v = tl.maximum(red, tl.maximum(green, blue))
     low = tl.minimum(red, tl.minimum(green, blue))
     hue, s = _hue_saturation(red, green, blue, v, low)
@@ -245,7 +245,7 @@ def _turned_hue(red, green, blue, turn):
     p = (value * (1.0 - fs.to(tl.float64)) + 0.5).to(tl.int32)
     q = (value * (1.0 - falling) + 0.5).to(tl.int32)
     t = (value * (1.0 - rising) + 0.5).to(tl.int32)
-    sector = tl.where(s == 0, 6, sector % 6)  # 6: grey stays as it is
+    sector = tl.where(s == 0, 6, sector % 6)  # 6: gray stays as it is
     red = tl.where((sector == 0) | (sector >= 5), v, tl.where(sector == 1, q, p))
     red = tl.where(sector == 4, t, red)
     green = tl.where((sector == 1) | (sector == 2) | (sector == 6), v, p)
@@ -256,15 +256,15 @@ def _turned_hue(red, green, blue, turn):
 
 
 @triton.jit
-def _recoloured(red, green, blue, ints, mean, begin, end):
-    """Ops begin .. end of the view's chain; `mean` is the grey that a contrast blends with."""
+def _recolored(red, green, blue, ints, mean, begin, end):
+    """Ops begin .. end of the view's chain; `mean` is the gray that a contrast blends with."""
     for i in range(begin, end):
         op = tl.load(ints + OPS + i)
         factor = tl.load(ints + FACTORS + i).to(tl.float32, bitcast=True)
         if op == TURN_HUE:
             red, green, blue = _turned_hue(red, green, blue, factor.to(tl.int32))
-        else:  # a blend with black, with the mean, or with the pixel's own grey
-            low = tl.where(op == BLEND_WITH_GREY, _luma(red, green, blue), 0)
+        else:  # a blend with black, with the mean, or with the pixel's own gray
+            low = tl.where(op == BLEND_WITH_GRAY, _luma(red, green, blue), 0)
             low = tl.where(op == BLEND_WITH_MEAN, mean, low)
             red = _blend(low, red, factor)
             green = _blend(low, green, factor)
@@ -279,7 +279,7 @@ def second_resize(
     ints,  # int32, the same memory
     taps,  # int32, of `tap_tables`
     views,  # int32, out: the views' packed pixels, before their contrast
-    grey_sums,  # int32 [N], out: sum of each view's grey
+    gray_sums,  # int32 [N], out: sum of each view's gray
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -293,7 +293,7 @@ def second_resize(
     rows_first = tl.load(ints + ROWS_FIRST) != 0
     flip = tl.load(ints + FLIP) != 0
     begin, split = tl.load(ints + BEGIN), tl.load(ints + SPLIT)
-    grey = tl.zeros([BLOCK], tl.int32)
+    gray = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.program_id(0) % SHARE * BLOCK, size * size, SHARE * BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < size * size
@@ -302,15 +302,15 @@ def second_resize(
         k = tl.where(rows_first, column, row)
         line = tl.where(rows_first, row, column)
         red, green, blue = _resampled(box, longs, ints, taps, k, line, inside, 1)
-        red, green, blue = _recoloured(red, green, blue, ints, 0, begin, split)
+        red, green, blue = _recolored(red, green, blue, ints, 0, begin, split)
         tl.store(out + at, _packed(red, green, blue), mask=inside)
-        grey += tl.where(inside, _luma(red, green, blue), 0)
-    tl.atomic_add(grey_sums + n, tl.sum(grey, 0), sem="relaxed")
+        gray += tl.where(inside, _luma(red, green, blue), 0)
+    tl.atomic_add(gray_sums + n, tl.sum(gray, 0), sem="relaxed")
 
 
 @triton.jit
 def _finished(out, norm, ints, at, area, inside, red, green, blue):
-    """Solarise, normalise, and store to the three planes of a view that begins at `out`."""
+    """Solarise, normalize, and store to the three planes of a view that begins at `out`."""
     if tl.load(ints + SOLARIZE) != 0:
         red = tl.where(red < 128, red, 255 - red)
         green = tl.where(green < 128, green, 255 - green)
@@ -324,12 +324,12 @@ def _finished(out, norm, ints, at, area, inside, red, green, blue):
 
 
 @triton.jit
-def colours(
+def colors(
     longs,  # int64 CUT [N]
     ints,  # int32, the same memory
-    grey_sums,  # int32 [N], of `second_resize`
+    gray_sums,  # int32 [N], of `second_resize`
     norm,  # float32 [6], factors and summands of the channels, from 0..255
-    views,  # int32, packed pixels; out: those of the blurred views, with all their colour
+    views,  # int32, packed pixels; out: those of the blurred views, with all their color
     out,  # float, out: the other views, finished, [3, size, size] each
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -344,12 +344,12 @@ def colours(
     split, end = tl.load(ints + SPLIT), tl.load(ints + END)
     blurred = tl.load(ints + BLURRED) != 0
     # The mean, rounded half up; all in integers, where twice the sum may need more than 32 bits.
-    mean = ((2 * tl.load(grey_sums + n).to(tl.int64) + area) // (2 * area)).to(tl.int32)
+    mean = ((2 * tl.load(gray_sums + n).to(tl.int64) + area) // (2 * area)).to(tl.int32)
     for start in range(tl.program_id(0) % SHARE * BLOCK, area, SHARE * BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < area
         red, green, blue = _unpacked(tl.load(views + first + at, mask=inside, other=0))
-        red, green, blue = _recoloured(red, green, blue, ints, mean, split, end)
+        red, green, blue = _recolored(red, green, blue, ints, mean, split, end)
         if blurred:
             tl.store(views + first + at, _packed(red, green, blue), mask=inside)
         else:

@@ -6,7 +6,7 @@
     cut     pixels -> all views, by our own draws       threads of ours, or the GPU
 
 One thread an epoch drives this, `batches_ahead` batches ahead of the training. DALI's own crops and
-colours are not used: they are not the published ones.
+colors are not used: they are not the published ones.
 """
 
 import logging
@@ -47,7 +47,7 @@ Used = tuple[list[int], list[Tensor]]
 class DaliCrops:
     """Crops of a folder, a tar or a .beton file, decoded by DALI.
 
-    Yields Crops, or DeviceCrops normalised by `mean` and `std` where `device` is a CUDA device.
+    Yields Crops, or DeviceCrops normalized by `mean` and `std` where `device` is a CUDA device.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class DaliCrops:
         by_dali = iter(self._decoder.finish())
         # The wait for it: DALI tells no more, and where the decode limits it is all of its time.
         if batch:
-            work.add("decode", time.perf_counter() - began, len(batch), lanes=1, shared=False)
+            work.add("decode", time.perf_counter() - began, len(batch), workers=1, shared=False)
         for index, data in batch:
             pixels = next(by_dali) if data.ndim == 1 else torch.from_numpy(data)
             if pixels is None:
@@ -232,7 +232,7 @@ class _GpuCutter:
             self._clock.leave()
             spent = self._clock.lap().seconds()  # waits for the stream, which comes anyway
         for name in ("copy", "crop"):
-            work.add(name, spent[name], len(photos), lanes=1, shared=False)
+            work.add(name, spent[name], len(photos), workers=1, shared=False)
         if self._stream is not None:
             self._stream.synchronize()  # any stream may read the views, and DALI has its memory
         return DeviceCrops(*views, indices)

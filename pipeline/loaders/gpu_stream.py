@@ -11,7 +11,7 @@ from ibeton.pipeline.batch import Decoded, DeviceCrops
 from ibeton.pipeline.crops.gpu import GpuCropper
 from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_batch, spec_table
-from ibeton.stages import Lap, StageClock, work
+from ibeton.stages import StageClock, StepTiming, work
 
 
 class GpuFeed:
@@ -33,7 +33,7 @@ class GpuFeed:
         self._specs, self._seed, self._device = spec_table(views), seed, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._clock = StageClock(device)  # of that stream
-        self._laps: deque[tuple[Lap, int]] = deque()  # under way, and their photos
+        self._laps: deque[tuple[StepTiming, int]] = deque()  # under way, and their photos
 
     def batches(self, epoch: int, batches: np.ndarray) -> Iterator[DeviceCrops]:
         """Finished views of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`,
@@ -78,7 +78,7 @@ class GpuFeed:
             lap, photos = self._laps.popleft()
             spent = lap.seconds()
             for name in ("copy", "crop"):
-                work.add(name, spent[name], photos, lanes=1, shared=False)
+                work.add(name, spent[name], photos, workers=1, shared=False)
 
     def _done(self) -> torch.cuda.Event | None:
         """An event behind what the stream has been given so far."""

@@ -11,7 +11,7 @@ from ibeton.pipeline.store.photos import Photos
 
 log = logging.getLogger(__name__)
 
-_MOST_IN_A_ROW = 100  # so many bad neighbours mean a bad data set, not a bad photo
+_MOST_IN_A_ROW = 100  # so many bad neighbors mean a bad data set, not a bad photo
 
 
 class Replacements:
@@ -51,7 +51,7 @@ class Replacements:
         """The same for one that a worker process has named."""
         if index not in self.unreadable:
             self.unreadable[index] = name_and_reason
-            log.warning("unreadable photo, its neighbour is used: %s", name_and_reason)
+            log.warning("unreadable photo, its neighbor is used: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:
         """Cut the views of `index`, or of its replacement, anew; returns the index used."""

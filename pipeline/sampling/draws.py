@@ -137,7 +137,7 @@ def spec_table(views: list[ViewSpec]) -> np.ndarray:
 def draw_box(
     key: int, counter: int, height: int, width: int, scale_min: float, scale_max: float
 ) -> tuple[int, int, int, int]:
-    """Random resized crop: ten tries at an area and an aspect that fit, then a centre crop.
+    """Random resized crop: ten tries at an area and an aspect that fit, then a center crop.
 
     Returns (top, left, height, width). Rounding is half to even, as Python's round is.
     """

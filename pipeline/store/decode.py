@@ -1,7 +1,7 @@
-"""Bytes of a photo -> RGB pixels, strictly: a photo that is not whole raises, it never turns grey.
+"""Bytes of a photo -> RGB pixels, strictly: a photo that is not whole raises, it never turns gray.
 
 Decoding follows the published recipe, Pillow's `convert("RGB")`: alpha is dropped, EXIF orientation
-and colour profiles are ignored. The one exception is 16-bit grey, which Pillow would clip to white.
+and color profiles are ignored. The one exception is 16-bit gray, which Pillow would clip to white.
 """
 
 import io
@@ -14,7 +14,7 @@ MAX_PIXELS = 256_000_000  # 768 MB of RGB; photos of 20 or 100 megapixels are fa
 # Pillow refuses above twice this and would warn from 89 megapixels on.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
-_GREY16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_GRAY16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 class UnreadablePhoto(ValueError):
@@ -46,17 +46,17 @@ def load_photo(data: bytes | memoryview) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB, 8 bits a channel; 16-bit grey is scaled by 1/257, rounded.
+    """`image` in mode RGB, 8 bits a channel; 16-bit gray is scaled by 1/257, rounded.
 
-    Raises UnreadablePhoto for grey beyond 16 bits and for floating-point pixels.
+    Raises UnreadablePhoto for gray beyond 16 bits and for floating-point pixels.
     """
     if image.mode == "RGB":
         return image
-    if image.mode in _GREY16:
-        grey = np.asarray(image).astype(np.int64)  # [H, W]
-        if grey.min() < 0 or grey.max() > 65535:
-            raise UnreadablePhoto(f"grey values {grey.min()}..{grey.max()} do not fit 16 bits")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in _GRAY16:
+        gray = np.asarray(image).astype(np.int64)  # [H, W]
+        if gray.min() < 0 or gray.max() > 65535:
+            raise UnreadablePhoto(f"gray values {gray.min()}..{gray.max()} do not fit 16 bits")
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise UnreadablePhoto("floating-point pixels, whose range is unknown")
     try:

@@ -1,7 +1,7 @@
 """A walk over a JPEG's markers: is it one that every decoder turns into the same RGB?
 
-What is not, from CMYK to files cut short, is for Pillow, whose word on colours and on damage is the
-published recipe's. A decoder that works on batches would fail with all of one, or fill in grey.
+What is not, from CMYK to files cut short, is for Pillow, whose word on colors and on damage is the
+published recipe's. A decoder that works on batches would fail with all of one, or fill in gray.
 """
 
 import re
@@ -18,7 +18,7 @@ _BEHIND_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that is grey or YCbCr, has 8 bits and ends with its end marker.
+    """(height, width) of a JPEG that is gray or YCbCr, has 8 bits and ends with its end marker.
 
     None for everything else, so also for a file that was cut short, and for one whose compressed
     data, once damaged, hold a marker where none belongs.
@@ -56,5 +56,5 @@ def _frame_size(frame: bytes) -> tuple[int, int] | None:
 
 
 def _is_rgb(marker: int, content: bytes) -> bool:
-    """Whether Adobe's marker says that the colours are stored as they are."""
+    """Whether Adobe's marker says that the colors are stored as they are."""
     return marker == _ADOBE and content[:5] == b"Adobe" and content[11:12] == b"\0"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import ROOT
 from PIL import Image
 
 from ibeton import stages, train
@@ -20,7 +21,6 @@ from ibeton.benchmarks.throughput import main
 from ibeton.model import IBOT
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 
-ROOT = Path(__file__).parents[2]
 SMALL = shlex.split(
     "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
     " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --batch-size 2"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photo_folders import COLOURS, write_photos
+from photo_folders import COLORS, write_photos
 
 from ibeton.model.checkpoint import model_state, save_checkpoint
 from ibeton.model.config import ModelConfig
@@ -15,7 +15,7 @@ from ibeton.model.ibot import build
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("photos")
-    return write_photos(root / "train", COLOURS, 8), write_photos(root / "val", COLOURS, 3)
+    return write_photos(root / "train", COLORS, 8), write_photos(root / "val", COLORS, 3)
 
 
 @pytest.fixture(scope="session")

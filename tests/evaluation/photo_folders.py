@@ -8,17 +8,17 @@ from PIL import Image
 
 from ibeton.model.backbones.vit import VisionTransformer
 
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 
 
 def write_photos(folder: Path, classes: dict[str, tuple[int, int, int]], each: int) -> Path:
-    """Write `each` noisy photos of one colour for each class, of several shapes."""
+    """Write `each` noisy photos of one color for each class, of several shapes."""
     noise = np.random.default_rng(len(classes) * 100 + each)
-    for name, colour in classes.items():
+    for name, color in classes.items():
         (folder / name).mkdir(parents=True)
         for i in range(each):
             shape = ((40, 60), (60, 40), (48, 48), (100, 33))[i % 4]
-            pixels = np.array(colour) + noise.normal(0, 40, (*shape, 3))
+            pixels = np.array(color) + noise.normal(0, 40, (*shape, 3))
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(folder / name / f"{i}.jpg", quality=95)
     return folder

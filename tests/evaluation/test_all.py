@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from ibeton.evaluation import all as every
 from ibeton.evaluation.frozen import cluster, linear, logistic, parts, retrieval, semi
@@ -18,7 +19,6 @@ from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build, build_network
 from ibeton.options import fill
 
-ROOT = Path(__file__).parents[2]
 FAST = ["--epochs", "3", "--k", "5", "--device", "cpu"]
 
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from photo_folders import COLOURS, write_photos
+from photo_folders import COLORS, write_photos
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
@@ -92,7 +92,7 @@ def test_the_fingerprint_changes_with_a_byte_of_a_beton_even_if_its_time_is_set_
 
 
 def test_the_fingerprint_of_a_folder_changes_with_any_of_its_photos(tmp_path):
-    folder = write_photos(tmp_path / "photos", COLOURS, 2)
+    folder = write_photos(tmp_path / "photos", COLORS, 2)
     photo = folder / "green" / "1.jpg"
     assert not changed(folder, lambda: None)
     stat = os.stat(photo)

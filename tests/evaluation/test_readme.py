@@ -1,11 +1,11 @@
 """The README's use of a backbone, run as it stands there."""
 
 import re
-from pathlib import Path
 
 import torch
+from paths import ROOT
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
 
 
 def snippet() -> str:

@@ -150,7 +150,7 @@ def test_scattered_places_do_not_touch():
 
 @pytest.mark.parametrize("flip", [0, 1])
 def test_points_of_a_view_are_found_in_the_photo(flip):
-    """In a photo whose colours say where each pixel is."""
+    """In a photo whose colors say where each pixel is."""
     y, x = np.mgrid[:200, :240]
     photo = Image.fromarray(np.stack((x, y, 0 * x), axis=2).astype(np.uint8))
     draws = np.zeros(2, dtype=DRAW)
@@ -180,7 +180,7 @@ def test_the_nearest_are_other_photos_and_a_copy_comes_first(checkpoint, photos)
     for row, query in zip(found, (0, 2 * PHOTOS - 1, 3), strict=True):
         assert query not in row
         assert len(set(row)) == 4
-    with pytest.raises(ValueError, match=r"--neighbours 24: .* has 24 readable photos"):
+    with pytest.raises(ValueError, match=r"--neighbors 24: .* has 24 readable photos"):
         nearest(backbone, views, [0], 24, Extraction())
 
 
@@ -189,7 +189,7 @@ CALLS = {
     "attention at another size": "attention --photos 3 --image-size 48",
     "views": "correspondence --photos 1 2",
     "photos": "correspondence --photos 1 2 --pairs",
-    "neighbours": "neighbours --neighbours 3",
+    "neighbors": "neighbors --neighbors 3",
     "patterns": "patterns --patterns 4",
 }
 
@@ -214,7 +214,7 @@ def test_a_call_writes_one_png(call, checkpoint, photos, tmp_path, capsys):
         ("attention --output no/picture.png", "there is no folder no"),
         ("attention --image-size 30", "not a whole number of 8 pixel patches"),
         ("attention --checkpoint nowhere.pt", "nowhere.pt does not exist"),
-        ("neighbours --neighbours 0", "--neighbours 0: give at least 1"),
+        ("neighbors --neighbors 0", "--neighbors 0: give at least 1"),
         ("correspondence --photos 1 2 3 --pairs", "give two for each row"),
         ("patterns --data nowhere", "nowhere"),
     ],

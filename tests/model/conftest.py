@@ -1,15 +1,13 @@
 """What the model tests share: the published numbers, and what "equal" means."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from paths import REFERENCE
 from torch import Tensor
-
-REFERENCE = Path(__file__).parents[1] / "reference"
 
 Arrays = dict[str, Any]
 

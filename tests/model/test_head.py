@@ -105,7 +105,7 @@ def test_batch_statistics_move_twice_a_forward(arrays, under, assert_near, case,
 
 
 @pytest.mark.parametrize("case", ["shared1_norm1_bn"], indirect=True)
-def test_synchronised_norm_stays_one_object(head):
+def test_synchronized_norm_stays_one_object(head):
     before = dict(head.named_parameters())
     head.sync_batch_norm()
     assert isinstance(head.mlp[1], torch.nn.SyncBatchNorm)

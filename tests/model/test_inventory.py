@@ -1,16 +1,16 @@
 """Names, shapes, groups and initial values against the published checkpoints' inventory."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from paths import REFERENCE
 
 from ibeton.model import ModelConfig, build
 from ibeton.model.optim import build_optimizer, parameter_groups
 
-INVENTORY = Path(__file__).parents[1] / "reference" / "checkpoint_inventory.json"
+INVENTORY = REFERENCE / "checkpoint_inventory.json"
 ENTRIES = {"vit_small_16": "vit_s", "vit_base_16": "vit_b", "vit_large_16": "vit_l"}
 
 
@@ -86,7 +86,7 @@ def test_fresh_values_are_drawn_as_published(inventory):
         np.testing.assert_allclose(extremes, [low, high], rtol=spread, err_msg=name)
 
 
-def test_state_of_the_optimiser_is_that_of_adamw():
+def test_state_of_the_optimizer_is_that_of_adamw():
     config = ModelConfig(embed_dim=16, depth=1, num_heads=1, hidden_dim=8, out_dim=8)
     student = build(config).student
     optimizer = build_optimizer(student)

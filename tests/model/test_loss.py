@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from paths import REFERENCE
 
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.masking import masked_patches
 from ibeton.model.network import Targets
 from ibeton.model.reference import loss_reference
 
-REFERENCE = Path(__file__).parents[1] / "reference"
 CASES = ("k_small", "k_large", "late_mim", "two_dims_lambda", "no_local", "three_globals")
 PUBLISHED_NAMES = {
     "nepochs": "epochs",

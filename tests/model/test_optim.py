@@ -1,4 +1,4 @@
-"""Clipping, freezing and optimisers against the published ones."""
+"""Clipping, freezing and optimizers against the published ones."""
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def test_what_decays():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_optimisers_step_downhill(name):
+def test_optimizers_step_downhill(name):
     module = Named()
     optimizer = build_optimizer(module, name)
     assert optimizer.param_groups[1]["weight_decay"] == 0
@@ -132,7 +132,7 @@ def test_optimisers_step_downhill(name):
     assert losses[-1] < losses[0]
 
 
-def test_unknown_optimiser_is_refused():
+def test_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="--optimizer adam: expected one of adamw, sgd, lars"):
         build_optimizer(Named(), "adam")
 

@@ -135,7 +135,7 @@ def test_a_backbone_that_only_gives_tokens_will_do(monkeypatch):
 
 def test_student_with_dropped_samples_has_all_gradients():
     """Stochastic depth that drops everything in a block leaves zero gradients, not none: the
-    optimiser then still decays."""
+    optimizer then still decays."""
     ibot = make_model(drop_path=0.95)
     batch = make_batch(ibot, images=1)
     for seed in range(5):

@@ -5,22 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
 
 # FFCV compiles with fastmath; what it calls must not inherit that, least of all into the cache.
 PROGRAM = """
 import numpy as np
 from numba import njit
-from ibeton.pipeline.crops import color as colour
+from ibeton.pipeline.crops import color as color
 
 @njit(fastmath=True)
 def careless(view, factor):
-    colour.adjust_hue(view, factor)
+    color.adjust_hue(view, factor)
 
 view = np.random.default_rng(0).integers(0, 256, (3, 1 << 20), dtype=np.uint8)
 plain = view.copy()
 careless(view, 0.1)  # has it compiled first
-colour.adjust_hue.py_func(small := plain[:, :2000].copy(), 0.1)
+color.adjust_hue.py_func(small := plain[:, :2000].copy(), 0.1)
 assert (view[:, :2000] == small).all()
 from PIL import Image
 from torchvision.transforms.functional import adjust_hue

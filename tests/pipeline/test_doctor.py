@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
+
+from paths import ROOT
 
 from ibeton.pipeline.doctor import Finding, loader_line
-
-ROOT = Path(__file__).parents[2]
 
 
 def report(*, without: str = "") -> tuple[int, str]:

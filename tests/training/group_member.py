@@ -36,15 +36,15 @@ def numbers(fault: str, faulty: bool) -> Iterator[int]:
         yield step
 
 
-def work(rank: int, world_size: int, folder: Path, fault: str, dog: Watchdog) -> None:
+def work(rank: int, world_size: int, folder: Path, fault: str, watchdog: Watchdog) -> None:
     faulty = rank == world_size - 1
-    for step in dog.batches(numbers(fault, faulty), 0):
+    for step in watchdog.batches(numbers(fault, faulty), 0):
         if faulty and step == FAULT_AT and fault == "step":
             step_that_never_ends()
         if faulty and step == FAULT_AT and fault == "error":
             raise OSError("the disk is gone")
         if step == FAULT_AT and fault == "evaluation":
-            with dog.patient("evaluation"):
+            with watchdog.no_timeout("evaluation"):
                 time.sleep(9.0 if rank == 0 else 0.0)
                 dist.barrier()
             return
@@ -60,10 +60,10 @@ def work(rank: int, world_size: int, folder: Path, fault: str, dog: Watchdog) ->
 
 def main(folder: str, fault: str, lost_after: str, stall_after: str) -> None:
     _, rank, world_size = join_processes("cpu")
-    dog = Watchdog(rank, world_size, float(lost_after), float(stall_after))
-    with dog.telling():
-        work(rank, world_size, Path(folder), fault, dog)
-    dog.close()
+    watchdog = Watchdog(rank, world_size, float(lost_after), float(stall_after))
+    with watchdog.report_errors():
+        work(rank, world_size, Path(folder), fault, watchdog)
+    watchdog.close()
     print("done")
 
 

@@ -14,7 +14,7 @@ STEPS = 3 * PER_EPOCH
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint, the optimiser's too."""
+    """Every tensor of the last checkpoint, the optimizer's too."""
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert content["step"] == STEPS
     networks = ("student", "teacher", "ibot_loss")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 from small_runs import SMALL, Start, losses
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 # 64 photos are two steps of 32 an epoch. What stochastic depth draws does depend on the rank.
 OPTIONS = ("--drop-path", "0", "--epochs", "10", "--global-batch-size", "32", "--save-steps", "7")

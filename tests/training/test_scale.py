@@ -1,4 +1,4 @@
-"""One run on any number of processes: shares of the batch, gradients, state of the optimiser."""
+"""One run on any number of processes: shares of the batch, gradients, state of the optimizer."""
 
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def test_a_sharded_run_equals_the_unsharded_one_and_each_rank_holds_half(
     assert max(parts) < 0.55 * whole
 
 
-def test_the_saved_state_of_a_sharded_optimiser_is_that_of_an_unsharded_one(folder: Path) -> None:
+def test_the_saved_state_of_a_sharded_optimizer_is_that_of_an_unsharded_one(folder: Path) -> None:
     first = left(folder, "adamw")[0]
     plain, sharded = first[False]["optimizer"], first[True]["optimizer"]
     assert_same(plain["state"], sharded["state"], 1e-6)

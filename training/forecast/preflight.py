@@ -27,7 +27,7 @@ _WIDE = 1.25  # rates come from a second of work: hours are given so much wider 
 _HELD = 2.0  # as freed memory is kept (loaders/memory.py), runs on CPUs grow to twice the need
 
 
-class Outlook:
+class PreflightInputs:
     """What the lines below ask of `run`, whose matrix products are of `dtype` (None: float32)."""
 
     def __init__(self, run: Run, dtype: torch.dtype | None) -> None:
@@ -51,7 +51,7 @@ class Outlook:
 def preflight(run: Run, dtype: torch.dtype | None) -> str:
     """A few lines on `run`, in a few seconds; matrix products are of `dtype` (None: float32). What
     cannot be told on this machine is called unknown, with the reason: nothing is raised."""
-    outlook = Outlook(run, dtype)
+    outlook = PreflightInputs(run, dtype)
     lines = {
         "memory": _gpu_memory if outlook.on_gpu else _cpu_memory,
         "page cache": _page_cache,
@@ -62,14 +62,14 @@ def preflight(run: Run, dtype: torch.dtype | None) -> str:
     return "\n  ".join(["Before the first step:", *rows])
 
 
-def _told(tell: Callable[[Outlook], str], outlook: Outlook) -> str:
+def _told(tell: Callable[[PreflightInputs], str], outlook: PreflightInputs) -> str:
     try:
         return tell(outlook)
     except Exception as error:  # whatever a machine does not offer: the run goes on without
         return f"unknown: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
-def _gpu_memory(outlook: Outlook) -> str:
+def _gpu_memory(outlook: PreflightInputs) -> str:
     run, shape = outlook.run, outlook.shape()
     free, total = torch.cuda.mem_get_info(run.device)
     others = total - free - torch.cuda.memory_reserved(run.device)  # our context among them
@@ -92,7 +92,7 @@ def gpu_line(need: Callable[[int], float], images: int, total: float) -> str:
     return f"{head}will not fit; the largest batch is about {most}. Give {cure}"
 
 
-def _cpu_memory(outlook: Outlook) -> str:
+def _cpu_memory(outlook: PreflightInputs) -> str:
     shape, processes = outlook.shape(), outlook.run.world_size
     need = cpu_bytes(shape, processes, outlook.config.run.shard_optimizer) * _local_processes()
     return cpu_line(need, shape.images, available_memory())
@@ -108,7 +108,7 @@ def cpu_line(need: float, images: int, free: float) -> str:
     )
 
 
-def _page_cache(outlook: Outlook) -> str:
+def _page_cache(outlook: PreflightInputs) -> str:
     path, photos = Path(outlook.config.pipeline.data), outlook.run.loader.photos
     size = path.stat().st_size if path.is_file() else len(photos) * outlook.cost.stored
     return cache_line(size, available_memory())
@@ -124,7 +124,7 @@ def cache_line(photos: float, free: float) -> str:
     )
 
 
-def _disk(outlook: Outlook) -> str:
+def _disk(outlook: PreflightInputs) -> str:
     options = outlook.config.run
     kept = options.epochs // options.keep_every if options.keep_every else 0
     folder = Path(options.output_dir).absolute()
@@ -142,7 +142,7 @@ def disk_line(checkpoint: float, kept: int, free: float) -> str:
     )
 
 
-def _time(outlook: Outlook) -> str:
+def _time(outlook: PreflightInputs) -> str:
     shape, per_epoch = outlook.shape(), outlook.run.loader.steps_per_epoch
     loader = outlook.run.loader
     if loader.kind == "dali" and loader.crops_on == "gpu":

@@ -17,7 +17,7 @@ class RunError(RuntimeError):
     """A run cannot go on, for a reason that a sentence tells; its last checkpoint is sound."""
 
 
-class Guard:
+class NonFiniteGuard:
     """Counts skipped steps. `scaled`: under loss scaling, whose own skips are told apart: those
     with a finite loss. `grace`: steps after a trouble within which the next is the same again."""
 
@@ -30,7 +30,7 @@ class Guard:
         self.last_bad = -1  # the last step that was skipped
         self._last_trouble: int | None = None
 
-    def judge(self, record: dict[str, Any]) -> str:
+    def update(self, record: dict[str, Any]) -> str:
         """Count the step of `record`, which takes up the counts, and "skipped" with the cause where
         it was skipped. Returns a line to say about it, empty for a good step and an overflow."""
         loss_ok, gradient_ok = math.isfinite(record["loss"]), math.isfinite(record["grad_norm"])
@@ -52,7 +52,7 @@ class Guard:
             f" ({self.skipped} skipped so far, {self._in_a_row} in a row)"
         )
 
-    def in_trouble(self) -> bool:
+    def should_roll_back(self) -> bool:
         """Whether it is too much: time to go back."""
         return self._in_a_row >= IN_A_ROW or self._overflows_in_a_row >= OVERFLOWS_IN_A_ROW
 

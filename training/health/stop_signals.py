@@ -29,7 +29,7 @@ class StopRequested(BaseException):
     handles errors takes it for one."""
 
 
-class Stops:
+class StopSignals:
     """Hears requests while it is entered, in the main thread. `reason` says what asked, and is
     empty until then."""
 
@@ -40,7 +40,7 @@ class Stops:
         self._begun, self._max_hours = time.monotonic(), 0.0
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Stops":
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in REQUESTS}
         return self
@@ -53,24 +53,24 @@ class Stops:
         """Stop after so many hours from construction; 0 is no limit."""
         self._max_hours = max_hours
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process has been asked to stop, or its time is up."""
         hours = (time.monotonic() - self._begun) / 3600
         if not self.reason and 0 < self._max_hours < hours:
             self.reason = f"--max-hours {self._max_hours:g} are over"
         return bool(self.reason)
 
-    def agreed(self, device: torch.device) -> bool:
+    def requested_on_any_rank(self, device: torch.device) -> bool:
         """Whether any rank is to stop: the same answer on all of them, who must all ask, and who
         wait for each other here."""
         if not dist.is_initialized():
-            return self.wanted()
-        flag = torch.tensor(float(self.wanted()), device=device)
+            return self.requested()
+        flag = torch.tensor(float(self.requested()), device=device)
         dist.all_reduce(flag)
         return bool(flag > 0)
 
     @contextmanager
-    def leaving_undone(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """What runs in it may be left at any moment: a request raises StopRequested there."""
         try:
             self._leave = True
@@ -101,7 +101,7 @@ def unheard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def shelter_workers() -> None:
+def block_signals_in_workers() -> None:
     """Start now, deaf to requests, the process from which multiprocessing forks the loader's, and
     the tracker of their semaphores."""
     with unheard():  # by itself the tracker is deaf to two of them, whose mask its start undoes

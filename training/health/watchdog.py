@@ -67,7 +67,7 @@ class Watchdog:
             self._doing = ("rest", step, time.monotonic())
 
     @contextmanager
-    def patient(self, what: str) -> Iterator[None]:
+    def no_timeout(self, what: str) -> Iterator[None]:
         """No rank counts as stalled while one is in here; one that dies is noticed all the same."""
         before = self._doing
         self._doing = (what, before[1], time.monotonic())
@@ -77,7 +77,7 @@ class Watchdog:
             self._doing = (*before[:2], time.monotonic())
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def report_errors(self) -> Iterator[None]:
         """The other ranks hear of what is raised in it, and end too. Where an exchange with them
         failed, the rank that is gone is looked for; then this one ends."""
         try:

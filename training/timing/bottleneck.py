@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ibeton.stages import Effort
+from ibeton.stages import StageWork
 from ibeton.training.timing.speed import WAITING, Window, loader_ceiling, slowest
 
 MUCH_WAIT = 0.05  # share of the step that is no longer chance
@@ -13,7 +13,7 @@ _ALIKE = 1.05  # of two changes that bring about the same, the cheaper one
 
 
 @dataclass(frozen=True)
-class Room:
+class LoaderResources:
     """What the loader of one process has and could have."""
 
     kind: str  # ffcv, dali or pil
@@ -39,7 +39,9 @@ class Verdict:
     change: Change | None = None
 
 
-def verdict(window: Window, room: Room, floors: dict[str, float] | None = None) -> Verdict:
+def verdict(
+    window: Window, room: LoaderResources, floors: dict[str, float] | None = None
+) -> Verdict:
     """What limits over `window`. `floors`: seconds a step below which a stage cannot go, where that
     is known; then the stage with the most to gain is named."""
     share = window.waiting / window.seconds
@@ -48,7 +50,7 @@ def verdict(window: Window, room: Room, floors: dict[str, float] | None = None) 
     return _model_verdict(window, floors or {})
 
 
-def _loader_verdict(window: Window, room: Room, share: float) -> Verdict:
+def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verdict:
     head = f"data wait {share:.0%}: "
     own = {name: window.parts.get(name, 0.0) for name in WAITING}
     longest = max(own, key=lambda name: own[name])
@@ -59,43 +61,47 @@ def _loader_verdict(window: Window, room: Room, share: float) -> Verdict:
             f"{head}{longest} takes {ms:.3g} ms a step of the training's own thread; crops on a"
             " GPU, or a smaller batch in more processes, take it away",
         )
-    busy = {name: e.seconds / (e.lanes * window.seconds) for name, e in window.efforts.items()}
-    workers = sum(busy[name] for name, e in window.efforts.items() if e.shared)
-    lanes = {"workers": workers} | {n: b for n, b in busy.items() if not window.efforts[n].shared}
-    fullest = max(lanes, key=lambda name: lanes[name])
-    if lanes[fullest] < _IDLE:
+    busy = {name: e.seconds / (e.workers * window.seconds) for name, e in window.stage_work.items()}
+    of_workers = sum(busy[name] for name, e in window.stage_work.items() if e.shared)
+    apart = {n: b for n, b in busy.items() if not window.stage_work[n].shared}
+    share_busy = {"workers": of_workers} | apart
+    fullest = max(share_busy, key=lambda name: share_busy[name])
+    if share_busy[fullest] < _IDLE:
         return Verdict(
             "idle",
             f"{head}no stage of the loader limits, its {room.workers} worker(s) are busy"
-            f" {workers:.0%} of the time: something between batches stands still. Epochs of few"
+            f" {of_workers:.0%} of the time: something between batches stands still. Epochs of few"
             " steps? Other processes on these cores? More workers than images in a batch?",
         )
     limit = fullest
     if fullest == "workers":
-        shared = [name for name, e in window.efforts.items() if e.shared]
-        limit = max(shared, key=lambda name: window.efforts[name].seconds)
-    effort = window.efforts[limit]
+        shared = [name for name, e in window.stage_work.items() if e.shared]
+        limit = max(shared, key=lambda name: window.stage_work[name].seconds)
+    work_done = window.stage_work[limit]
     model = window.images / (window.seconds - window.waiting)
-    ms = 1000 * effort.per_photo
+    ms = 1000 * work_done.per_photo
     text = (
-        f"{head}{limit} limits, {ms:.3g} ms a photo on each of {effort.lanes} worker(s), which are"
-        f" busy {lanes[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s a process, the"
+        f"{head}{limit} limits, {ms:.3g} ms a photo on each of {work_done.workers} worker(s), which"
+        f" are busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s a"
+        " process, the"
         f" model alone could take {model:.4g}."
     )
     if room.kind == "pil":
         text += " pil is the published way; --loader ffcv on a .beton file decodes each photo once."
-    change = best_change(window.efforts, room, window.images_per_s, model)
+    change = best_change(window.stage_work, room, window.images_per_s, model)
     if change is None:
         return Verdict(limit, f"{text} All {room.cores} cores are at work: more cores, or a GPU")
     text += f" Change: {change.what}: up to {change.images_per_s:.4g} images/s"
     return Verdict(limit, text, change)
 
 
-def best_change(efforts: dict[str, Effort], room: Room, now: float, most: float) -> Change | None:
+def best_change(
+    stage_work: dict[str, StageWork], room: LoaderResources, now: float, most: float
+) -> Change | None:
     """What brings a loader that gives `now` images/s furthest; the model takes at most `most`."""
     found = [
-        Change(what, min(most, now * loader_ceiling(changed) / loader_ceiling(efforts)))
-        for what, changed in _changes(efforts, room)
+        Change(what, min(most, now * loader_ceiling(changed) / loader_ceiling(stage_work)))
+        for what, changed in _changes(stage_work, room)
     ]
     if not found:
         return None
@@ -103,26 +109,28 @@ def best_change(efforts: dict[str, Effort], room: Room, now: float, most: float)
     return next(change for change in found if change.images_per_s * _ALIKE >= best)
 
 
-def _changes(efforts: dict[str, Effort], room: Room) -> list[tuple[str, dict[str, Effort]]]:
+def _changes(
+    stage_work: dict[str, StageWork], room: LoaderResources
+) -> list[tuple[str, dict[str, StageWork]]]:
     """What could be changed, and the loader's work then; the cheapest first."""
 
-    def changed(how: Callable[[str, Effort], Effort]) -> dict[str, Effort]:
-        return {name: how(name, effort) for name, effort in efforts.items()}
+    def changed(how: Callable[[str, StageWork], StageWork]) -> dict[str, StageWork]:
+        return {name: how(name, work_done) for name, work_done in stage_work.items()}
 
-    def scaled(stage: str, factor: float) -> dict[str, Effort]:
+    def scaled(stage: str, factor: float) -> dict[str, StageWork]:
         return changed(lambda n, e: replace(e, seconds=e.seconds * factor) if n == stage else e)
 
     changes = []
     if room.cores > room.workers:
-        more = changed(lambda n, e: replace(e, lanes=room.cores) if e.shared else e)
+        more = changed(lambda n, e: replace(e, workers=room.cores) if e.shared else e)
         changes.append((f"--workers {room.cores}, as many as there are cores", more))
-    if "read" in efforts:
+    if "read" in stage_work:
         cache = "memory for the page cache to hold the photos, or a faster disk"
         changes.append((cache, scaled("read", 0.0)))
-    if "crop" in efforts and efforts["crop"].shared and room.on_gpu:
+    if "crop" in stage_work and stage_work["crop"].shared and room.on_gpu:
         way = "a .beton file and --loader ffcv" if room.kind == "pil" else "--crops-on gpu"
         changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
-    if "decode" in efforts:
+    if "decode" in stage_work:
         smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"
         changes.append((smaller, scaled("decode", 0.5)))
     return changes
@@ -165,17 +173,17 @@ class Adviser:
     """Says what limits the data side once, and again when that changes; it looks at windows of
     `steps` steps."""
 
-    def __init__(self, room: Room, steps: int = 20) -> None:
+    def __init__(self, room: LoaderResources, steps: int = 20) -> None:
         self._room, self._steps = room, steps
         self._window: Window | None = None
         self._said = ""
 
-    def add(self, images: int, parts: dict[str, float], efforts: dict[str, Effort]) -> str:
+    def add(self, images: int, parts: dict[str, float], stage_work: dict[str, StageWork]) -> str:
         """Add a step; a line, now and then."""
         if self._window is None:  # the first step of a process waits for what is compiled
             self._window = Window()
             return ""
-        self._window.add(images, parts, efforts)
+        self._window.add(images, parts, stage_work)
         if self._window.steps < self._steps:
             return ""
         window, self._window = self._window, Window()

@@ -9,15 +9,15 @@ import torch
 
 from ibeton import stages
 from ibeton.pipeline import Batch
-from ibeton.stages import Effort, StageClock, stage
-from ibeton.training.timing.bottleneck import Adviser, Room, rank_line
+from ibeton.stages import StageClock, StageWork, stage
+from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 from ibeton.training.timing.speed import Speed
 
 _BEFORE_TRACE = 2  # steps in which things are still compiled and allocated
 
 
-class Watch:
+class StepMonitor:
     """Of one rank, whose steps take `images`. Measures the matrix rate, in under a second."""
 
     def __init__(
@@ -27,7 +27,7 @@ class Watch:
         world_size: int,
         device: torch.device,
         dtype: torch.dtype | None,
-        room: Room,
+        room: LoaderResources,
     ) -> None:
         self.clock = StageClock(device)
         stages.use(self.clock)
@@ -57,11 +57,11 @@ class Watch:
             yield
         self._speed.flops = float(counter.get_total_flops())
 
-    def add(self, parts: dict[str, float], efforts: dict[str, Effort]) -> list[str]:
+    def add(self, parts: dict[str, float], stage_work: dict[str, StageWork]) -> list[str]:
         """Add a settled step, its parts in seconds and the loader's work for it; what there is to
         say about it."""
-        self._speed.add(parts, efforts)
-        line = self._adviser.add(self._images, parts, efforts)
+        self._speed.add(parts, stage_work)
+        line = self._adviser.add(self._images, parts, stage_work)
         return [line] if line else []
 
     def figures(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ibeton.stages import PARTS, Effort, stage
+from ibeton.stages import PARTS, StageWork, stage
 
 WAITING = ("wait", "copy", "mask")  # what the training's own thread spends on its next batch
 
@@ -17,22 +17,22 @@ WAITING = ("wait", "copy", "mask")  # what the training's own thread spends on i
 @dataclass
 class Window:
     """Sums over steps of one process: `images`, `parts` in seconds of the critical path, and the
-    loader's `efforts`."""
+    loader's `stage_work`."""
 
     steps: int = 0
     images: int = 0
     parts: dict[str, float] = field(default_factory=dict)
-    efforts: dict[str, Effort] = field(default_factory=dict)
+    stage_work: dict[str, StageWork] = field(default_factory=dict)
 
-    def add(self, images: int, parts: dict[str, float], efforts: dict[str, Effort]) -> None:
+    def add(self, images: int, parts: dict[str, float], stage_work: dict[str, StageWork]) -> None:
         """Add a step."""
         self.steps += 1
         self.images += images
         for name, seconds in parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + seconds
-        for name, effort in efforts.items():
-            before = self.efforts.get(name)
-            self.efforts[name] = effort if before is None else before.plus(effort)
+        for name, work_done in stage_work.items():
+            before = self.stage_work.get(name)
+            self.stage_work[name] = work_done if before is None else before.plus(work_done)
 
     @property
     def seconds(self) -> float:
@@ -48,13 +48,13 @@ class Window:
         return self.images / self.seconds
 
 
-def loader_ceiling(efforts: dict[str, Effort]) -> float:
-    """Images/s that the loader's lanes could give, were they never idle: its workers share all of
+def loader_ceiling(stage_work: dict[str, StageWork]) -> float:
+    """Images/s that the loader's workers could give, were they never idle: its workers share all of
     their stages, streams beside them work on their own."""
-    together = sum(effort.per_photo for effort in efforts.values() if effort.shared)
-    ceilings = [effort.ceiling for effort in efforts.values() if not effort.shared]
-    lanes = [effort.lanes for effort in efforts.values() if effort.shared]
-    return min([*ceilings, max(lanes) / together if together else float("inf")])
+    together = sum(work_done.per_photo for work_done in stage_work.values() if work_done.shared)
+    ceilings = [work_done.ceiling for work_done in stage_work.values() if not work_done.shared]
+    workers = [work_done.workers for work_done in stage_work.values() if work_done.shared]
+    return min([*ceilings, max(workers) / together if together else float("inf")])
 
 
 class Speed:
@@ -72,12 +72,12 @@ class Speed:
         # Host to host, as asking a GPU would wait for what it has queued.
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def add(self, parts: dict[str, float], efforts: dict[str, Effort]) -> None:
+    def add(self, parts: dict[str, float], stage_work: dict[str, StageWork]) -> None:
         """Add a step. The first step of a process, in which things are compiled, is shown and then
         forgotten."""
         if self._first and self.window.steps:
             self.window, self._first = Window(), False
-        self.window.add(self._images, parts, efforts)
+        self.window.add(self._images, parts, stage_work)
 
     def figures(self) -> dict[str, Any]:
         """Means since the last record. images_per_s is that of all ranks, peak_share the share of
@@ -95,11 +95,12 @@ class Speed:
         figures["stage_ms"] = {
             name: round(window.parts[name] * per_step, 3) for name in PARTS if name in window.parts
         }
-        if window.efforts:
+        if window.stage_work:
             figures["loader_ms"] = {
-                name: round(1000 * effort.per_photo, 3) for name, effort in window.efforts.items()
+                name: round(1000 * work_done.per_photo, 3)
+                for name, work_done in window.stage_work.items()
             }
-            figures["loader_ceiling"] = loader_ceiling(window.efforts) * self._world_size
+            figures["loader_ceiling"] = loader_ceiling(window.stage_work) * self._world_size
         return figures
 
     def ranks(self) -> list[dict[str, float]]:

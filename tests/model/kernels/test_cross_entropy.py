@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from ibeton.model.kernels.cross_entropy import CHUNK, cross_entropy, cross_entropy_reference
 
-ROOT = Path(__file__).parents[3]
 # By format: of the loss, and of the gradient's largest value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [  # student rows, teacher rows, prototypes, targets a row

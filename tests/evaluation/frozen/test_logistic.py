@@ -1,0 +1,48 @@
+"""Logistic regression against scikit-learn, and what is held out."""
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import normalize
+
+from ibeton.evaluation.frozen import logistic
+from ibeton.evaluation.frozen.logistic import fit_logistic, split_held_out, top1
+
+
+def random_set(photos, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(classes, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(classes, (photos,), generator=generator)
+    features = centers[labels] + torch.randn(photos, 10, generator=generator)
+    return normalize(features, dim=1), labels
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+def test_it_is_scikit_learns_multinomial_regression(strength, monkeypatch):
+    monkeypatch.setattr(logistic, "_CHUNK", 70)
+    features, labels = random_set(240, 4, 1)
+    weight = fit_logistic(features, labels, 4, strength)
+    expected = LogisticRegression(C=1 / strength, fit_intercept=False, tol=1e-8, max_iter=2000)
+    expected.fit(features.double().numpy(), labels.numpy())
+    test, test_labels = random_set(300, 4, 2)
+    ours = (test @ weight).softmax(1)
+    theirs = torch.from_numpy(expected.predict_proba(test.double().numpy())).float()
+    torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=0)
+    assert top1(weight, test, test_labels) == pytest.approx(
+        100 * expected.score(test.numpy(), test_labels.numpy()), abs=0.7
+    )
+
+
+def test_a_class_that_is_not_in_the_training_set_is_allowed_and_never_said():
+    features, labels = random_set(60, 3, 3)
+    weight = fit_logistic(features, labels, 5, 0.1)
+    assert weight.shape == (10, 5)
+    assert set((features @ weight).argmax(1).tolist()) <= {0, 1, 2}
+
+
+def test_a_fifth_of_each_class_is_held_out_and_never_all_of_it():
+    labels = torch.tensor([0] * 20 + [1] * 3 + [2] * 2 + [3])
+    learn, held = split_held_out(labels)
+    assert labels[held].bincount(minlength=4).tolist() == [4, 1, 0, 0]
+    assert sorted(learn.tolist() + held.tolist()) == list(range(26))
+    assert not torch.equal(held, split_held_out(labels, seed=1)[1])

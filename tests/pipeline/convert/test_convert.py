@@ -1,0 +1,411 @@
+"""Conversion as a user meets it: real photos in, a .beton out, and what is said when it fails."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import SHARED
+from PIL import Image
+
+from ibeton.pipeline.convert.converter import (
+    ConversionReport,
+    ConvertOptions,
+    convert,
+    verify_existing,
+)
+from ibeton.pipeline.store.beton import JPG, RAW, BetonReader, sidecar_path
+from ibeton.pipeline.store.decode import decode_photo
+from ibeton.pipeline.store.sources import open_source, read_bytes
+
+HARD = SHARED / "hard_jpegs"
+
+
+def smooth(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def converted(src: Path, dst: Path, **options: object) -> tuple[BetonReader, ConversionReport]:
+    report = convert(src, dst, ConvertOptions(**{"workers": 1, **options}))  # type: ignore[arg-type]
+    return BetonReader(dst), report
+
+
+def stored(reader: BetonReader) -> list[tuple[int, int, int, int, bytes]]:
+    """All that is stored of each photo."""
+    columns = (reader.labels, reader.modes, reader.widths, reader.heights)
+    return [
+        (*(int(column[i]) for column in columns), bytes(reader.photo_bytes(i)))  # type: ignore[misc]
+        for i in range(len(reader))
+    ]
+
+
+def file_bytes(source: Path, without: str = "\0") -> dict[str, bytes]:
+    """The photos' bytes by name, leaving out the class `without`."""
+    opened = open_source(source)
+    photos = [photo for photo in opened.photos if not photo.name.startswith(without)]
+    return {photo.name: read_bytes(photo) for photo in photos}
+
+
+# ---- what is stored ----
+
+
+def test_color_jpegs_are_stored_byte_for_byte(photo_folder: Path, beton: Path) -> None:
+    reader, files = BetonReader(beton), file_bytes(photo_folder)
+    assert [sample[-1] for sample in stored(reader)] == list(files.values())
+    assert reader.classes == ["class0", "class1", "class2", "class3"]
+    assert [reader.classes[label] for label in reader.labels] == [n.split("/")[0] for n in files]
+    assert set(reader.modes) == {JPG}
+    for i, data in enumerate(files.values()):
+        assert Image.open(io.BytesIO(data)).size == (reader.widths[i], reader.heights[i])
+
+
+def test_raw_stores_the_pixels(photo_folder: Path, raw_beton: Path) -> None:
+    reader, files = BetonReader(raw_beton), file_bytes(photo_folder)
+    assert set(reader.modes) == {RAW}
+    for i, data in enumerate(files.values()):
+        np.testing.assert_array_equal(reader.pixels(i), decode_photo(data))
+
+
+def test_jpg_encodes_all_anew_with_the_quality_given(photo_folder: Path, tmp_path: Path) -> None:
+    files = list(file_bytes(photo_folder).values())
+    fine, report = converted(photo_folder, tmp_path / "95.beton", write_mode="jpg", quality=95)
+    coarse, _ = converted(photo_folder, tmp_path / "30.beton", write_mode="jpg", quality=30)
+    assert report.counts == {"encoded": len(files)}
+    assert coarse.sizes.sum() < 0.7 * fine.sizes.sum()
+    for i, data in enumerate(files):
+        assert bytes(fine.photo_bytes(i)) != data
+        assert np.abs(fine.pixels(i).astype(int) - decode_photo(data)).mean() < 3
+
+
+def test_smart_stores_large_photos_as_jpeg_and_small_ones_as_pixels(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    reader, report = converted(
+        photo_folder, tmp_path / "a.beton", write_mode="smart", smart_threshold=60_000
+    )
+    pixels = reader.widths.astype(int) * reader.heights * 3
+    np.testing.assert_array_equal(reader.modes, np.where(pixels > 60_000, JPG, RAW))
+    assert report.counts["encoded"] + report.counts["raw"] == 48
+    assert min(report.counts.values()) > 5
+
+
+@pytest.mark.parametrize("write_mode", ["keep", "raw"])
+def test_max_resolution_shrinks_what_is_larger_and_nothing_else(
+    photo_folder: Path, tmp_path: Path, write_mode: str
+) -> None:
+    files = list(file_bytes(photo_folder).values())
+    reader, _ = converted(
+        photo_folder, tmp_path / "a.beton", write_mode=write_mode, max_resolution=128
+    )
+    for i, data in enumerate(files):
+        before, after = decode_photo(data), reader.pixels(i)
+        longest = max(before.shape[:2])
+        if longest <= 128:
+            np.testing.assert_array_equal(after, before)
+            continue
+        assert max(after.shape[:2]) == 128
+        for side in (0, 1):
+            assert abs(after.shape[side] - before.shape[side] * 128 / longest) <= 0.5
+        size = (after.shape[1], after.shape[0])
+        expected = Image.fromarray(before).resize(size, Image.Resampling.HAMMING)
+        distance = np.abs(after.astype(int) - np.asarray(expected))
+        assert distance.max() == 0 if write_mode == "raw" else distance.mean() < 15
+
+
+def test_a_very_thin_photo_keeps_a_pixel_of_width(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    smooth(2, 900).save(tmp_path / "src" / "thin.jpg")
+    reader, _ = converted(tmp_path / "src", tmp_path / "a.beton", max_resolution=100)
+    assert reader.pixels(0).shape == (100, 1, 3)
+
+
+def test_a_subset_is_spread_evenly_over_the_sorted_photos(
+    photo_folder: Path, beton: Path, tmp_path: Path
+) -> None:
+    whole = stored(BetonReader(beton))
+    reader, _ = converted(photo_folder, tmp_path / "a.beton", subset=12)
+    assert stored(reader) == whole[::4]
+    assert len(reader.classes) == 4
+
+
+def test_shuffle_stores_all_photos_in_an_order_of_the_seed(
+    photo_folder: Path, beton: Path, tmp_path: Path
+) -> None:
+    whole = stored(BetonReader(beton))
+    one, _ = converted(photo_folder, tmp_path / "1.beton", shuffle=True, seed=1)
+    again, _ = converted(photo_folder, tmp_path / "again.beton", shuffle=True, seed=1)
+    two, _ = converted(photo_folder, tmp_path / "2.beton", shuffle=True, seed=2)
+    few, _ = converted(photo_folder, tmp_path / "few.beton", shuffle=True, seed=1, subset=10)
+    assert sorted(stored(one)) == sorted(whole)
+    assert whole != stored(one) == stored(again) != stored(two)
+    assert stored(few) == stored(one)[:10]
+
+
+# ---- sources ----
+
+
+def pack(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_tars_convert_to_what_their_folder_converts_to(
+    photo_folder: Path, beton: Path, tmp_path: Path
+) -> None:
+    files, folder = file_bytes(photo_folder), BetonReader(beton)
+    classes = {}
+    for name in folder.classes:
+        inside = {n.split("/")[1]: data for n, data in files.items() if n.startswith(name)}
+        classes[f"{name}.tar"] = pack(tmp_path / "inner.tar", inside).read_bytes()
+    pack(tmp_path / "of_tars.tar", classes)
+    pack(tmp_path / "plain.tar", files)
+    for tar in ("of_tars.tar", "plain.tar"):
+        reader, _ = converted(tmp_path / tar, tmp_path / f"{tar}.beton", workers=2)
+        assert stored(reader) == stored(folder)
+        assert reader.classes == folder.classes
+
+
+def test_a_folder_without_classes_is_unlabelled_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for i in range(3):
+        smooth(seed=i).save(tmp_path / "src" / f"{i}.JPG")
+    reader, report = converted(tmp_path / "src", tmp_path / "a.beton")
+    assert reader.labels.tolist() == [-1, -1, -1]
+    assert report.unlabelled == 3
+    assert "3 photos stand in no class folder" in "\n".join(report.lines())
+
+
+# ---- hard photos ----
+
+
+def hard_set(root: Path) -> None:
+    """One of each kind that real collections hold, in class folders named by what is owed."""
+
+    def jpeg(image: Image.Image, **options: object) -> bytes:
+        file = io.BytesIO()
+        image.save(file, "JPEG", **options)
+        return file.getvalue()
+
+    for name in ("kept", "encoded", "unreadable"):
+        (root / name).mkdir(parents=True)
+    photo, exif = smooth(), Image.Exif()
+    exif[0x0112] = 6
+    kept = {
+        "plain.jpg": jpeg(photo),
+        "progressive.JPG": jpeg(photo, progressive=True),
+        "full_chroma.jpeg": jpeg(photo, subsampling=0),
+        "turned.jpg": jpeg(photo, exif=exif),
+        "jpeg_named.png": jpeg(photo),
+        "one_pixel.jpg": jpeg(smooth(1, 1)),
+        "trailing.jpg": jpeg(photo) + b"\0" * 50,
+    }
+    for name, data in kept.items():
+        (root / "kept" / name).write_bytes(data)
+    (root / "kept" / ".hidden.jpg").write_bytes(jpeg(photo))
+    encoded = root / "encoded"
+    photo.convert("L").save(encoded / "gray.jpg")
+    photo.convert("CMYK").save(encoded / "cmyk.jpg")
+    photo.save(encoded / "png_named.JPEG", "PNG")
+    photo.convert("RGBA").save(encoded / "rgba.png")
+    photo.quantize(16).save(encoded / "palette.png")
+    photo.quantize(16).save(encoded / "long_comment.gif", comment=b"x" * 70_000)
+    photo.save(encoded / "photo.bmp")
+    photo.save(encoded / "photo.webp")
+    ramp = np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)
+    Image.fromarray(ramp).save(encoded / "gray16.png")
+    unreadable = {
+        "truncated.jpg": jpeg(photo)[:-60],
+        "header.jpg": jpeg(photo)[:100],
+        "empty.jpg": b"",
+        "text.jpg": b"<html>404 Not Found</html>",
+    }
+    for name, data in unreadable.items():
+        (root / "unreadable" / name).write_bytes(data)
+    (root / "unreadable" / "gone.jpg").symlink_to("nowhere.jpg")
+
+
+def test_hard_photos_are_kept_encoded_or_named_with_the_reason(tmp_path: Path) -> None:
+    hard_set(tmp_path / "src")
+    reader, report = converted(tmp_path / "src", tmp_path / "a.beton", verify=True)
+    files = file_bytes(tmp_path / "src", without="unreadable/")
+    assert report.counts == {"kept": 7, "encoded": 9}
+    assert len(reader) == report.photos == len(files) == 16
+    for i, (name, data) in enumerate(files.items()):
+        assert reader.classes[reader.labels[i]] == name.split("/")[0]
+        if name.startswith("kept"):
+            assert bytes(reader.photo_bytes(i)) == data, name
+        else:
+            kept_jpeg = Image.open(io.BytesIO(reader.photo_bytes(i)))
+            assert (kept_jpeg.format, kept_jpeg.mode) == ("JPEG", "RGB"), name
+            assert np.abs(reader.pixels(i).astype(int) - decode_photo(data)).mean() < 9, name
+    reasons = dict(report.unreadable)
+    assert list(reasons) == [
+        f"unreadable/{name}.jpg" for name in ("empty", "gone", "header", "text", "truncated")
+    ]
+    assert reasons["unreadable/empty.jpg"] == "the file is empty"
+    assert reasons["unreadable/gone.jpg"] == "No such file or directory"
+    assert "not an image format" in reasons["unreadable/text.jpg"]
+    assert "truncated" in reasons["unreadable/truncated.jpg"]
+    beside = json.loads(sidecar_path(tmp_path / "a.beton").read_text())
+    assert beside["unreadable"] == [list(pair) for pair in report.unreadable]
+    assert (beside["photos"], beside["counts"]) == (16, report.counts)
+    assert "5 unreadable, all listed in" in "\n".join(report.lines())
+
+
+@pytest.mark.skipif(not HARD.is_dir(), reason=f"the shared photos {HARD} are not here")
+def test_the_shared_hard_photos_convert_as_their_manifest_says(tmp_path: Path) -> None:
+    owed = {e["file"]: e["expect"] for e in json.loads((HARD / "manifest.json").read_text())}
+    reader, report = converted(HARD, tmp_path / "a.beton", workers=2)
+    reasons = dict(report.unreadable)
+    stored_names = [p.name for p in open_source(HARD).photos if p.name not in reasons]
+    assert len(stored_names) == len(reader) == report.photos
+    for name, expect in owed.items():
+        if expect == "ignored":
+            assert name not in reasons
+            assert name not in stored_names
+        elif expect.startswith("unreadable"):
+            assert reasons[name], name
+        elif expect.startswith("rgb"):
+            pixels = reader.pixels(stored_names.index(name))
+            expected = decode_photo((HARD / name).read_bytes())
+            distance = np.abs(pixels.astype(np.int16) - expected)
+            assert distance.mean() < 12, name  # 11 for palette.png, which is dithered
+        else:
+            assert "never a crash" in expect
+            assert name in stored_names or reasons[name]
+    assert reader.pixels(stored_names.index("exif_rotated.jpg")).shape == (240, 320, 3)
+
+
+def test_photo_names_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    smooth().save(tmp_path / "src" / "a.jpg")
+    (tmp_path / "src" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+    _, report = converted(tmp_path / "src", tmp_path / "a.beton")
+    shown = "\n".join(report.lines()).encode("utf-8")
+    assert b"caf\\udce9.jpg: the file is empty" in shown
+    beside = json.loads(sidecar_path(tmp_path / "a.beton").read_text())
+    assert os.fsencode(beside["unreadable"][0][0]) == b"caf\xe9.jpg"
+
+
+# ---- the file as a whole ----
+
+
+def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
+    hard_set(tmp_path / "src")
+    for i in range(40):  # more than the two workers have under way at once
+        smooth(50 + i, 90 - i, seed=i).save(tmp_path / "src" / "kept" / f"{i}.png")
+    for workers in (1, 2):
+        (tmp_path / f"{workers}").mkdir()
+        converted(tmp_path / "src", tmp_path / f"{workers}" / "a.beton", workers=workers)
+    for name in ("a.beton", "a.beton.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_only_the_file_and_its_json_are_left(photo_folder: Path, tmp_path: Path) -> None:
+    converted(photo_folder, tmp_path / "a.beton", subset=5, verify=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.beton", "a.beton.json"]
+
+
+def test_an_existing_file_is_replaced_on_request_only(photo_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    converted(photo_folder, path, subset=5)
+    with pytest.raises(FileExistsError, match="--overwrite replaces it"):
+        converted(photo_folder, path, subset=6)
+    assert len(BetonReader(path)) == 5
+    reader, _ = converted(photo_folder, path, subset=6, overwrite=True)
+    assert len(reader) == 6
+
+
+def test_a_failed_conversion_leaves_the_old_file_alone(photo_folder: Path, tmp_path: Path) -> None:
+    path, broken = tmp_path / "a.beton", tmp_path / "broken"
+    converted(photo_folder, path, subset=5)
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"text")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(ValueError, match="none of 1 photos is readable"):
+        converted(broken, path, overwrite=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+# ---- reading back ----
+
+
+def flipped(path: Path, position: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x10]))
+
+
+@pytest.fixture
+def copied(beton: Path, tmp_path: Path) -> Path:
+    for path in (beton, sidecar_path(beton)):
+        shutil.copy(path, tmp_path / path.name)
+    return tmp_path / beton.name
+
+
+def test_a_whole_file_verifies(copied: Path) -> None:
+    assert verify_existing(str(copied), 1) == ([], f"{copied}: every photo reads as written")
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.98])
+def test_one_flipped_byte_of_a_photo_is_found(copied: Path, part: float) -> None:
+    reader = BetonReader(copied)
+    whole, photo = copied.read_bytes(), bytes(reader.photo_bytes(17))
+    flipped(copied, whole.index(photo) + int(len(photo) * part))
+    faults, _ = verify_existing(str(copied), 1)
+    assert f"{copied}: photos 0 to 47 are not as they were written" in faults
+
+
+@pytest.mark.parametrize("column", ["labels", "widths"])
+def test_one_flipped_byte_of_the_metadata_is_found(copied: Path, column: str) -> None:
+    sample = 24 + 2 * 1041 + 24 * 17  # header, two fields, 17 samples
+    flipped(copied, sample + {"labels": 16, "widths": 1}[column])
+    assert verify_existing(str(copied), 1)[0]
+
+
+def test_a_file_without_checksums_is_decoded_and_said_to_be(copied: Path) -> None:
+    sidecar_path(copied).unlink()
+    faults, good = verify_existing(str(copied), 1)
+    assert faults == []
+    assert "no checksums beside it" in good
+    reader = BetonReader(copied)
+    middle = copied.read_bytes().index(bytes(reader.photo_bytes(3)))
+    flipped(copied, middle)  # its first byte: no JPEG any more
+    faults, _ = verify_existing(str(copied), 1)
+    assert len(faults) == 1
+    assert faults[0].startswith(f"photo 3 of {copied}: not an image format")
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"quality": 0}, "--quality 0: expected 1 to 100"),
+        ({"quality": 101}, "--quality 101: expected 1 to 100"),
+        ({"max_resolution": -1}, "--max-resolution -1: expected 0 or more"),
+        ({"workers": -2}, "--workers -2: expected 0 or more"),
+        ({"subset": 49}, "--subset 49: .* has 48 photos"),
+        ({"write_mode": "png"}, "--write-mode png: expected keep, jpg, raw, smart"),
+        ({"write_mode": "smart"}, "--smart-threshold BYTES go together"),
+        ({"smart_threshold": 5}, "--smart-threshold BYTES go together"),
+    ],
+)
+def test_options_that_cannot_work_are_named(
+    photo_folder: Path, tmp_path: Path, options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        converted(photo_folder, tmp_path / "a.beton", **options)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,73 @@
+"""Twenty-two corner cases of photo files, through every loader, as files and as a .beton."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from paths import SHARED
+
+from ibeton.pipeline import Batch, PipelineConfig, build_loader
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.loader import dali_problem, ffcv_problem
+
+HARD = SHARED / "hard_jpegs"
+pytestmark = pytest.mark.skipif(not HARD.is_dir(), reason=f"the shared photos {HARD} are not here")
+PROBLEMS = {"ffcv": ffcv_problem(), "dali": dali_problem(), "pil": ""}
+SMALL = PipelineConfig(
+    batch_size=7,
+    workers=1,
+    local_crops_number=2,
+    global_crops_size=32,
+    local_crops_size=16,
+    patch_size=8,
+)
+MEAN_BOUND = 3.0  # of the difference that a decoder makes to one view, in 0 .. 255
+
+
+@pytest.fixture(scope="module")
+def hard_beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hard") / "hard.beton"
+    convert(HARD, path, ConvertOptions(workers=1))
+    return path
+
+
+def epoch_of(path: Path, kind: str) -> tuple[list[Batch], dict[str, str]]:
+    """The batches of two epochs, and the names of the photos that could not be read."""
+    if PROBLEMS[kind]:
+        pytest.skip(PROBLEMS[kind])
+    loader = build_loader(replace(SMALL, data=str(path), loader=kind))
+    batches = [*loader.epoch(0), *loader.epoch(1)]
+    unreadable = {loader.photos.name(i): reason for i, reason in loader.unreadable.items()}
+    loader.close()
+    return batches, unreadable
+
+
+def assert_alike(ours: list[Batch], theirs: list[Batch]) -> None:
+    """The same samples, the same replacements, the same views within the decoders' rounding."""
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.indices, other.indices)
+        assert torch.equal(one.masks, other.masks)
+        for name in ("global_crops", "local_crops"):
+            # One unit of the normalized scale is about 0.226 * 255 = 58 of 0 .. 255.
+            apart = (getattr(one, name) - getattr(other, name)).abs().mean(dim=(2, 3, 4)) * 58
+            assert apart.max() <= MEAN_BOUND
+
+
+@pytest.mark.parametrize("kind", ["pil", "dali"])
+def test_a_folder_is_read_as_the_manifest_says(kind: str) -> None:
+    owed = {e["file"]: e["expect"] for e in json.loads((HARD / "manifest.json").read_text())}
+    _, unreadable = epoch_of(HARD, kind)
+    must_be = {name for name, expect in owed.items() if expect.startswith("unreadable")}
+    assert must_be == set(unreadable)
+    assert all(name in reason for name, reason in unreadable.items())
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "dali"])
+def test_the_beton_of_them_gives_the_pil_loaders_batches(hard_beton: Path, kind: str) -> None:
+    ours, unreadable = epoch_of(hard_beton, kind)
+    theirs, _ = epoch_of(hard_beton, "pil")
+    assert_alike(ours, theirs)
+    assert not unreadable, "the converter lets through what can be decoded alone"

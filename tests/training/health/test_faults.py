@@ -1,0 +1,215 @@
+"""Real runs with a fault put in that cannot be missed: the log and the advice name it.
+
+No verdict here rests on how fast the machine is: each delay is many times the step.
+"""
+
+import ctypes
+import gzip
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from paths import ROOT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ibeton import train
+from ibeton.model import IBOT
+from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.loader import ffcv_problem
+from ibeton.training.timing.speed import slowest
+
+SMALL = shlex.split(
+    "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --image-size 32"
+    " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --batch-size 4"
+    " --out-dim 64 --hidden-dim 32 --bottleneck-dim 16 --warmup-epochs 1 --epochs 3"
+    " --warmup-teacher-temp-epochs 1 --workers 1 --device cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 small photos."""
+    root = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    (root / "photos").mkdir()
+    for i in range(96):
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "photos" / f"{i}.jpg")
+    convert(root / "photos", root / "photos.beton", ConvertOptions(workers=1))
+    return root / "photos.beton"
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def run(beton: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """The last record of a run."""
+    assert train.main([*SMALL, "--data", str(beton), "--output-dir", str(folder), *options]) == 0
+    return records(folder)[-1]
+
+
+def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return function(*arguments, **named)
+
+    return slow
+
+
+def named_in_trace(folder: Path) -> set[str]:
+    """Names that a profiler was told of."""
+    with gzip.open(folder / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    return {event["name"] for event in events if event.get("cat") == "user_annotation"}
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """What TensorBoard shows last."""
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {name: board.Scalars(name)[-1].value for name in board.Tags()["scalars"]}
+
+
+def test_a_slow_stage_of_the_model_stands_in_the_log_the_board_and_the_trace(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IBOT, "update_teacher", slowed(IBOT.update_teacher, 1.0))
+    options = ["--loader", "pil", "--stop-after", "4", "--log-steps", "100", "--profile", "1"]
+    record = run(beton, tmp_path / "run", *options)
+    ms = record["stage_ms"]
+    assert max(ms, key=lambda name: ms[name]) == "ema"
+    assert ms["ema"] >= 1000
+    step = 4 / record["images_per_s"] * 1000
+    assert sum(ms.values()) == pytest.approx(step, rel=1e-3), "the parts are the step"
+    assert {"teacher", "student", "loss", "backward", "optimizer", "copy", "mask"} <= set(ms)
+    assert 0 < record["peak_share"] < 1
+    assert record["memory_gib"] > 0.1
+    assert set(record["loader_ms"]) == {"read", "decode", "crop"}
+    assert set(ms) | {"wait"} <= named_in_trace(tmp_path / "run") | {"other"}
+    board = scalars(tmp_path / "run")
+    assert board["stage_ms/ema"] == pytest.approx(ms["ema"])
+    assert {f"stage_ms/{name}" for name in ms} | {"loader_ms/decode", "data_wait"} <= set(board)
+
+
+def test_a_loader_that_sleeps_between_batches_is_found(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ibeton.pipeline.loaders.pil import PilCrops
+
+    batches = PilCrops.batches
+
+    def slow(*arguments: Any) -> Iterator[Any]:
+        for crops in batches(*arguments):
+            time.sleep(0.5)
+            yield crops
+
+    monkeypatch.setattr(PilCrops, "batches", slow)
+    record = run(beton, tmp_path / "run", "--loader", "pil", "--stop-after", "22")
+    assert record["data_wait"] > 0.5
+    assert "no stage of the loader limits" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(ffcv_problem()), reason="ffcv is not installed: make ffcv")
+def test_a_slow_disk_is_found(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numba
+
+    from ibeton.pipeline.loaders.ffcv import DecodeAndCut
+
+    usleep = ctypes.CDLL(None).usleep
+    usleep.argtypes, usleep.restype = (ctypes.c_uint,), ctypes.c_int
+
+    def throttled(self: Any, metadata: Any, memory_read: Any) -> None:
+        @numba.njit(nogil=True)
+        def slow(pointer, storage):  # type: ignore[no-untyped-def]
+            usleep(100_000)
+            return memory_read(pointer, storage)
+
+        self.metadata, self.memory_read = metadata, slow
+
+    monkeypatch.setattr(DecodeAndCut, "accept_globals", throttled)
+    record = run(beton, tmp_path / "run", "--loader", "ffcv", "--stop-after", "22")
+    assert record["loader_ms"]["read"] >= 100
+    assert record["loader_ceiling"] <= 10, "images/s of one worker"
+    said = capsys.readouterr().out
+    assert "read limits" in said
+    assert "page cache" in said
+
+
+@pytest.fixture(scope="module")
+def large_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 photos whose decode takes longer than a step of the model."""
+    root = tmp_path_factory.mktemp("large")
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "0.jpg", quality=90)
+    for i in range(1, 16):
+        shutil.copyfile(root / "0.jpg", root / f"{i}.jpg")
+    return root
+
+
+def test_one_worker_where_there_could_be_two_is_found(
+    large_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train, "cores", lambda: 2)
+    record = run(large_photos, tmp_path / "run", "--loader", "pil", "--epochs", "6")
+    loader_ms = record["loader_ms"]
+    assert max(loader_ms, key=lambda name: loader_ms[name]) == "decode"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "decode limits" in said
+    assert "a photo on each of 1 worker(s), which are busy" in said
+    assert "Change: --workers 2, as many as there are cores: up to" in said
+
+
+SLOW_RANK = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from ibeton.model import IBOT
+from ibeton.train import main
+update = IBOT.update_teacher
+def slow(self, *arguments):
+    time.sleep(1.0 if os.environ["RANK"] == "1" else 0.0)
+    update(self, *arguments)
+IBOT.update_teacher = slow
+if __name__ == "__main__":  # worker processes import this file
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_slowest_of_two_processes_is_named_and_comm_stands_apart(
+    beton: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "slow_rank.py"
+    script.write_text(SLOW_RANK.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(script), *SMALL, "--data", str(beton)]
+    command += ["--loader", "pil", "--stop-after", "5", "--log-steps", "4"]
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "run")],
+        **{"capture_output": True, "text": True, "check": False, "timeout": 300},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    first, second = records(tmp_path / "run")[-1]["ranks"]
+    assert second["ema"] >= 1000
+    assert first["ema"] < 500
+    assert first["comm"] > 500, "it waits for the other, and not in a stage of its own"
+    assert second["comm"] < 500
+    assert "rank 1 is the slowest" in done.stdout
+    # Its first line may be about the first steps, in which other things are slow.
+    rank, _, stage, _ = slowest([first, second])
+    assert (rank, stage) == (1, "ema")
