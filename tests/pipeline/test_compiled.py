@@ -11,7 +11,7 @@ from paths import ROOT
 PROGRAM = """
 import numpy as np
 from numba import njit
-from ibeton.pipeline.crops import color as color
+from ibeton.pipeline.crops import color
 
 @njit(fastmath=True)
 def careless(view, factor):
@@ -38,8 +38,8 @@ def test_a_careless_caller_does_not_change_the_arithmetic(tmp_path: Path) -> Non
 
 CALLER = """
 import numpy as np
-from ibeton.pipeline.callee import value
-from ibeton.pipeline.compiled import compiled
+from pipeline.callee import value
+from pipeline.compiled import compiled
 
 @compiled
 def answer():
