@@ -19,7 +19,7 @@ def _cache_of_this_source() -> str:
     sources = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         text = path.read_bytes()
-        if b"ibeton.pipeline.compiled" in text or path == Path(__file__):
+        if b"pipeline.compiled" in text or path == Path(__file__):
             sources.update(text)
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     root = Path(chosen) if chosen else folder / "__pycache__"
