@@ -69,14 +69,20 @@ class ModelConfig:
     pred_start_epoch: int = option(0, "epoch from which views are masked")
     epochs: int = option(800, "length of the run in epochs")
 
+    def width(self) -> int:
+        """Channels C of the backbone's output tokens."""
+        if self.arch in SWINS:
+            return self.embed_dim or SWIN_DIM
+        return self.backbone_shape()[0]
+
     def backbone_shape(self) -> tuple[int, int, int]:
-        """(embed_dim, depth, num_heads): the architecture's, where nothing else is given."""
+        """(embed_dim, depth, num_heads) of a ViT: those of `arch`, unless set explicitly."""
         self._known("arch", tuple(ARCHITECTURES))
         embed_dim, depth, num_heads = ARCHITECTURES[self.arch]
         return self.embed_dim or embed_dim, self.depth or depth, self.num_heads or num_heads
 
     def patch_prototypes(self) -> int:
-        """Prototypes of patches: those of the class token as soon as one of the heads is shared."""
+        """Prototypes K2 of patches: `out_dim` as soon as one of the two heads is shared."""
         shared = self.shared_head or self.shared_head_teacher
         return self.out_dim if shared else self.patch_out_dim
 

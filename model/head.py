@@ -5,13 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibeton.model.backbones.blocks import init_linear
+from ibeton.model.config import ModelConfig
 
 
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose rows are g * v / |v|: [..., in_dim] -> [..., out_dim].
 
-    Parameters `weight_g` [out_dim, 1] and `weight_v` [out_dim, in_dim] are named as
-    `torch.nn.utils.weight_norm` does. Rows start uniform, as those of a plain linear layer, g at 1.
+    The parameters are `weight_g` [out_dim, 1] and `weight_v` [out_dim, in_dim], the names that
+    `torch.nn.utils.weight_norm` uses. v starts uniform, as in `nn.Linear`, and g at 1.
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -31,29 +32,18 @@ class WeightNormLinear(nn.Module):
 class IBOTHead(nn.Module):
     """Tokens -> logits over prototypes (iBOT, section 3.2, and published code).
 
-    `shared` uses one last layer for class token and patches: `last_layer2` is then the same module
-    as `last_layer` (both stand in the state dict), and `patch_out_dim` is not used.
-    `norm_last_layer` freezes g. With `norm_in_head` 'ln' or 'bn' the same norm object follows every
-    hidden layer, as published: one set of weights, and batch statistics updated by each use.
+    A shared head has one last layer for class token and patches: `last_layer2` is then the same
+    module as `last_layer`, and the state dict lists it twice. `config.norm_last_layer` freezes g.
+    With `config.norm_in_head` "ln" or "bn" one norm object follows every hidden layer, as
+    published: one set of weights, and batch statistics that each use updates.
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        patch_out_dim: int,
-        shared: bool = True,
-        norm_last_layer: bool = False,
-        norm_in_head: str = "none",
-        act: str = "gelu",
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        layers: int = 3,
-    ) -> None:
+    def __init__(self, config: ModelConfig, is_student: bool) -> None:
         super().__init__()
-        widths = [in_dim] + [hidden_dim] * (layers - 1) + [bottleneck_dim]
-        norm = _hidden_norm(norm_in_head, hidden_dim)
-        activation = _activation(act)
+        hidden, layers = config.hidden_dim, config.head_layers
+        widths = [config.width()] + [hidden] * (layers - 1) + [config.bottleneck_dim]
+        norm = _hidden_norm(config.norm_in_head, hidden)
+        activation = nn.GELU() if config.act == "gelu" else nn.ReLU()
         parts: list[nn.Module] = []
         for i in range(layers):
             parts.append(nn.Linear(widths[i], widths[i + 1]))
@@ -61,11 +51,14 @@ class IBOTHead(nn.Module):
                 parts += [activation] if norm is None else [norm, activation]
         self.mlp = nn.Sequential(*parts)
         self.mlp.apply(init_linear)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer = WeightNormLinear(config.bottleneck_dim, config.out_dim)
+        shared = config.shared_head if is_student else config.shared_head_teacher
         self.last_layer2 = (
-            self.last_layer if shared else WeightNormLinear(bottleneck_dim, patch_out_dim)
+            self.last_layer
+            if shared
+            else WeightNormLinear(config.bottleneck_dim, config.patch_prototypes())
         )
-        if norm_last_layer:
+        if config.norm_last_layer:
             self.last_layer.weight_g.requires_grad_(False)
             self.last_layer2.weight_g.requires_grad_(False)
 
@@ -109,16 +102,4 @@ class IBOTHead(nn.Module):
 def _hidden_norm(name: str, width: int) -> nn.Module | None:
     if name == "none":
         return None
-    if name == "ln":
-        return nn.LayerNorm(width)
-    if name == "bn":
-        return nn.BatchNorm1d(width)
-    raise ValueError(f"norm in head {name}: expected none, ln or bn")
-
-
-def _activation(name: str) -> nn.Module:
-    if name == "gelu":
-        return nn.GELU()
-    if name == "relu":
-        return nn.ReLU()
-    raise ValueError(f"activation in head {name}: expected gelu or relu")
+    return nn.LayerNorm(width) if name == "ln" else nn.BatchNorm1d(width)

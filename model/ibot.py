@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from ibeton.model.backbones.vit import VisionTransformer
-from ibeton.model.config import SWIN_DIM, SWINS, ModelConfig
+from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.head import IBOTHead
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.masking import masked_patches
@@ -82,11 +82,12 @@ class IBOT(nn.Module):
         local_crops: Tensor | None,  # [L, B, 3, s, s]
         masks: Tensor,  # bool [V, B, h, w], True = masked for the student; best on the CPU
         epoch: int,
-    ) -> dict[str, Tensor]:
-        """Terms of the loss, see `IBOTLoss.forward`. The teacher sees global views, unmasked.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Terms of the loss and batch means [K + K2], see `IBOTLoss.forward`. The teacher sees
+        global views, unmasked.
 
-        Nothing here waits for the device, if `masks` come on the CPU. `loss.update_centers` is the
-        caller's to call, once a step.
+        Nothing here waits for the device, if `masks` come on the CPU. The caller gives the means to
+        `loss.update_centers`, once per step.
         """
         patches = masked_patches(masks, global_crops.device)
         masks = masks.to(global_crops.device, non_blocking=True)
@@ -141,53 +142,16 @@ def build_backbone(config: ModelConfig, is_student: bool) -> "VisionTransformer 
     """The student's backbone, with mask token and stochastic depth, or the teacher's, with neither.
     `model.network` says what a backbone must offer."""
     if config.arch in SWINS:
-        from ibeton.model.backbones.swin import (
-            SwinTransformer,  # only here: timm takes seconds to import
-        )
+        # Imported here, as timm takes seconds to import.
+        from ibeton.model.backbones.swin import SwinTransformer
 
-        return SwinTransformer(
-            (config.embed_dim or SWIN_DIM) // 8,
-            window=SWINS[config.arch],
-            image_size=config.image_size,
-            in_chans=config.in_chans,
-            drop_path=config.drop_path if is_student else 0.0,
-            masked_im_modeling=is_student,
-            checkpoint_blocks=config.checkpoint_blocks,
-        )
-    embed_dim, depth, num_heads = config.backbone_shape()
-    return VisionTransformer(
-        embed_dim,
-        depth,
-        num_heads,
-        patch_size=config.patch_size,
-        image_size=config.image_size,
-        in_chans=config.in_chans,
-        mlp_ratio=config.mlp_ratio,
-        qkv_bias=config.qkv_bias,
-        drop_path=config.drop_path if is_student else 0.0,
-        layer_scale=config.layer_scale,
-        mean_pool=config.mean_pool,
-        masked_im_modeling=is_student,
-        checkpoint_blocks=config.checkpoint_blocks,
-    )
+        return SwinTransformer(config, is_student)
+    return VisionTransformer(config, is_student)
 
 
 def build_network(config: ModelConfig, is_student: bool) -> Network:
     """The student or the teacher, freshly initialized."""
-    backbone = build_backbone(config, is_student)
-    head = IBOTHead(
-        backbone.embed_dim,
-        config.out_dim,
-        config.patch_prototypes(),
-        shared=config.shared_head if is_student else config.shared_head_teacher,
-        norm_last_layer=config.norm_last_layer,
-        norm_in_head=config.norm_in_head,
-        act=config.act,
-        hidden_dim=config.hidden_dim,
-        bottleneck_dim=config.bottleneck_dim,
-        layers=config.head_layers,
-    )
-    return Network(backbone, head)
+    return Network(build_backbone(config, is_student), IBOTHead(config, is_student))
 
 
 def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
@@ -208,24 +172,7 @@ def build(config: ModelConfig) -> IBOT:
     """The whole model on the CPU (or torch's default device), freshly initialized from torch's
     random state. Raises ValueError, naming the option, for settings that cannot work."""
     config.check()
-    loss = IBOTLoss(
-        config.out_dim,
-        config.patch_prototypes(),
-        config.global_crops_number,
-        config.local_crops_number,
-        config.epochs,
-        warmup_teacher_temp=config.warmup_teacher_temp,
-        teacher_temp=config.teacher_temp,
-        warmup_teacher_patch_temp=config.warmup_teacher_patch_temp,
-        teacher_patch_temp=config.teacher_patch_temp,
-        warmup_teacher_temp_epochs=config.warmup_teacher_temp_epochs,
-        student_temp=config.student_temp,
-        center_momentum=config.center_momentum,
-        center_momentum2=config.center_momentum2,
-        lambda1=config.lambda1,
-        lambda2=config.lambda2,
-        pred_start_epoch=config.pred_start_epoch,
-    )
+    loss = IBOTLoss(config)
     student, teacher = build_network(config, True), build_network(config, False)
     if config.compile_blocks:
         compile_blocks(student.backbone)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ibeton.model.config import ModelConfig
 from ibeton.model.kernels.cross_entropy import cross_entropy, upcast
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.network import Logits, Targets
@@ -19,71 +20,53 @@ class IBOTLoss(nn.Module):
     """iBOT, section 3.2, equations 1 to 3, with the centers and temperatures of the teacher.
 
     Centers are running means of the teacher's raw logits over all ranks, in the state dict as
-    `center` [1, K] and `center2` [1, 1, K2]. Each forward notes the means of its batch, and
-    `update_centers` moves the centers once a step, however many batches the step is made of.
-    Teacher temperatures go by epoch. Raises ValueError where their warm-up does not fit.
+    `center` [1, K] and `center2` [1, 1, K2]. Each forward also returns the means of its batch, for
+    `update_centers` to move the centers once per step, however many batches the step consists of.
+    Teacher temperatures follow a schedule over epochs. Raises ValueError if its warm-up is too
+    long.
     """
 
     center: Tensor
     center2: Tensor
 
-    def __init__(
-        self,
-        out_dim: int,
-        patch_out_dim: int,
-        global_views: int,
-        local_views: int,
-        epochs: int,
-        warmup_teacher_temp: float = 0.04,
-        teacher_temp: float = 0.07,
-        warmup_teacher_patch_temp: float = 0.04,
-        teacher_patch_temp: float = 0.07,
-        warmup_teacher_temp_epochs: int = 30,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        center_momentum2: float = 0.9,
-        lambda1: float = 1.0,
-        lambda2: float = 1.0,
-        pred_start_epoch: int = 0,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if global_views < 1 or global_views + local_views < 2:
-            raise ValueError(
-                f"{global_views} global and {local_views} local views: expected a global view and"
-                " another to compare it with"
-            )
-        self.global_views = global_views
-        self.local_views = local_views
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        self.center_momentum2 = center_momentum2
-        self.lambda1 = lambda1
-        self.lambda2 = lambda2
+        self.global_views = config.global_crops_number
+        self.local_views = config.local_crops_number
+        self.student_temp = config.student_temp
+        self.center_momentum = config.center_momentum
+        self.center_momentum2 = config.center_momentum2
+        self.lambda1 = config.lambda1
+        self.lambda2 = config.lambda2
         self.teacher_temps = temperature_schedule(
-            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, epochs
+            config.warmup_teacher_temp,
+            config.teacher_temp,
+            config.warmup_teacher_temp_epochs,
+            config.epochs,
         )
         self.teacher_patch_temps = temperature_schedule(
-            warmup_teacher_patch_temp,
-            teacher_patch_temp,
-            warmup_teacher_temp_epochs,
-            epochs,
-            pred_start_epoch,
+            config.warmup_teacher_patch_temp,
+            config.teacher_patch_temp,
+            config.warmup_teacher_temp_epochs,
+            config.epochs,
+            config.pred_start_epoch,
         )
-        self.noted: list[Tensor] = []  # means [K + K2] of the batches since the last update
-        self.register_buffer("center", torch.zeros(1, out_dim))
-        self.register_buffer("center2", torch.zeros(1, 1, patch_out_dim))
+        self.register_buffer("center", torch.zeros(1, config.out_dim))
+        self.register_buffer("center2", torch.zeros(1, 1, config.patch_prototypes()))
 
     def forward(
         self, student: Logits, teacher: Targets, patches: MaskedPatches, epoch: int
-    ) -> dict[str, Tensor]:
-        """Class logits of student and teacher, and their logits [M, K2] of the masked `patches`.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Class logits of student and teacher, and their logits [M, K2] of the masked `patches`
+        -> terms of the loss, and the batch means that `update_centers` takes.
 
-        Scalars: `loss` = `cls` + `patch`, both weighted by lambda; without gradient
+        The terms are scalars: `loss` = `cls` + `patch`, both weighted by lambda; without gradient
         `teacher_entropy` (nats, of the class targets) and `acc` (share of images whose first
-        teacher view and second student view agree on the likeliest prototype).
+        teacher view and second student view agree on the likeliest prototype). The means [K + K2]
+        are those of the teacher's class and patch logits, float32 at least.
 
         Computes in float32 at least, whatever the dtype of the logits. Raises ValueError for
-        shapes that do not fit together or an epoch beyond the schedule.
+        shapes that do not match or an epoch beyond the schedule.
         """
         self._check(student, teacher, patches, epoch)
         cls_logits, patch_logits, local_cls = student
@@ -106,14 +89,15 @@ class IBOTLoss(nn.Module):
             batch = len(teacher.cls) // self.global_views
             second = cls_logits[batch : 2 * batch]
             agree = teacher.cls[:batch].argmax(dim=-1) == second.argmax(dim=-1)
-            self.noted.append(torch.cat([upcast(teacher.cls).mean(dim=0), teacher.patch_mean]))
-        return {
+            batch_means = torch.cat([upcast(teacher.cls).mean(dim=0), teacher.patch_mean])
+        terms = {
             "loss": cls + patch,
             "cls": cls,
             "patch": patch,
             "teacher_entropy": entropy,
             "acc": agree.float().mean(),
         }
+        return terms, batch_means
 
     def _across_views(self, student: Tensor, teacher: Tensor, temp: float) -> Tensor:
         """Mean cross-entropy over images and over pairs of a teacher view and another student view.
@@ -135,11 +119,10 @@ class IBOTLoss(nn.Module):
         )
 
     @torch.no_grad()
-    def update_centers(self) -> None:
-        """Move the centers towards the mean over the batches since the last call and over all
-        ranks, all of which hold equally many images: once a step, after its loss is computed."""
-        mean = torch.stack(self.noted).mean(dim=0)
-        self.noted.clear()
+    def update_centers(self, batch_means: list[Tensor]) -> None:
+        """Move the centers towards the mean of the `batch_means`, each [K + K2], and over all
+        ranks, which hold equally many images each. Call once per step, after its backward."""
+        mean = torch.stack(batch_means).mean(dim=0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()

@@ -1,10 +1,10 @@
-"""Backbone and head as one network: what the student and the teacher each are.
+"""Backbone and head as one network, the form of both student and teacher.
 
-What a backbone must offer: called as `backbone(images [B, 3, H, W], masks bool [B, h, w] or None)`
-it gives tokens [B, 1 + N, C], the class token first, for images of any size that it tiles; N is h *
-w, and masks may be asked of a student alone. It may offer `forward_views` as `VisionTransformer`
-does, to take all crop sizes at once and to give only the patches that are wanted; without it the
-sizes go one after the other. `masked_embed` is the parameter that the student alone has.
+A backbone is called as `backbone(images [B, 3, H, W], masks bool [B, h, w] or None)` and returns
+tokens [B, 1 + N, C], the class token first, for images of any size that its patches tile; N is
+h * w, and only a student takes masks. It may offer `forward_views`, as `VisionTransformer` does, to
+take all crop sizes in one pass and to return selected patches only; without it each size has its
+own pass. `masked_embed` is the one parameter that only the student has.
 """
 
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ Views = list[tuple[Tensor, Tensor]]  # class tokens [B, C] and patch tokens of e
 
 
 class Targets(NamedTuple):
-    """What the teacher says of a batch."""
+    """The teacher's output for a batch."""
 
     cls: Tensor  # logits [V * B, K]
     patch: Tensor  # logits [M, K2] of the masked patches
@@ -39,14 +39,15 @@ class Network(nn.Module):
         global_crops: Tensor,  # [V, B, 3, S, S]
         local_crops: Tensor | None = None,  # [L, B, 3, s, s]
         masks: Tensor | None = None,  # bool [V, B, h, w], True = masked; global views only
-        places: Tensor | None = None,  # int64 [M], places among V * B * N patches
+        patch_indices: Tensor | None = None,  # int64 [M], among the V * B * N patches
     ) -> Logits:
-        """Class logits [V * B, K], patch logits [M, K2] of the patches in `places` ([V * B, N,
-        K2] of all without it) and local class logits [L * B, K] (None without local views),
-        view-major.
+        """Class logits [V * B, K], patch logits [M, K2] of the patches in `patch_indices` (without
+        it those of all, [V * B, N, K2]) and local class logits [L * B, K] (None without local
+        views), view-major.
 
-        One call takes all views, so that a wrapper such as DDP sees one forward a step. Local views
-        are never masked (published code). Raises ValueError for crops or masks of other shapes.
+        One call takes all views, so that a wrapper such as DDP sees one forward per step. Local
+        views are never masked (published code). Raises ValueError for crops or masks of other
+        shapes.
         """
         _check(global_crops, masks)
         views, flat_masks = [global_crops.flatten(0, 1)], [masks]
@@ -59,36 +60,36 @@ class Network(nn.Module):
             tokens = self._views(views, flat_masks, [None] * len(views))
             encoded = [self._encode(cls, patches) for cls, patches in tokens]
             (cls, patch), local_cls = encoded[0], [cls for cls, _ in encoded[1:]]
-            if places is not None:
-                patch = patch.flatten(0, 1)[places]
+            if patch_indices is not None:
+                patch = patch.flatten(0, 1)[patch_indices]
         else:
             none = torch.empty(0, dtype=torch.int64, device=global_crops.device)
-            tokens = self._views(views, flat_masks, [places, none][: len(views)])
+            tokens = self._views(views, flat_masks, [patch_indices, none][: len(views)])
             cls, patch, local_cls = self._encode_together(tokens)
         logits, patch_logits = self.head.prototypes(torch.cat([cls, *local_cls]), patch)
         rows = len(views[0])
         return logits[:rows], patch_logits, logits[rows:] if local_cls else None
 
-    def targets(self, global_crops: Tensor, places: Tensor) -> Targets:
-        """What the teacher says: prototypes of class tokens and of the patches in `places`.
+    def targets(self, global_crops: Tensor, patch_indices: Tensor) -> Targets:
+        """The teacher's logits of class tokens and of the patches in `patch_indices`.
 
-        The center needs the mean logits of all patches. The last layer is linear, so the mean is
-        taken before it: one row through the prototypes instead of V * B * N, and equal.
+        The center needs the mean logits of all patches. The last layer is linear, so averaging
+        before it gives the same mean from one row instead of V * B * N.
         """
         _check(global_crops, None)
         [(cls, patches)] = self._views([global_crops.flatten(0, 1)], [None], [None])
         cls, patches = self._encode(cls, patches)
-        cls_logits, patch_logits = self.head.prototypes(cls, patches.flatten(0, 1)[places])
+        cls_logits, patch_logits = self.head.prototypes(cls, patches.flatten(0, 1)[patch_indices])
         with torch.autocast(global_crops.device.type, enabled=False):
             mean = self.head.last_layer2(patches.mean(dim=(0, 1)))
         return Targets(cls_logits, patch_logits, mean)
 
     def _views(
-        self, views: list[Tensor], masks: list[Tensor | None], wanted: list[Tensor | None]
+        self, views: list[Tensor], masks: list[Tensor | None], indices: list[Tensor | None]
     ) -> Views:
         if hasattr(self.backbone, "forward_views"):
-            return cast(Any, self.backbone).forward_views(views, masks, wanted)
-        return views_one_by_one(self.backbone, views, masks, wanted)
+            return cast(Any, self.backbone).forward_views(views, masks, indices)
+        return views_one_by_one(self.backbone, views, masks, indices)
 
     def _encode(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C] and [B, N, C] -> unit vectors [B, D], [B, N, D]."""
@@ -108,15 +109,15 @@ def views_one_by_one(
     backbone: nn.Module,
     views: list[Tensor],
     masks: list[Tensor | None],
-    wanted: list[Tensor | None],
+    indices: list[Tensor | None],
 ) -> Views:
-    """As `VisionTransformer.forward_views`, for any backbone: a pass for each crop size."""
+    """`VisionTransformer.forward_views` for any backbone: one pass for each crop size."""
     outputs = []
-    for x, mask, places in zip(views, masks, wanted, strict=True):
+    for x, mask, patch_indices in zip(views, masks, indices, strict=True):
         tokens = backbone(x) if mask is None else backbone(x, mask)
         patches = tokens[:, 1:]
-        if places is not None:
-            patches = patches.flatten(0, 1)[places]
+        if patch_indices is not None:
+            patches = patches.flatten(0, 1)[patch_indices]
         outputs.append((tokens[:, 0], patches))
     return outputs
 

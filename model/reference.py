@@ -108,8 +108,8 @@ def loss_reference(
     teacher_patch: Tensor,  # [V * B, N, K2]
     masks: Tensor,  # bool, V * B * N values, view-major
     epoch: int,
-) -> dict[str, Tensor]:
-    """As `IBOTLoss.forward`, from the logits of all patches."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`IBOTLoss.forward` from the logits of all patches."""
     cls_logits, patch_logits, local_cls = student
     teacher_cls, teacher_patch = teacher_cls.detach(), teacher_patch.detach()
     views = list(cls_logits.chunk(loss.global_views))
@@ -123,20 +123,20 @@ def loss_reference(
     first = teacher_cls.chunk(loss.global_views)[0]
     targets = ((upcast(teacher_cls) - loss.center) / temp).softmax(dim=-1)
     means = [upcast(teacher_cls).mean(dim=0), upcast(teacher_patch).mean(dim=(0, 1))]
-    loss.noted.append(torch.cat(means))
-    return {
+    terms = {
         "loss": cls + patch,
         "cls": cls,
         "patch": patch,
         "teacher_entropy": -torch.special.xlogy(targets, targets).sum(dim=-1).mean(),
         "acc": (first.argmax(dim=-1) == views[1].argmax(dim=-1)).float().mean(),
     }
+    return terms, torch.cat(means)
 
 
 def forward_reference(
     ibot: IBOT, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, epoch: int
-) -> dict[str, Tensor]:
-    """As `IBOT.forward`, on one rank."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`IBOT.forward` on one rank."""
     with torch.no_grad():
         teacher_cls, teacher_patch, _ = network_reference(ibot.teacher, global_crops)
     student = network_reference(ibot.student, global_crops, local_crops, masks)

@@ -51,7 +51,7 @@ def training_step(
     scaler = scaler or torch.amp.GradScaler(global_crops.device.type, enabled=False)
     buffers = list(ibot.buffers())
     before = [buffer.clone() for buffer in buffers]
-    parts = []
+    parts, batch_means = [], []
     for i in range(micro_steps):
         part = slice(i * images // micro_steps, (i + 1) * images // micro_steps)
         local_part = None if local_crops is None else local_crops[:, part]
@@ -60,13 +60,14 @@ def training_step(
             with torch.autocast(
                 global_crops.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
             ):
-                terms = ibot(global_crops[:, part], local_part, masks[:, part], epoch)
+                terms, means = ibot(global_crops[:, part], local_part, masks[:, part], epoch)
             with stage("backward"):
                 loss = _none_if_not_finite(terms["loss"])
                 scaler.scale(loss / micro_steps).backward()
+        batch_means.append(means)
         parts.append({name: term.detach() for name, term in terms.items()})
     with stage("comm"):  # one all-reduce, and little else
-        ibot.loss.update_centers()
+        ibot.loss.update_centers(batch_means)
     with stage("optimizer"):
         scaler.unscale_(optimizer)
         norms = clip_gradients(ibot.student.parameters(), clip_grad)

@@ -22,14 +22,14 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def every_patch(network: Network, *arguments: Any) -> Logits:
     """`Network.forward` with the head on every patch; the masked ones are taken afterwards."""
-    *views, places = arguments
+    *views, patch_indices = arguments
     cls, patch, local_cls = FORWARD(network, *views)
-    return cls, patch.flatten(0, 1)[places], local_cls
+    return cls, patch.flatten(0, 1)[patch_indices], local_cls
 
 
-def every_target(network: Network, global_crops: Tensor, places: Tensor) -> Targets:
+def every_target(network: Network, global_crops: Tensor, patch_indices: Tensor) -> Targets:
     cls, patch, _ = FORWARD(network, global_crops)
-    return Targets(cls, patch.flatten(0, 1)[places], patch.float().mean(dim=(0, 1)))
+    return Targets(cls, patch.flatten(0, 1)[patch_indices], patch.float().mean(dim=(0, 1)))
 
 
 def ungathered(kept: Tensor, token_of: Tensor, rate: float, shapes: Any) -> Any:
@@ -77,7 +77,7 @@ CHANGES: dict[str, list[tuple[str, Any]]] = {
         ("ibeton.model.backbones.blocks.norm_linear", norm_linear_reference),
         ("ibeton.model.backbones.blocks.gelu_linear", gelu_linear_reference),
     ],
-    "MLP of the last block on wanted tokens": [
+    "MLP of the last block on selected tokens": [
         ("ibeton.model.backbones.vit.VisionTransformer._blocks", last_block_whole)
     ],
     "patches by one matrix product": [

@@ -18,6 +18,7 @@ from ibeton.model.steps import set_rates
 
 PARTS = ("teacher", "student", "loss", "backward", "optimizer", "ema")
 Times = dict[str, float]
+LossOutput = tuple[dict[str, Tensor], Tensor]  # terms, batch means
 
 
 class Batch:
@@ -61,8 +62,8 @@ class Side:
         masks = batch.masks.to(batch.global_crops.device, non_blocking=True)
         return self.ibot.student(batch.global_crops, batch.local_crops, masks, teacher[0].places)
 
-    def loss(self, batch: Batch, student: Logits, teacher: Any) -> Tensor:
-        return self.ibot.loss(student, teacher[1], teacher[0], 0)["loss"]
+    def loss(self, batch: Batch, student: Logits, teacher: Any) -> LossOutput:
+        return self.ibot.loss(student, teacher[1], teacher[0], 0)
 
     def clip(self) -> None:
         clip_gradients(self.ibot.student.parameters(), 3.0)
@@ -82,12 +83,12 @@ class Side:
             clock.ends("teacher")
             student = self.student(batch, teacher)
             clock.ends("student")
-            loss = self.loss(batch, student, teacher)
+            terms, means = self.loss(batch, student, teacher)
             clock.ends("loss")
         del student, teacher
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(terms["loss"]).backward()
         clock.ends("backward")
-        self.ibot.loss.update_centers()
+        self.ibot.loss.update_centers([means])
         self.scaler.unscale_(self.optimizer)
         self.clip()
         self.optimize()
@@ -111,9 +112,9 @@ class Baseline(Side):
         masks = batch.masks.to(batch.global_crops.device)
         return network_reference(self.ibot.student, batch.global_crops, batch.local_crops, masks)
 
-    def loss(self, batch: Batch, student: Logits, teacher: Any) -> Tensor:
+    def loss(self, batch: Batch, student: Logits, teacher: Any) -> LossOutput:
         masks = batch.masks.to(batch.global_crops.device)
-        return loss_reference(self.ibot.loss, student, teacher[0], teacher[1], masks, 0)["loss"]
+        return loss_reference(self.ibot.loss, student, teacher[0], teacher[1], masks, 0)
 
     def clip(self) -> None:
         for parameter in self.ibot.student.parameters():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibeton.model.config import ModelConfig
 from ibeton.model.kernels.gelu_linear import gelu_linear
 from ibeton.model.kernels.norm_linear import norm_linear
 
@@ -160,24 +161,18 @@ class Block(nn.Module):
     what enters the GELU; norms and GELU are computed again (`model.kernels`).
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        layer_scale: float,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        embed_dim, _, num_heads = config.backbone_shape()
         self.gamma_1: nn.Parameter | None = None
         self.gamma_2: nn.Parameter | None = None
-        if layer_scale > 0:
-            self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale))
-            self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale))
+        if config.layer_scale > 0:
+            self.gamma_1 = nn.Parameter(torch.full((embed_dim,), config.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((embed_dim,), config.layer_scale))
         self.norm1 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
-        self.attn = Attention(embed_dim, num_heads, qkv_bias)
+        self.attn = Attention(embed_dim, num_heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
-        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.mlp = Mlp(embed_dim, int(embed_dim * config.mlp_ratio))
 
     def attention_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
         out = self.attn(norm_linear(x, self.norm1, self.attn.qkv), shapes)

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ibeton.model.backbones.blocks import LAYERNORM_EPS, init_linear
+from ibeton.model.config import SWINS, ModelConfig
 
+DEPTHS, NUM_HEADS = (2, 2, 6, 2), (3, 6, 12, 24)  # Swin-T's, by stage
 EMBED_PATCH = 4  # side in pixels of what one token of the first stage sees
 MASKED_OUT = -100.0  # added to attention scores (published code)
 
@@ -165,62 +167,51 @@ class Stage(nn.Module):
 class SwinTransformer(nn.Module):
     """Swin as iBOT trains it, Swin-T by default. State-dict names are the published ones.
 
-    `width` is that of the first stage; it doubles at each of the others. `patch_size` of the
-    result is the side in pixels of one output token, 32, which is also one cell of a mask;
-    `embed_dim` is the width of output tokens. `image_size` is what windows are made for (see
-    `Stage`); other sizes, oblong ones too, are padded. `checkpoint_blocks` keeps only what enters
-    each block and computes it again in the backward. Raises ValueError for sizes that do not fit.
+    `patch_size` of the result is the side in pixels of one output token, 32, which is also one cell
+    of a mask; `embed_dim` is the width of output tokens. The first stage has an eighth of it, and
+    each stage doubles it. Windows are made for images of `config.image_size` (see `Stage`); other
+    sizes, oblong ones too, are padded. With `config.checkpoint_blocks` only the input of each block
+    is kept, and the backward computes the block again. Only a student has `masked_embed` and
+    stochastic depth. Raises ValueError for widths that the attention heads do not divide.
     """
 
     def __init__(
         self,
-        width: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        window: int = 7,
-        image_size: int = 224,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
-        masked_im_modeling: bool = False,
-        checkpoint_blocks: bool = False,
+        config: ModelConfig,
+        is_student: bool,
+        depths: Sequence[int] = DEPTHS,  # blocks of each of the four stages
+        num_heads: Sequence[int] = NUM_HEADS,
     ) -> None:
         super().__init__()
-        stages = len(depths)
-        if stages == 0 or len(num_heads) != stages or min(*depths, *num_heads) < 1:
-            raise ValueError(f"depths {depths} and heads {num_heads}: expected one of each a stage")
+        stages = len(DEPTHS)
         self.mask_cell = 2 ** (stages - 1)  # side of a mask's cell in tokens of the first stage
         self.patch_size = EMBED_PATCH * self.mask_cell
-        widths = [width * 2**i for i in range(stages)]
+        self.embed_dim = config.width()
+        widths = [self.embed_dim // 2**i for i in reversed(range(stages))]
         if any(w % heads for w, heads in zip(widths, num_heads, strict=True)):
             raise ValueError(f"stage widths {widths} are not multiples of heads {num_heads}")
-        self.embed_dim = widths[-1]
-        if window < 1 or not 0 <= drop_path < 1:
-            raise ValueError(
-                f"window {window}, drop path {drop_path}: expected 1 or more, and a rate in [0, 1)"
-            )
-        if image_size < self.patch_size or image_size % self.patch_size:
-            raise ValueError(f"image size {image_size} is no multiple of {self.patch_size} pixels")
         self.masked_embed: nn.Parameter | None = None
-        if masked_im_modeling:
-            self.masked_embed = nn.Parameter(torch.zeros(1, width))
+        if is_student:
+            self.masked_embed = nn.Parameter(torch.zeros(1, widths[0]))
         self.patch_embed = PatchEmbed(
-            None, EMBED_PATCH, in_chans, width, norm_layer=LayerNorm, output_fmt="NHWC"
+            None, EMBED_PATCH, config.in_chans, widths[0], norm_layer=LayerNorm, output_fmt="NHWC"
         )
+        drop_path = config.drop_path if is_student else 0.0
         # Stochastic depth grows linearly over all blocks, from 0 in the first.
         rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         self.layers = nn.ModuleList(
             Stage(
                 widths[i],
                 num_heads[i],
-                window,
-                image_size // EMBED_PATCH // 2**i,
+                SWINS[config.arch],
+                config.image_size // EMBED_PATCH // 2**i,
                 rates[sum(depths[:i]) : sum(depths[: i + 1])],
                 last=i == stages - 1,
             )
             for i in range(stages)
         )
         for stage in cast(list[Stage], self.layers):
-            stage.checkpoint_blocks = checkpoint_blocks
+            stage.checkpoint_blocks = config.checkpoint_blocks
         self.norm = LayerNorm(self.embed_dim)
         self.apply(init_linear)
 

@@ -22,6 +22,7 @@ from ibeton.model.backbones.blocks import (
     draw_kept,
     init_linear,
 )
+from ibeton.model.config import ModelConfig
 
 
 class PatchEmbed(nn.Module):
@@ -53,51 +54,33 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT as iBOT trains it. State-dict names are timm's, plus `masked_embed` of the student.
 
-    `image_size` is what the position table is made for; other sizes, oblong ones too, interpolate
-    it. With `mean_pool` the class output is norm(mean of patch tokens), and patch tokens leave
-    without a final norm. `checkpoint_blocks` keeps only what enters each block and computes the
-    block again in the backward. Raises ValueError for sizes that do not divide.
+    Only a student has `masked_embed` and stochastic depth. The position table fits images of
+    `config.image_size`; for other sizes, oblong ones too, it is interpolated. With
+    `config.mean_pool` the class output is norm(mean of patch tokens), and patch tokens get no final
+    norm. With `config.checkpoint_blocks` only the input of each block is kept, and the backward
+    computes the block again.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        patch_size: int = 16,
-        image_size: int = 224,
-        in_chans: int = 3,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_path: float = 0.0,
-        layer_scale: float = 0.0,
-        mean_pool: bool = False,
-        masked_im_modeling: bool = False,
-        checkpoint_blocks: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, is_student: bool) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is no multiple of patch size {patch_size}")
-        if embed_dim % num_heads:
-            raise ValueError(f"width {embed_dim} is not a multiple of {num_heads} attention heads")
+        embed_dim, depth, _ = config.backbone_shape()
         self.embed_dim = embed_dim
-        self.patch_size = patch_size
-        self.checkpoint_blocks = checkpoint_blocks
+        self.patch_size = config.patch_size
+        self.checkpoint_blocks = config.checkpoint_blocks
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        grid = image_size // patch_size
+        grid = config.image_size // config.patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, embed_dim))
         self.masked_embed: nn.Parameter | None = None
-        if masked_im_modeling:
+        if is_student:
             self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim))
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, embed_dim)
         # Stochastic depth grows linearly, from 0 in the first block.
+        drop_path = config.drop_path if is_student else 0.0
         self.drop_path_rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, layer_scale) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
         norm = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
-        self.norm = nn.Identity() if mean_pool else norm
-        self.fc_norm = norm if mean_pool else None
+        self.norm = nn.Identity() if config.mean_pool else norm
+        self.fc_norm = norm if config.mean_pool else None
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         self.apply(init_linear)
@@ -157,30 +140,30 @@ class VisionTransformer(nn.Module):
         self,
         views: list[Tensor],  # images [B, in_chans, H, W] of each crop size
         masks: list[Tensor | None],  # bool [B, h, w] of each
-        wanted: list[Tensor | None],  # int64 [M], places among its B * N patches; None: all
+        indices: list[Tensor | None],  # int64 [M], among its B * N patches; None: all
     ) -> list[tuple[Tensor, Tensor]]:
-        """Class tokens [B, C] and wanted patch tokens [M, C] ([B, N, C] for all) of each crop
-        size. See `model.network` for who calls this."""
+        """Class tokens [B, C] and patch tokens [M, C] (all of them: [B, N, C]) of each crop
+        size."""
         embedded = [self.embed(x, mask) for x, mask in zip(views, masks, strict=True)]
         shapes = [(t.shape[0], t.shape[1]) for t in embedded]
         x = _pack(embedded)
-        if self.fc_norm is None and any(places is not None for places in wanted):
-            return self._wanted(x, shapes, wanted)
+        if self.fc_norm is None and any(index is not None for index in indices):
+            return self._selected(x, shapes, indices)
         parts = self._blocks(x, shapes).split([images * tokens for images, tokens in shapes])
         return [
-            self._class_and_patches(part.view(images, tokens, -1), places)
-            for part, (images, tokens), places in zip(parts, shapes, wanted, strict=True)
+            self._class_and_patches(part.view(images, tokens, -1), index)
+            for part, (images, tokens), index in zip(parts, shapes, indices, strict=True)
         ]
 
-    def _wanted(
-        self, x: Tensor, shapes: Shapes, wanted: list[Tensor | None]
+    def _selected(
+        self, x: Tensor, shapes: Shapes, indices: list[Tensor | None]
     ) -> list[tuple[Tensor, Tensor]]:
-        """As `forward_views`, from packed tokens: the others end before the last block's MLP."""
-        rows = wanted_rows(shapes, wanted, x.device)
+        """`forward_views` from packed tokens: the last block's MLP runs on the selected ones."""
+        rows = selected_rows(shapes, indices, x.device)
         outputs = self.norm(self._blocks(x, shapes, torch.cat(rows))).split([len(r) for r in rows])
         patches = [
-            out if places is not None else out.unflatten(0, (images, -1))
-            for out, places, (images, _) in zip(outputs[1::2], wanted, shapes, strict=True)
+            out if index is not None else out.unflatten(0, (images, -1))
+            for out, index, (images, _) in zip(outputs[1::2], indices, shapes, strict=True)
         ]
         return list(zip(outputs[::2], patches, strict=True))
 
@@ -202,14 +185,14 @@ class VisionTransformer(nn.Module):
                 x = block(*arguments)
         return x
 
-    def _class_and_patches(self, x: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, 1 + N, C] after the last block -> class tokens and wanted patches, normed."""
+    def _class_and_patches(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, 1 + N, C] after the last block -> class tokens and selected patches, normed."""
         if self.fc_norm is None:
             x = self.norm(x)
             return x[:, 0], x[:, 1:]
         patches = x[:, 1:]
         cls = self.fc_norm(patches.mean(dim=1))
-        return cls, patches if places is None else patches.flatten(0, 1).index_select(0, places)
+        return cls, patches if index is None else patches.flatten(0, 1).index_select(0, index)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last `n` blocks, each [B, 1 + N, C] after the final norm; all blocks where
@@ -244,16 +227,17 @@ def _pack(embedded: list[Tensor]) -> Tensor:
     return packed[0] if len(packed) == 1 else torch.cat(packed)
 
 
-def wanted_rows(shapes: Shapes, wanted: list[Tensor | None], device: torch.device) -> list[Tensor]:
-    """Where the class tokens [B] and wanted patches [M] of each crop size stand among the packed
-    tokens: two tensors for each crop size."""
+def selected_rows(
+    shapes: Shapes, indices: list[Tensor | None], device: torch.device
+) -> list[Tensor]:
+    """Rows among the packed tokens of the class tokens [B] and the selected patches [M] of each
+    crop size: two tensors for each crop size."""
     rows, start = [], 0
-    for (images, tokens), places in zip(shapes, wanted, strict=True):
-        if places is None:
-            places = torch.arange(images * (tokens - 1), device=device)
+    for (images, tokens), index in zip(shapes, indices, strict=True):
+        if index is None:
+            index = torch.arange(images * (tokens - 1), device=device)
         rows.append(start + tokens * torch.arange(images, device=device))
-        rows.append(
-            start + places + places // (tokens - 1) + 1
-        )  # a class token before each image's
+        # One class token before the patches of each image.
+        rows.append(start + index + index // (tokens - 1) + 1)
         start += images * tokens
     return rows

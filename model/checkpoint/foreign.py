@@ -144,8 +144,7 @@ def _whole(path: str | Path, raw: dict[str, Any], settings: dict[str, Any]) -> F
     with torch.device("meta"):
         student = build_network(config, is_student=True).state_dict()
         teacher = build_network(config, is_student=False).state_dict()
-        prototypes = config.patch_prototypes()
-        loss = IBOTLoss(config.out_dim, prototypes, 2, 0, config.epochs).state_dict()
+        loss = IBOTLoss(config).state_dict()
     for name, expected in (("student", student), ("teacher", teacher), ("ibot_loss", loss)):
         check_tensors(f"{path}: {name} of {config.arch}", parts[name], expected)
     unused = [name for name in raw if name not in parts]

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ibeton.model import ModelConfig
 from ibeton.model.backbones.vit import VisionTransformer
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -27,4 +28,4 @@ def write_photos(folder: Path, classes: dict[str, tuple[int, int, int]], each: i
 def small_vit(**options) -> VisionTransformer:
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
-    return VisionTransformer(**{**sizes, **options})
+    return VisionTransformer(ModelConfig(**{**sizes, **options}), is_student=False)

@@ -62,9 +62,8 @@ def outcome(ibot, batch, fast, autocast=None):
     forward = ibot if fast else lambda *a: forward_reference(ibot, *a)
     ibot.zero_grad()
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        terms = forward(*batch, 1)
+        terms, means = forward(*batch, 1)
     terms["loss"].backward()
-    means = ibot.loss.noted.pop()
     gradients = {n: p.grad for n, p in ibot.student.named_parameters() if p.requires_grad}
     return {n: t.detach() for n, t in terms.items()}, means, gradients
 

@@ -87,12 +87,11 @@ def _step(
     device = batch.global_crops.device.type
     eager = torch.compiler.set_stance("force_eager")  # compiled blocks call no hooks
     with eager, torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-        terms = ibot(
+        terms, _ = ibot(
             batch.global_crops[:, part], batch.local_crops[:, part], batch.masks[:, part], epoch
         )
     (terms["loss"] * scale).backward()
     ibot.zero_grad(set_to_none=True)
-    ibot.loss.noted.clear()
     return {name: term.detach() for name, term in terms.items()}
 
 

@@ -21,6 +21,7 @@ from ibeton.evaluation.frozen.features import (
 )
 from ibeton.evaluation.frozen.knn import RawPixels
 from ibeton.evaluation.photos import PhotoSet
+from ibeton.model import ModelConfig
 from ibeton.model.backbones.swin import SwinTransformer
 from ibeton.model.head import IBOTHead
 
@@ -29,7 +30,8 @@ IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(2))
 
 def small_head() -> IBOTHead:
     torch.manual_seed(3)
-    return IBOTHead(32, 16, 16, hidden_dim=24, bottleneck_dim=8).eval()
+    config = ModelConfig(embed_dim=32, out_dim=16, hidden_dim=24, bottleneck_dim=8)
+    return IBOTHead(config, is_student=False).eval()
 
 
 def test_views_are_torchvisions_resize_and_centre_crop(folders):
@@ -116,7 +118,8 @@ def test_patches_of_equal_attention_go_by_their_place():
 @torch.no_grad()
 def test_a_swin_gives_blocks_of_each_stages_width_and_has_no_parts():
     torch.manual_seed(0)
-    swin = SwinTransformer(8, (1, 1, 1, 2), (1, 1, 2, 2), window=2, image_size=64).eval()
+    config = ModelConfig(arch="swin_t7", embed_dim=64, image_size=64)
+    swin = SwinTransformer(config, False, (1, 1, 1, 2), (1, 1, 2, 2)).eval()
     images = torch.randn(2, 3, 64, 64)
     found = tokens_of(swin, None, images, ("cls", "blocks", "patch_mean", "patches"))
     assert found["blocks"].shape == (2, 64 + 64 + 32 + 16)

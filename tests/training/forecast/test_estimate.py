@@ -66,7 +66,7 @@ def test_operations_are_those_that_run(changed: dict[str, Any]) -> None:
     with flop_counter() as student, torch.no_grad():
         ibot.student(global_crops, local_crops, masks, places)
     with flop_counter() as whole:
-        ibot(global_crops, local_crops, masks, 0)["loss"].backward()
+        ibot(global_crops, local_crops, masks, 0)[0]["loss"].backward()
     ops = step_ops(shape_of(settings, ibot))
     counted = {"teacher": teacher.get_total_flops(), "student": student.get_total_flops()}
     counted["backward"] = whole.get_total_flops() - sum(counted.values())
@@ -80,7 +80,7 @@ def test_operations_of_the_plain_model_are_those_that_run() -> None:
     ibot = build(settings.model)
     global_crops, local_crops, masks = batch(settings)
     with flop_counter() as whole:
-        forward_reference(ibot, global_crops, local_crops, masks, 0)["loss"].backward()
+        forward_reference(ibot, global_crops, local_crops, masks, 0)[0]["loss"].backward()
     ops = step_ops(shape_of(settings, ibot, plain=True))
     assert flops(ops) == pytest.approx(whole.get_total_flops(), rel=1e-6)
 
