@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from ibeton.options import flag, option
+from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
-LOADERS = ("auto", "ffcv", "dali", "pil")
 CROPS_ON = ("auto", "gpu", "cpu")
 
 
@@ -15,7 +15,9 @@ class PipelineConfig:
 
     data: str = option("", ".beton file or photo folder to train on")
     loader: str = option(
-        "auto", "ffcv (.beton only), dali, pil (the published recipe), or auto", LOADERS
+        "auto",
+        f"{', '.join(f'{kind.name} ({kind.about})' for kind in LOADERS.values())}, or auto",
+        ("auto", *LOADERS),
     )
     crops_on: str = option(
         "auto",
@@ -74,8 +76,8 @@ class PipelineConfig:
         """Raise ValueError, naming the option, for values that cannot work."""
         if not self.data:
             raise ValueError("--data is missing: give a .beton file or a folder of photos")
-        if self.loader not in LOADERS:
-            raise ValueError(f"--loader {self.loader}: expected one of {', '.join(LOADERS)}")
+        if self.loader not in ("auto", *LOADERS):
+            raise ValueError(f"--loader {self.loader}: expected auto, {', '.join(LOADERS)}")
         if self.crops_on not in CROPS_ON:
             raise ValueError(f"--crops-on {self.crops_on}: expected one of {', '.join(CROPS_ON)}")
         at_least = {

@@ -11,9 +11,14 @@ from ibeton.atomic import replacing, write_text
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), replacing(path) as partial:
-        partial.write_text("half of the n")
-        raise RuntimeError
+
+    def interrupted() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half of the n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert path.read_text() == "old"
     write_text(path, "new")
     assert path.read_text() == "new"

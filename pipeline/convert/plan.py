@@ -30,7 +30,9 @@ class ConvertOptions:
     seed: int = option(0, "seed of --shuffle")
     subset: int = option(0, "store so many photos, evenly spread or, with --shuffle, random")
     shard: str = option("", "I/N: store the I-th of N equal parts, for pipeline.convert.merge")
-    verify: bool = option(False, "read every stored photo back before the file gets its name")
+    verify: bool = option(
+        False, "decode every photo, and read each back before the file gets its name"
+    )
     overwrite: bool = option(False, "replace an existing DST")
     restart: bool = option(False, "begin anew where an interrupted conversion left its part")
 
@@ -56,7 +58,9 @@ class ConvertOptions:
         return int(number), int(of)
 
     def storage(self) -> Storage:
-        return Storage(self.write_mode, self.quality, self.max_resolution, self.smart_threshold)
+        return Storage(
+            self.write_mode, self.quality, self.max_resolution, self.smart_threshold, self.verify
+        )
 
     def mostly_kept(self) -> bool:
         """Whether the usual photo, a color JPEG, is stored without being decoded."""

@@ -1,6 +1,7 @@
 """A photo that cannot be decoded is named, counted, and another takes its place."""
 
 import logging
+import threading
 
 import numpy as np
 
@@ -15,7 +16,8 @@ _MOST_IN_A_ROW = 100  # so many bad neighbors mean a bad data set, not a bad pho
 
 
 class Replacements:
-    """Second look at photos that a fast decoder refused, and the list of those that are lost.
+    """Second look at photos that a fast decoder refused, and the list of those that are lost. Any
+    thread may ask.
 
     Which photo replaces which depends on the sample index alone, so every loader, batch size and
     worker count agrees on it.
@@ -26,6 +28,7 @@ class Replacements:
         self._views = views
         self._seed = seed
         self.unreadable: dict[int, str] = {}  # index -> name and reason
+        self._noting = threading.Lock()
 
     def readable(self, index: int) -> tuple[int, np.ndarray]:
         """The first photo from `index` on that decodes: its index and its pixels uint8 [H, W, 3].
@@ -49,8 +52,10 @@ class Replacements:
 
     def take_over(self, index: int, name_and_reason: str) -> None:
         """The same for one that a worker process has named."""
-        if index not in self.unreadable:
-            self.unreadable[index] = name_and_reason
+        with self._noting:
+            known = index in self.unreadable
+            self.unreadable.setdefault(index, name_and_reason)
+        if not known:
             log.warning("unreadable photo, its neighbor is used: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:
