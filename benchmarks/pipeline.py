@@ -41,7 +41,7 @@ from ibeton.pipeline.batch import BatchPlan, normalized
 from ibeton.pipeline.crops import cut_views, cut_views_reference
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.sampling import draw_views, epoch_order, rank_batches, stack_shape
-from ibeton.pipeline.store import BetonReader, Decoder, decode_photo
+from ibeton.pipeline.store import BetonReader, Decoder, decode_photo, is_beton
 
 BATCH = 32  # of fewer, threads would wait for the one with the largest photos
 RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
@@ -210,6 +210,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="write a bar chart to this PNG file")
     args = parser.parse_args()
+    if args.data and not is_beton(args.data):
+        parser.error(
+            f"--data {args.data} is not a .beton file; make one: python -m pipeline.convert"
+            f" {args.data} photos.beton"
+        )
     if args.images < BATCH or args.rounds < 2:
         parser.error(f"--images must be at least {BATCH} and --rounds at least 2")
 

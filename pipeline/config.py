@@ -109,5 +109,9 @@ class PipelineConfig:
             raise ValueError("--color-jitter: strengths are at least 0, that of hue at most 0.5")
         if not 0 <= self.gray_p <= 1:
             raise ValueError(f"--gray-p {self.gray_p}: expected a share, 0 to 1")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise ValueError("--mean and --std take three values each, and --std positive ones")
+        if not all(0 <= value <= 1 for value in (*self.mean, *self.std)):
+            raise ValueError(
+                "--mean and --std are on the scale 0..1: divide values on 0..255 by 255"
+            )

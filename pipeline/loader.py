@@ -1,6 +1,7 @@
 """`build_loader` gives finished batches on the training device."""
 
 import itertools
+import logging
 from collections.abc import Generator, Iterator
 
 import torch
@@ -16,6 +17,8 @@ from ibeton.pipeline.sampling.order import epoch_order, rank_batches, steps_per_
 from ibeton.pipeline.store.photos import open_photos
 from ibeton.stages import stage
 from ibeton.workers import cores
+
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -37,6 +40,9 @@ class Loader:
             start_epoch=config.pred_start_epoch,
         )
         self.photos = open_photos(config.data)
+        if rank == 0:
+            for note in self.photos.notes:
+                log.warning(note)
         self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
         self.kind, self.reason = choose_loader(config, device)
         self.crops_on = choose_crops(config, self.kind, device)

@@ -14,6 +14,8 @@ from ibeton.options import flag, option
 from ibeton.pipeline.convert.stored import WRITE_MODES, Storage
 from ibeton.pipeline.store.sources import Photo, Source
 
+_LEAST_SIDE = 16  # of a photo from which views can be cut
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -41,6 +43,11 @@ class ConvertOptions:
         for name in ("max_resolution", "smart_threshold", "workers", "seed", "subset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
+        if 0 < self.max_resolution < _LEAST_SIDE:
+            raise ValueError(
+                f"--max-resolution {self.max_resolution}: expected 0 (keep sizes), or at least"
+                f" {_LEAST_SIDE} pixels"
+            )
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: expected 1 to 100")
         if self.write_mode not in WRITE_MODES:

@@ -40,8 +40,14 @@ class _Views(Dataset):
         self._seed = seed
         self._replacements: Replacements | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Exception:
+        """An error is returned: torch would add the worker's traceback to its message."""
+        try:
+            return self._sample(*key)
+        except Exception as error:
+            return error
+
+    def _sample(self, epoch: int, index: int) -> Sample:
         if self._replacements is None:
             self._photos: Photos = open_photos(self._path)
             self._replacements = Replacements(self._photos, self._views, self._seed)
@@ -70,7 +76,10 @@ def _stack(views: list[np.ndarray]) -> np.ndarray:
     ]
 
 
-def _collate(samples: list[Sample]) -> tuple[Crops, Notes]:
+def _collate(samples: list[Sample | Exception]) -> tuple[Crops, Notes] | Exception:
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
     global_crops, local_crops, used, unreadable, times = zip(*samples, strict=True)
     crops = Crops(
         torch.from_numpy(np.stack(global_crops)),
@@ -114,7 +123,10 @@ class PilCrops:
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
         """The views of each planned batch, `batches_ahead` batches ahead in each worker."""
         self._keys.plans, self._keys.under_way = plans, deque()
-        for crops, (unreadable, times) in self._loader:
+        for batch in self._loader:
+            if isinstance(batch, Exception):
+                raise batch
+            crops, (unreadable, times) = batch
             for index, reason in unreadable.items():
                 self._replacements.take_over(index, reason)
             for name, spent in zip(STAGES, times, strict=True):

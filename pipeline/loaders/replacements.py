@@ -7,7 +7,7 @@ import numpy as np
 
 from ibeton.pipeline.crops.cpu import cut_views
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
-from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.decode import UnreadableData, UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Replacements:
     def readable(self, index: int) -> tuple[int, np.ndarray]:
         """The first photo from `index` on that decodes: its index and its pixels uint8 [H, W, 3].
 
-        Raises RuntimeError after a hundred bad ones in a row.
+        Raises UnreadableData after a hundred bad ones in a row.
         """
         for offset in range(min(_MOST_IN_A_ROW, len(self._photos))):
             candidate = (index + offset) % len(self._photos)
@@ -41,9 +41,10 @@ class Replacements:
                 return candidate, self._photos.pixels(candidate)
             except UnreadablePhoto as reason:
                 self.note(candidate, str(reason))
-        raise RuntimeError(
-            f"{_MOST_IN_A_ROW} photos in a row cannot be read, from {self._photos.name(index)} on;"
-            " check the data set (python -m pipeline.convert --verify)"
+        count = min(_MOST_IN_A_ROW, len(self._photos))
+        raise UnreadableData(
+            f"{count} photos in a row cannot be read, from {self._photos.name(index)} on"
+            f" ({self.unreadable[index].rpartition(': ')[2]}); check the data set"
         )
 
     def note(self, index: int, reason: str) -> None:

@@ -7,7 +7,13 @@ from ibeton.lazy import exports
 if TYPE_CHECKING:
     from ibeton.pipeline.store.beton import JPG, RAW, BetonReader
     from ibeton.pipeline.store.beton_writer import BetonWriter
-    from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo, load_photo, to_rgb
+    from ibeton.pipeline.store.decode import (
+        UnreadableData,
+        UnreadablePhoto,
+        decode_photo,
+        load_photo,
+        to_rgb,
+    )
     from ibeton.pipeline.store.jpeg import whole_jpeg_size
     from ibeton.pipeline.store.photos import Photos, is_beton, open_photos
     from ibeton.pipeline.store.sources import Photo, Source, open_source, read_bytes
@@ -22,6 +28,7 @@ __all__ = [
     "Photo",
     "Photos",
     "Source",
+    "UnreadableData",
     "UnreadablePhoto",
     "decode_photo",
     "is_beton",
@@ -43,6 +50,7 @@ __getattr__ = exports(
         ),
         "beton_writer": ("BetonWriter",),
         "decode": (
+            "UnreadableData",
             "UnreadablePhoto",
             "decode_photo",
             "load_photo",

@@ -50,7 +50,7 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 class FileChanged(OSError):
-    """A .beton file is not the one any more that was opened."""
+    """A .beton file is no longer the one that was opened."""
 
 
 class BetonReader:
@@ -63,9 +63,9 @@ class BetonReader:
     The file is read by `pread`, not mapped into memory: a file that is cut short while it is in use
     gives an error where a mapped one would kill the process (SIGBUS).
 
-    Raises FileNotFoundError or PermissionError for a file that cannot be read, and ValueError for
-    one that is no .beton, has another version or other fields, is cut short or damaged, or stands
-    beside the JSON of another file.
+    Raises FileNotFoundError, and ValueError for a file that may not be read, is no .beton, has
+    another version or other fields, is cut short or damaged, or stands beside the JSON of another
+    file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -78,7 +78,7 @@ class BetonReader:
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as self
         except PermissionError as error:
-            raise PermissionError(f"{path} may not be read; check its permissions") from error
+            raise ValueError(f"{path} may not be read; check its permissions") from error
         self._bytes = os.fstat(self._file.fileno()).st_size
         if self._bytes < METADATA_START:
             raise ValueError(f"{path} is no .beton file: it is too small")
@@ -94,6 +94,7 @@ class BetonReader:
         self.sizes = self._sizes(table)
         self.sidecar = self._read_sidecar()
         self.classes: list[str] = list(self.sidecar.get("classes", []))
+        self.notes: list[str] = []
 
     def fileno(self) -> int:
         """The descriptor of the open file, which is closed with this object."""

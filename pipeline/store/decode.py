@@ -13,6 +13,7 @@ from ibeton.pipeline.store.jpeg import MAX_PIXELS, MAX_SCANS, count_scans
 
 __all__ = [
     "MAX_PIXELS",
+    "UnreadableData",
     "UnreadablePhoto",
     "check_complete",
     "decode_photo",
@@ -28,6 +29,10 @@ _GRAY16 = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 class UnreadablePhoto(ValueError):
     """A photo that cannot be decoded; its message is the reason."""
+
+
+class UnreadableData(OSError):
+    """So many photos cannot be decoded that something is wrong with the whole data set."""
 
 
 def load_photo(data: bytes | memoryview) -> Image.Image:

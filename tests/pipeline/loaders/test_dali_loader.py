@@ -34,6 +34,7 @@ from ibeton.pipeline.sampling.draws import ViewSpec
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed: make setup")
 from ibeton.pipeline.loaders import dali as dali_loader
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
+from ibeton.pipeline.store import UnreadableData
 
 HARD = SHARED / "hard_jpegs"
 SMALL = PipelineConfig(
@@ -268,7 +269,7 @@ def test_an_error_in_the_thread_reaches_the_training_process(
 def test_a_data_set_of_rubbish_is_an_error_not_an_endless_search(tmp_path: Path) -> None:
     for i in range(16):
         (tmp_path / f"{i}.jpg").write_bytes(b"rubbish")
-    with pytest.raises(RuntimeError, match="in a row cannot be read"):
+    with pytest.raises(UnreadableData, match="16 photos in a row cannot be read, from"):
         batches_of(tmp_path)
 
 
