@@ -62,7 +62,7 @@ def _prepare(
 ) -> Run:
     config.share_batch(world_size)
     loader = build_loader(config.pipeline, device, rank, world_size)
-    if loader.kind == "pil":
+    if loader.kind.worker_processes:
         block_signals_in_workers()
     precision = config.run.precision
     if precision == "auto":

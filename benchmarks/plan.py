@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine
 from ibeton.benchmarks.harness.plan_devices import (
+    COSTS,
     DEVICES,
     REASONS,
     device_rates,
@@ -33,8 +34,8 @@ from ibeton.benchmarks.harness.plan_devices import (
 from ibeton.command import run_command
 from ibeton.model import build
 from ibeton.options import Parser
-from ibeton.pipeline.loader import choose_crops, choose_loader
-from ibeton.pipeline.store.photos import open_photos
+from ibeton.pipeline.loaders import LOADERS, choose_crops, choose_loader
+from ibeton.pipeline.store import open_photos
 from ibeton.train import DTYPES
 from ibeton.training.config import Config, parse
 from ibeton.training.forecast.estimate import (
@@ -207,8 +208,11 @@ def from_here(own: argparse.Namespace, config: Config, shape: StepShape, precisi
 
 def _priced(loader: str, config: Config, device: torch.device) -> str:
     """What the table of costs calls `loader` beside `device`. Raises as `choose_crops`."""
-    where = choose_crops(config.pipeline, loader, device)
-    return "ffcv on cpu" if (loader, where) == ("ffcv", "cpu") else loader
+    if loader not in LOADERS:
+        return loader
+    where = choose_crops(config.pipeline, LOADERS[loader], device)
+    on_cpu = f"{loader} on cpu"
+    return on_cpu if where == "cpu" and on_cpu in COSTS else loader
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -119,7 +119,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
             "arch": run.config.model.arch,
             "device": run.device.type,
             "precision": run.precision,
-            "loader": run.loader.kind,
+            "loader": run.loader.kind.name,
             "batch_size": bench.images,
             "processes": run.world_size,
             "workers": room.workers,

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ibeton.atomic import write_text
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import PRECISIONS, Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained
@@ -202,12 +203,7 @@ def command(
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write the file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def table(report: dict[str, Any], name: str) -> Table:

@@ -21,8 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import open_photos
+from ibeton.pipeline.store import UnreadablePhoto, open_photos
 from ibeton.workers import cores
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has

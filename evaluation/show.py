@@ -25,7 +25,7 @@ from ibeton.evaluation.pictures.neighbors import draw_neighbors
 from ibeton.evaluation.pictures.patterns import assign, central_patterns, draw_patterns
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
 from ibeton.options import Parser
-from ibeton.pipeline.store.photos import open_photos
+from ibeton.pipeline.store import open_photos
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from ibeton.options import flag, option
+from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
-LOADERS = ("auto", "ffcv", "dali", "pil")
 CROPS_ON = ("auto", "gpu", "cpu")
 
 
@@ -15,7 +15,9 @@ class PipelineConfig:
 
     data: str = option("", ".beton file or photo folder to train on")
     loader: str = option(
-        "auto", "ffcv (.beton only), dali, pil (the published recipe), or auto", LOADERS
+        "auto",
+        f"{', '.join(f'{kind.name} ({kind.about})' for kind in LOADERS.values())}, or auto",
+        ("auto", *LOADERS),
     )
     crops_on: str = option(
         "auto",
@@ -74,8 +76,8 @@ class PipelineConfig:
         """Raise ValueError, naming the option, for values that cannot work."""
         if not self.data:
             raise ValueError("--data is missing: give a .beton file or a folder of photos")
-        if self.loader not in LOADERS:
-            raise ValueError(f"--loader {self.loader}: expected one of {', '.join(LOADERS)}")
+        if self.loader not in ("auto", *LOADERS):
+            raise ValueError(f"--loader {self.loader}: expected auto, {', '.join(LOADERS)}")
         if self.crops_on not in CROPS_ON:
             raise ValueError(f"--crops-on {self.crops_on}: expected one of {', '.join(CROPS_ON)}")
         at_least = {
@@ -107,5 +109,9 @@ class PipelineConfig:
             raise ValueError("--color-jitter: strengths are at least 0, that of hue at most 0.5")
         if not 0 <= self.gray_p <= 1:
             raise ValueError(f"--gray-p {self.gray_p}: expected a share, 0 to 1")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise ValueError("--mean and --std take three values each, and --std positive ones")
+        if not all(0 <= value <= 1 for value in (*self.mean, *self.std)):
+            raise ValueError(
+                "--mean and --std are on the scale 0..1: divide values on 0..255 by 255"
+            )

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ibeton.atomic import sync_folder
 from ibeton.model.checkpoint import load_checkpoint, write_through
 
 NEWEST = "checkpoint.pt"
@@ -38,7 +39,7 @@ def write(folder: Path, content: dict[str, Any], keep_last: int, epoch: int | No
             _put(newest, folder / f"checkpoint{epoch:04d}.pt")
     finally:
         partial.unlink(missing_ok=True)
-    _sync(folder)
+    sync_folder(folder)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
@@ -106,12 +107,3 @@ def _partial(folder: Path, what: str = "") -> Path:
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     found = ((pattern.fullmatch(path.name), path) for path in folder.glob("checkpoint*.pt"))
     return {int(match[1]): path for match, path in found if match}
-
-
-def _sync(folder: Path) -> None:
-    """Bind the new names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ibeton.model.config import ARCHITECTURES, SWINS, ModelConfig
 from ibeton.options import Parser, add_options, fill, flag, option
-from ibeton.pipeline.config import PipelineConfig
+from ibeton.pipeline import PipelineConfig
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")

@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt
 
+from ibeton.atomic import replacing
 from ibeton.training.run_log import read_records
 
 _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
@@ -45,8 +46,7 @@ def plot_curves(folder: Path) -> Path | None:
         axis.grid(alpha=0.25)
     figure.tight_layout()
     path = folder / "curves.png"
-    partial = folder / ".curves.partial.png"
-    figure.savefig(partial, dpi=120)
+    with replacing(path, suffix=".png") as partial:
+        figure.savefig(partial, dpi=120)
     plt.close(figure)
-    partial.replace(path)
     return path

@@ -1,10 +1,10 @@
 """Several steps in a row came to nothing: find out why, and go back to the last checkpoint."""
 
 import json
-import os
 
 import torch
 
+from ibeton.atomic import write_text
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training.health.diagnosis import diagnose, sentences
 from ibeton.training.health.nonfinite_guard import RunError
@@ -48,10 +48,7 @@ def _report(run: Run, step: int, dtype: torch.dtype | None) -> list[str]:
     named = {"step": step, "rank": run.rank, **report}
     named["names"] = {index: names[index] for index in {*report["images"], *report["alone"]}}
     path = _report_path(run)
-    partial = f"{path}.partial"
-    with open(partial, "w") as file:
-        json.dump(named, file, indent=2)
-    os.replace(partial, path)
+    write_text(path, json.dumps(named, indent=2))
     return sentences(report, names)
 
 

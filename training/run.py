@@ -21,8 +21,7 @@ from ibeton.model.optim import load_optimizer_state, optimizer_state
 from ibeton.model.schedules import cosine_schedule
 from ibeton.options import flag
 from ibeton.pipeline import Loader
-from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import Photos
+from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
 from ibeton.training.health.collapse import CollapseAlarm

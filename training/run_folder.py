@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ibeton.atomic import write_text
 from ibeton.training import checkpoints
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
@@ -113,9 +114,7 @@ class RunFolder:
         self._write(RUN, self._run)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, self.path / name)
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
 def _start() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from ibeton.atomic import write_text
 
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 
@@ -61,9 +62,7 @@ class RunLog:
     def _open(self, first_step: int) -> None:
         """Keep what was written up to `first_step`, and write on from there."""
         kept = [r for r in read_records(self._path) if _done(r) <= first_step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(partial, self._path)
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
         board = self._path.with_name("tensorboard")
         self._board = SummaryWriter(str(board), purge_step=first_step)

@@ -85,7 +85,7 @@ def _cost(decode: float, whole: float, slower: float) -> LoaderCost:
     return LoaderCost(slower / decode, slower * (1 / whole - 1 / decode))
 
 
-LOADERS = {
+COSTS = {
     # Pillow and torchvision in worker processes: 18 - 23, cores of an older machine.
     "published": (_cost(_PILLOW, 18, 1.0), _cost(_PILLOW, 23, 1.0)),
     # docs/results.md, "Loaders", one core; with more, cores share what they are made of.
@@ -109,5 +109,5 @@ def loader_costs(name: str, view_pixels: int) -> tuple[LoaderCost, LoaderCost]:
     """Of photos like ImageNet's, for views of `view_pixels` together: crops grow with the pixels
     that they make."""
     share = view_pixels / VIEW_PIXELS
-    pessimist, optimist = (LoaderCost(c.decode, c.crop * share) for c in LOADERS[name])
+    pessimist, optimist = (LoaderCost(c.decode, c.crop * share) for c in COSTS[name])
     return pessimist, optimist

@@ -146,3 +146,4 @@ class Bench:
         self.windows.setdefault(name, []).append(window)
         for _ in rest or ():
             pass
+        self.run.loader.discard_ahead()  # or it would work in the next turn

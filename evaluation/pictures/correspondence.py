@@ -25,9 +25,9 @@ from ibeton.evaluation.pictures.canvas import (
     to_look_at,
     views_of,
 )
-from ibeton.pipeline.crops.reference import cut_view_reference
-from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
-from ibeton.pipeline.store.photos import Photos
+from ibeton.pipeline.crops import cut_view_reference
+from ibeton.pipeline.sampling import ViewSpec, draw_views
+from ibeton.pipeline.store import Photos
 
 LINES = 12  # correspondences drawn
 VIEW_SCALE = (0.4, 1.0)  # share of the photo that a view shows: two of them then overlap

@@ -1,18 +1,17 @@
 """A backbone as safetensors for timm."""
 
 import functools
-import os
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ibeton.atomic import replacing
 from ibeton.model.backbones.blocks import LAYERNORM_EPS
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.checkpoint.export import (
     check_features,
-    partial_name,
     refuse_existing,
     save_tensors,
 )
@@ -60,15 +59,11 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     facts = {"image_size": str(side)}
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
-    partial = partial_name(target)
-    try:
+    with replacing(target, suffix=target.suffix) as partial:
         save_tensors(timm_state(backbone, side), partial, facts)
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(partial), **options)
         theirs.eval()
         check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), config.in_chans, side)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     words = "".join(f", {key}={_shown(value)}" for key, value in options.items())
     return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={str(target)!r}{words})"
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ibeton.atomic import replacing
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import IBOT, build_backbone
 from ibeton.options import fill, flag
@@ -51,12 +52,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     Raises OSError, with the temporary file removed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         write_through(partial, content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_through(path: Path, content: dict[str, Any]) -> None:

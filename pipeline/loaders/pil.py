@@ -5,7 +5,8 @@ yardstick for the other loaders, and the one that is there when they are not.
 """
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ibeton.pipeline.batch import Crops
+from ibeton.pipeline.batch import BatchPlan, Crops
 from ibeton.pipeline.crops.reference import cut_views_reference
+from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
 from ibeton.pipeline.store.decode import UnreadablePhoto
@@ -38,14 +40,20 @@ class _Views(Dataset):
         self._seed = seed
         self._replacements: Replacements | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Exception:
+        """An error is returned: torch would add the worker's traceback to its message."""
+        try:
+            return self._sample(*key)
+        except Exception as error:
+            return error
+
+    def _sample(self, epoch: int, index: int) -> Sample:
         if self._replacements is None:
             self._photos: Photos = open_photos(self._path)
             self._replacements = Replacements(self._photos, self._views, self._seed)
         times = [time.perf_counter()]
-        with suppress(UnreadablePhoto):  # a byte a page: what follows finds the rest in memory
-            np.frombuffer(self._photos.photo_bytes(index), np.uint8)[::4096].max(initial=0)
+        with suppress(UnreadablePhoto):  # what follows finds it in memory
+            self._photos.photo_bytes(index)
         times.append(time.perf_counter())
         used, pixels = self._replacements.readable(index)
         times.append(time.perf_counter())
@@ -68,7 +76,10 @@ def _stack(views: list[np.ndarray]) -> np.ndarray:
     ]
 
 
-def _collate(samples: list[Sample]) -> tuple[Crops, Notes]:
+def _collate(samples: list[Sample | Exception]) -> tuple[Crops, Notes] | Exception:
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
     global_crops, local_crops, used, unreadable, times = zip(*samples, strict=True)
     crops = Crops(
         torch.from_numpy(np.stack(global_crops)),
@@ -80,53 +91,47 @@ def _collate(samples: list[Sample]) -> tuple[Crops, Notes]:
 
 
 class _Keys:
-    """Batches of (epoch, index); set anew before each epoch, as the workers outlive epochs."""
+    """Batches of (epoch, index); set anew before each stream, as the workers outlive streams."""
 
     def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+        self.plans: Iterator[BatchPlan] = iter(())
+        self.under_way: deque[BatchPlan] = deque()  # with the workers, oldest first
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        for plan in self.plans:
+            self.under_way.append(plan)
+            yield [(plan.epoch, index) for index in plan.indices.tolist()]
 
 
 class PilCrops:
-    """Crops of a folder, a tar or a .beton file, cut by Pillow in worker processes."""
+    """Views of a folder, a tar or a .beton file, cut by Pillow in worker processes."""
 
-    def __init__(
-        self,
-        path: str,
-        views: list[ViewSpec],
-        global_views: int,
-        workers: int,
-        seed: int,
-        batches_ahead: int,
-        replacements: Replacements,
-    ) -> None:
+    def __init__(self, context: LoaderContext) -> None:
         self._keys = _Keys()
-        self._replacements = replacements
+        self._replacements = context.replacements
         self._loader = DataLoader(
-            _Views(path, views, global_views, seed),
+            _Views(context.data, context.views, context.global_views, context.seed),
             batch_sampler=self._keys,  # type: ignore[arg-type]
-            num_workers=workers,
+            num_workers=context.workers,
             collate_fn=_collate,
             persistent_workers=True,
-            prefetch_factor=batches_ahead,
+            prefetch_factor=context.batches_ahead,
             # numba's thread pools do not survive a fork.
             multiprocessing_context="forkserver",
         )
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
-        """Crops of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`."""
-        self._keys.batches = [[(epoch, int(index)) for index in batch] for batch in batches]
-        for crops, (unreadable, times) in self._loader:
+    def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
+        """The views of each planned batch, `batches_ahead` batches ahead in each worker."""
+        self._keys.plans, self._keys.under_way = plans, deque()
+        for batch in self._loader:
+            if isinstance(batch, Exception):
+                raise batch
+            crops, (unreadable, times) = batch
             for index, reason in unreadable.items():
                 self._replacements.take_over(index, reason)
             for name, spent in zip(STAGES, times, strict=True):
                 work.add(name, float(spent), len(crops.indices), self._loader.num_workers)
-            yield crops
+            yield self._keys.under_way.popleft(), crops
 
     def close(self) -> None:
         """End the worker processes."""

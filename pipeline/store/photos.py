@@ -15,6 +15,7 @@ class Photos(Protocol):
 
     labels: np.ndarray  # int64 [n], -1 where unlabelled
     classes: list[str]
+    notes: list[str]  # what a user should know of the set, a sentence each
 
     def __len__(self) -> int: ...
 
@@ -35,6 +36,7 @@ class FolderPhotos:
         self._source = open_source(path)
         self.labels = np.array([photo.label for photo in self._source.photos], dtype=np.int64)
         self.classes = self._source.classes
+        self.notes = self._source.notes()
 
     def __len__(self) -> int:
         return len(self._source.photos)

@@ -131,14 +131,14 @@ def test_a_slow_loader_is_its_verdict(
 ) -> None:
     from ibeton.pipeline.loaders.pil import PilCrops
 
-    batches = PilCrops.batches
+    batches = PilCrops.stream
 
     def slow(*arguments: Any) -> Iterator[Any]:
         for crops in batches(*arguments):
             time.sleep(0.5)
             yield crops
 
-    monkeypatch.setattr(PilCrops, "batches", slow)
+    monkeypatch.setattr(PilCrops, "stream", slow)
     options = ["--data", str(beton), "--rounds", "1", "--steps", "2", "--report", str(tmp_path)]
     assert main([*SMALL, *options]) == 0
     first, second, _ = result(tmp_path)["verdict"]

@@ -15,6 +15,7 @@ import torch
 
 from ibeton.model.backbones.blocks import Shapes
 from ibeton.model.config import SWINS, ModelConfig
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.training.config import Config
 
 FULL, HALF = 4, 2  # bytes of a number
@@ -94,6 +95,7 @@ def step_shape(
     data, model = config.pipeline, config.model
     if model.arch in SWINS:
         raise ValueError(f"--arch {model.arch}: only ViTs are estimated")
+    cuts_on_gpu = data.loader not in LOADERS or LOADERS[data.loader].cuts_on_gpu  # or auto
     return StepShape(
         model=model,
         images=data.batch_size,
@@ -105,7 +107,7 @@ def step_shape(
         width=width,
         weights=weights,
         drops=not on_gpu and not plain,
-        crops=on_gpu and not plain and data.loader != "pil" and data.crops_on != "cpu",
+        crops=on_gpu and not plain and cuts_on_gpu and data.crops_on != "cpu",
         plain=plain,
     )
 

@@ -145,8 +145,8 @@ def disk_line(checkpoint: float, kept: int, free: float) -> str:
 def _time(outlook: PreflightInputs) -> str:
     shape, per_epoch = outlook.shape(), outlook.run.loader.steps_per_epoch
     loader = outlook.run.loader
-    if loader.kind == "dali" and loader.crops_on == "gpu":
-        raise ValueError("the rate of DALI on a GPU is not estimated; the progress line will tell")
+    if loader.kind.decodes_on_gpu and loader.crops_on == "gpu":
+        raise ValueError("the rate of a decoder on a GPU is not estimated; see the progress line")
     rates = measured_rates(shape, outlook.run.device, outlook.dtype)
     best = outlook.cost.loader
     slower = LoaderCost(best.decode * SHARED_CORES, best.crop * SHARED_CORES)

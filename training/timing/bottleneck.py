@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ibeton.pipeline.loaders import LoaderKind
 from ibeton.stages import StageWork
 from ibeton.training.timing.speed import WAITING, Window, loader_ceiling, slowest
 
@@ -16,7 +17,7 @@ _ALIKE = 1.05  # of two changes that bring about the same, the cheaper one
 class LoaderResources:
     """What the loader of one process has and could have."""
 
-    kind: str  # ffcv, dali or pil
+    kind: LoaderKind
     workers: int
     cores: int  # for each process
     on_gpu: bool
@@ -86,8 +87,8 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
         " process, the"
         f" model alone could take {model:.4g}."
     )
-    if room.kind == "pil":
-        text += " pil is the published way; --loader ffcv on a .beton file decodes each photo once."
+    if room.kind.faster:
+        text += f" {room.kind.name} is slow; {room.kind.faster} decodes each photo once."
     change = best_change(window.stage_work, room, window.images_per_s, model)
     if change is None:
         return Verdict(limit, f"{text} All {room.cores} cores are at work: more cores, or a GPU")
@@ -128,7 +129,7 @@ def _changes(
         cache = "memory for the page cache to hold the photos, or a faster disk"
         changes.append((cache, scaled("read", 0.0)))
     if "crop" in stage_work and stage_work["crop"].shared and room.on_gpu:
-        way = "a .beton file and --loader ffcv" if room.kind == "pil" else "--crops-on gpu"
+        way = room.kind.faster or "--crops-on gpu"
         changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
     if "decode" in stage_work:
         smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"

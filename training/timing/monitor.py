@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ibeton import stages
+from ibeton.atomic import replacing
 from ibeton.pipeline import Batch
 from ibeton.stages import StageClock, StageWork, stage
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line
@@ -83,9 +84,8 @@ class StepMonitor:
         """Write what the profiler sees of `steps` early steps to trace.json.gz in `folder`."""
 
         def write(profiler: torch.profiler.profile) -> None:
-            partial = folder / ".trace.partial.json.gz"
-            profiler.export_chrome_trace(str(partial))
-            partial.replace(folder / "trace.json.gz")
+            with replacing(folder / "trace.json.gz", suffix=".json.gz") as partial:
+                profiler.export_chrome_trace(str(partial))
 
         plan = torch.profiler.schedule(wait=_BEFORE_TRACE, warmup=1, active=steps, repeat=1)
         self._profiler = torch.profiler.profile(

@@ -10,11 +10,11 @@ from paths import SHARED
 
 from ibeton.pipeline import Batch, PipelineConfig, build_loader
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
-from ibeton.pipeline.loader import dali_problem, ffcv_problem
+from ibeton.pipeline.loaders import LOADERS
 
 HARD = SHARED / "hard_jpegs"
 pytestmark = pytest.mark.skipif(not HARD.is_dir(), reason=f"the shared photos {HARD} are not here")
-PROBLEMS = {"ffcv": ffcv_problem(), "dali": dali_problem(), "pil": ""}
+PROBLEMS = {name: kind.problem() for name, kind in LOADERS.items()}
 SMALL = PipelineConfig(
     batch_size=7,
     workers=1,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.train import prepare
 from ibeton.training.config import parse
 from ibeton.training.forecast import preflight as lines
@@ -167,7 +168,7 @@ def test_cores_are_shared_where_the_model_has_no_gpu(beton: Path, tmp_path: Path
 def test_cuts_cost_nothing_where_a_gpu_makes_them(beton: Path, tmp_path: Path) -> None:
     run = made_ready(beton, tmp_path)
     config, photos = run.config.pipeline, run.loader.photos
-    here, there = (photo_cost(photos, config, "pil", cut).loader for cut in (True, False))
+    here, there = (photo_cost(photos, config, LOADERS["pil"], cut).loader for cut in (True, False))
     run.loader.close()
     assert there.crop == 0 < here.crop
     assert min(here.decode, there.decode) > 0

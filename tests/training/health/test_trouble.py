@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_runs import PER_EPOCH, Start, losses, records
 
-from ibeton.pipeline.loader import dali_problem, ffcv_problem
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.training.checkpoints import listed
 from ibeton.training.health.nonfinite_guard import IN_A_ROW
 from ibeton.training.run_folder import read_run
@@ -157,7 +157,7 @@ def test_a_photo_that_is_deleted_on_the_way_is_named_and_replaced(
 def test_a_data_file_that_is_deleted_on_the_way_lasts_as_long_as_the_run(
     loader: str, start: Start, tiny: Path, tmp_path: Path
 ) -> None:
-    if missing := {"dali": dali_problem, "ffcv": ffcv_problem}.get(loader, str)():
+    if missing := LOADERS[loader].problem():
         pytest.skip(missing)
     folder, data = tmp_path / "run", tmp_path / "photos.beton"
     shutil.copyfile(tiny, data)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.stages import StageWork
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line, verdict
 from ibeton.training.timing.speed import Window, loader_ceiling, slowest
@@ -11,7 +12,7 @@ MODEL = {
     **{"teacher": 0.04, "student": 0.07, "loss": 0.01, "backward": 0.12},
     **{"optimizer": 0.01, "ema": 0.003, "other": 0.002},
 }
-GPU = LoaderResources("ffcv", workers=4, cores=4, on_gpu=True)
+GPU = LoaderResources(LOADERS["ffcv"], workers=4, cores=4, on_gpu=True)
 
 
 def stage_work(
@@ -47,7 +48,7 @@ def test_a_slow_disk_is_told_from_a_slow_decode() -> None:
 
 def test_a_decode_that_limits_wants_more_workers_where_there_are_cores() -> None:
     slow = waiting(read=0.1, decode=40, crop=0, workers=4)
-    found = verdict(slow, LoaderResources("ffcv", workers=4, cores=8, on_gpu=True))
+    found = verdict(slow, LoaderResources(LOADERS["ffcv"], workers=4, cores=8, on_gpu=True))
     assert found.limit == "decode"
     assert "--workers 8" in found.text
     assert found.change is not None
@@ -70,19 +71,20 @@ def test_the_published_loader_is_told_of_the_faster_one() -> None:
     slow = waiting(read=0.1, decode=3, crop=45, workers=4)
     assert (
         "--loader ffcv"
-        in verdict(slow, LoaderResources("pil", workers=4, cores=4, on_gpu=False)).text
+        in verdict(slow, LoaderResources(LOADERS["pil"], workers=4, cores=4, on_gpu=False)).text
     )
 
 
 def test_one_worker_instead_of_two() -> None:
     alone = waiting(read=0.01, decode=2, crop=9, workers=1)
-    found = verdict(alone, LoaderResources("ffcv", workers=1, cores=2, on_gpu=False))
+    found = verdict(alone, LoaderResources(LOADERS["ffcv"], workers=1, cores=2, on_gpu=False))
     assert found.limit == "crop"
     assert "--workers 2" in found.text
     assert found.change is not None
     assert found.change.images_per_s == pytest.approx(2 * alone.images_per_s, rel=0.01)
     both = verdict(
-        waiting(read=0.01, decode=2, crop=9, workers=2), LoaderResources("ffcv", 2, 2, False)
+        waiting(read=0.01, decode=2, crop=9, workers=2),
+        LoaderResources(LOADERS["ffcv"], 2, 2, False),
     )
     assert "--workers" not in both.text
 
