@@ -205,7 +205,9 @@ def command(
             write_json(report, path)
             fitting = [one for one in protocols if one.name not in report["left_out"]]
             headlines = [(one.name, score) for one in fitting for score in one.headlines]
-            show_scores(report["scores"], f"{name}: {report['val']} by {report['train']}", headlines)
+            show_scores(
+                report["scores"], f"{name}: {report['val']} by {report['train']}", headlines
+            )
             for protocol, reason in report["left_out"].items():
                 print(f"left out: {protocol}: {reason}")
     except (ValueError, OSError) as error:

@@ -68,6 +68,8 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
     one_process(task.name)
     how = extraction_of(args)
     backbone, _, config = load_with_head(args.checkpoint, args.network)
+    if "image_size" in args:
+        args.image_size = view_size(args.image_size, config)  # here, so that the JSON has it
     data = task.read(args, config)
     networks = {args.network: backbone}
     if args.untrained:
@@ -77,6 +79,15 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
         subject = Subject(name, network.to(how.device), config, how)
         scores[name] = task.scores(args, data, subject)
     return {**settings_of(args, task.settings), "left_out": {}, "scores": scores}
+
+
+def view_size(given: int | None, config: dict[str, Any]) -> int:
+    """The side of a view: `--image-size`, or what the model was built for. Raises ValueError for
+    one that patches do not tile."""
+    size, patch = given or config["image_size"], config["patch_size"]
+    if size < patch or size % patch:
+        raise ValueError(f"--image-size {size} is not a multiple of the patch size, {patch}")
+    return size
 
 
 def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -113,5 +124,7 @@ def finish(
     """Write and print a report."""
     write_json(report, path)
     first = next(iter(report["scores"].values()))
-    present = [(protocol, score) for protocol, score in headlines if score in first.get(protocol, ())]
+    present = [
+        (protocol, score) for protocol, score in headlines if score in first.get(protocol, ())
+    ]
     show_scores(report["scores"], name, present)

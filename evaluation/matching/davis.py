@@ -51,7 +51,9 @@ def read_davis(root: Path) -> list[Video]:
     file or folder, for another layout."""
     listing = root / "ImageSets" / "2017" / "val.txt"
     if not listing.is_file():
-        raise FileNotFoundError(f"--data {root}: {listing} is missing; give the folder of DAVIS-2017")
+        raise FileNotFoundError(
+            f"--data {root}: {listing} is missing; give the folder of DAVIS-2017"
+        )
     names = listing.read_text().split()
     if not names:
         raise ValueError(f"{listing} names no sequence")
@@ -83,7 +85,9 @@ def read_mask(path: Path) -> np.ndarray:
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if image.mode not in ("P", "L", "1"):
-        raise ValueError(f"{path} is {image.mode}; a mask is a palette or gray PNG of object numbers")
+        raise ValueError(
+            f"{path} is {image.mode}; a mask is a palette or gray PNG of object numbers"
+        )
     return np.array(image.convert("L") if image.mode == "1" else image, dtype=np.uint8)
 
 

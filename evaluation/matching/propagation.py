@@ -9,6 +9,7 @@ In shapes: N = h x w patches of a frame, C channels, K labels (background includ
 are looked back at.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -44,11 +45,11 @@ def carry(
     how: Propagation,
 ) -> Tensor:
     """Labels [N, K] of the target's patches."""
-    weights = (target @ sources.flatten(0, 1).T / how.temperature).exp()  # [N, T * N]
-    weights *= near.repeat(1, len(sources))
-    best, index = weights.topk(min(how.top, weights.shape[1]), dim=1)  # [N, top]
-    best = best / best.sum(dim=1, keepdim=True)
-    return (best.unsqueeze(2) * labels.flatten(0, 1)[index]).sum(dim=1)
+    cosines = target @ sources.flatten(0, 1).T  # [N, T * N]
+    cosines.masked_fill_(~near.repeat(1, len(sources)), -math.inf)
+    best, index = cosines.topk(min(how.top, cosines.shape[1]), dim=1)  # [N, top]
+    weights = (best / how.temperature).softmax(dim=1)
+    return (weights.unsqueeze(2) * labels.flatten(0, 1)[index]).sum(dim=1)
 
 
 def carry_reference(
