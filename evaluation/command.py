@@ -99,6 +99,8 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     how = Extraction(device, batch_size, args.workers, args.precision)
     how.dtype()  # refuses a precision that the device lacks
+    if args.json is not None and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: there is no folder {args.json.parent}")
     return how
 
 

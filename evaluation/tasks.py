@@ -49,7 +49,7 @@ class FrozenTask(Generic[Data]):
     # Reads the layout; raises ValueError or OSError with a sentence for the user.
     read: Callable[[argparse.Namespace, dict[str, Any]], Data]
     scores: Callable[[argparse.Namespace, Data, Subject], dict[str, Scores]]
-    headlines: tuple[tuple[str, str], ...]  # (protocol, score) in the line of Markdown
+    headlines: tuple[str, ...]  # scores in the line of Markdown
 
 
 def make_parser(task: FrozenTask) -> Parser:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
     for name, network in networks.items():
         subject = Subject(name, network.to(how.device), config, how)
         scores[name] = task.scores(args, data, subject)
-    return {**settings_of(args, task.settings), "left_out": {}, "scores": scores}
+    return {**settings_of(args, config, task.settings), "left_out": {}, "scores": scores}
 
 
 def view_size(given: int | None, config: dict[str, Any]) -> int:
@@ -90,10 +90,13 @@ def view_size(given: int | None, config: dict[str, Any]) -> int:
     return size
 
 
-def settings_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """The part of a report that says what was asked for."""
+def settings_of(
+    args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The part of a report that says what was judged, and how."""
     given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    return {**plain, "arch": config["arch"]}
 
 
 def one_process(name: str) -> None:
@@ -107,24 +110,20 @@ def command(task: FrozenTask, argv: Sequence[str] | None = None) -> int:
     parser = make_parser(task)
     args = parser.parse_args(argv)
     try:
-        report = run(args, task)
-        finish(report, task.name, json_path(args, task.name), task.headlines)
+        finish(run(args, task), task.name, args.json, task.headlines)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
 
 
-def json_path(args: argparse.Namespace, name: str) -> Path:
-    return args.json or args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
-
-
-def finish(
-    report: dict[str, Any], name: str, path: Path, headlines: Sequence[tuple[str, str]]
-) -> None:
-    """Write and print a report."""
-    write_json(report, path)
+def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequence[str]) -> Path:
+    """Write and print a report; its path, which is beside the checkpoint where none is given."""
     first = next(iter(report["scores"].values()))
-    present = [
-        (protocol, score) for protocol, score in headlines if score in first.get(protocol, ())
-    ]
-    show_scores(report["scores"], name, present)
+    if path is None:
+        sets = "+".join(protocol for protocol in first if protocol != name)
+        checkpoint = Path(report["checkpoint"])
+        path = checkpoint.with_name(".".join(filter(None, (checkpoint.stem, name, sets, "json"))))
+    write_json(report, path)
+    chosen = [(protocol, s) for protocol in first for s in headlines if s in first[protocol]]
+    show_scores(report["scores"], name, chosen)
+    return path

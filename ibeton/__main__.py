@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("pipeline.convert.converter", (), "photos to one .beton file"),
     "merge": ("pipeline.convert.merge", (), "the shards of a conversion to one file"),
     "knn": ("evaluation.frozen.knn", (), "k-NN accuracy of frozen features"),
+    "linear": ("evaluation.frozen.linear", (), "linear probing of frozen features"),
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
     "robustness": (
         "evaluation.robustness.command",

@@ -152,7 +152,7 @@ TASK = FrozenTask(
     ("data", "distractors", "whitening", "image_size"),
     read_copydays,
     copies,
-    (("copies", "strong"), ("copies", "jpegqual_mean"), ("copies", "crops_mean")),
+    ("strong", "jpegqual_mean", "crops_mean"),
 )
 
 

@@ -115,7 +115,7 @@ TASK = FrozenTask(
     ("data", "image_size"),
     lambda args, config: open_photos(args.data),
     correspondence,
-    (("correspondence", "accuracy"), ("correspondence", "accuracy_1")),
+    ("accuracy", "accuracy_1"),
 )
 
 

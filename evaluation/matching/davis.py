@@ -208,7 +208,7 @@ TASK = FrozenTask(
     ("data", "short_side"),
     read_task,
     davis_scores,
-    (("davis", "jf_mean"), ("davis", "j_mean"), ("davis", "f_mean")),
+    ("jf_mean", "j_mean", "f_mean"),
 )
 
 

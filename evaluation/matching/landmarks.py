@@ -68,6 +68,7 @@ class Query:
 class Landmarks:
     """A set of landmark photos with its queries."""
 
+    name: str  # roxford5k or rparis6k
     photos: list[Path]
     query_photos: list[Path]
     queries: list[Query]
@@ -125,7 +126,7 @@ def read_landmarks(root: Path) -> Landmarks:
     missing = [path for path in (*photos, *query_photos) if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]} and {len(missing) - 1} more photos are missing")
-    return Landmarks(photos, query_photos, queries)
+    return Landmarks(truths[0].stem.removeprefix("gnd_"), photos, query_photos, queries)
 
 
 def read_photo(path: Path) -> Tensor:
@@ -185,10 +186,10 @@ def multiscale_feature(image: Tensor, subject: Subject) -> Tensor:
 def landmark_scores(
     order: np.ndarray,  # int64 [q, n]: photos by falling similarity
     queries: Sequence[Query],
-) -> dict[str, Scores]:
+) -> Scores:
     """mAP and mean precision at 1, 5 and 10 in percent of the medium and hard protocols. A query
     without a photo to find is left out of the mean."""
-    scores: dict[str, Scores] = {}
+    scores: Scores = {}
     for name in ("medium", "hard"):
         rows = []
         for ranking, query in zip(order, queries, strict=True):
@@ -202,8 +203,8 @@ def landmark_scores(
         if not rows:
             raise ValueError(f"no query has a photo to find in the {name} protocol")
         means = 100 * np.mean(rows, axis=0)
-        names = ("map", *(f"precision_at_{k}" for k in KS))
-        scores[name] = dict(zip(names, means.tolist(), strict=True))
+        names = (f"{name}_map", *(f"{name}_precision_at_{k}" for k in KS))
+        scores |= zip(names, means.tolist(), strict=True)
     return scores
 
 
@@ -217,7 +218,7 @@ def retrieve(args: argparse.Namespace, data: Landmarks, subject: Subject) -> dic
             advance(1)
     queries, photos = torch.stack(features).split([len(data.query_photos), len(data.photos)])
     order = (queries @ photos.T).argsort(dim=1, descending=True, stable=True)
-    return landmark_scores(order.numpy(), data.queries)
+    return {data.name: landmark_scores(order.numpy(), data.queries)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +232,7 @@ TASK = FrozenTask(
     ("data",),
     lambda args, config: read_landmarks(args.data),
     retrieve,
-    (("medium", "map"), ("hard", "map")),
+    ("medium_map", "hard_map"),
 )
 
 

@@ -64,10 +64,10 @@ def test_scenes_are_found_again(checkpoint, oxford, tmp_path, capsys):
     path = tmp_path / "scores.json"
     assert ibeton(call(checkpoint, oxford, "--json", path, "--untrained")) == 0
     for scores in json.loads(path.read_text())["scores"].values():
-        assert set(scores) == {"medium", "hard"}
-        assert scores["medium"]["map"] > 60  # chance: 3 of 19
-        assert scores["hard"]["map"] > 50
-    assert "medium map | hard map" in capsys.readouterr().out
+        assert list(scores) == ["roxford5k"]
+        assert scores["roxford5k"]["medium_map"] > 60  # chance: 3 of 19
+        assert scores["roxford5k"]["hard_map"] > 50
+    assert "roxford5k medium_map | roxford5k hard_map" in capsys.readouterr().out
 
 
 def test_medium_and_hard_by_hand():
@@ -76,14 +76,14 @@ def test_medium_and_hard_by_hand():
     scores = landmark_scores(order, queries)
     # medium: places 0 and 2 without junk 2; then place 1
     medium = (1 + 7 / 12) / 2, 1 / 4
-    assert scores["medium"]["map"] == pytest.approx(100 * np.mean(medium))
-    assert scores["medium"]["precision_at_1"] == 50
+    assert scores["medium_map"] == pytest.approx(100 * np.mean(medium))
+    assert scores["medium_precision_at_1"] == 50
     # hard: photos 0 and 2 are taken out, so that 1 stands at place 1; the second query has no hard
-    assert scores["hard"]["map"] == pytest.approx(25)
-    assert scores["hard"]["precision_at_1"] == 0
-    assert scores["hard"]["precision_at_5"] == 50
+    assert scores["hard_map"] == pytest.approx(25)
+    assert scores["hard_precision_at_1"] == 0
+    assert scores["hard_precision_at_5"] == 50
     perfect = np.array([[0, 1, 2, 3, 4], [3, 0, 1, 2, 4]])
-    assert landmark_scores(perfect, queries)["medium"]["map"] == 100
+    assert landmark_scores(perfect, queries)["medium_map"] == 100
 
 
 def test_a_feature_is_the_mean_over_scales_of_whole_patches(checkpoint):
