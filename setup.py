@@ -36,6 +36,10 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
         # Weights for Hugging Face; timm brings what its own need.
         "export": ["transformers>=5"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11"],
+        # vos-benchmark: what J&F of videos is held against.
+        "dev": [
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11"),
+            "vos-benchmark>=0.1",
+        ],
     },
 )

@@ -11,7 +11,7 @@ and to send every view through a pipe.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear p
 _JOB = 8  # photos that a thread takes at a time
 _AHEAD = 3  # batches that are being decoded or ready
 
+View = Callable[[Image.Image, int], Tensor]  # photo, side -> uint8 [3, side, side]
 Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
 
 
@@ -44,6 +45,18 @@ def evaluation_view(
     left, top = (round((side - size) / 2) for side in sides)
     resized = image.resize((sides[0], sides[1]), resample)
     return _planes(resized.crop((left, top, left + size, top + size)))
+
+
+def center_view(image: Image.Image, size: int) -> Tensor:
+    """The center of a photo as it is, not resized, uint8 [3, size, size]; black where it ends
+    before (torchvision's CenterCrop)."""
+    left, top = (round((side - size) / 2) for side in image.size)
+    return _planes(image.crop((left, top, left + size, top + size)))
+
+
+def square_view(image: Image.Image, size: int) -> Tensor:
+    """The whole photo, squeezed to a square, uint8 [3, size, size]."""
+    return _planes(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def random_view(image: Image.Image, size: int, epoch: int, index: int) -> Tensor:
@@ -66,25 +79,34 @@ def _planes(image: Image.Image) -> Tensor:
 
 
 class PhotoSet:
-    """The labelled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views.
+    """The labelled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views,
+    or as `view` cuts them.
 
     `classes`: number the labels by these names (the training set's) instead of the set's own order.
     Sets that carry no names go by number. An unreadable photo is an item without image.
+    `labelled` False: photos need no class.
 
     Raises ValueError for a set without photos, with unlabelled photos, or with classes that
     `classes` lacks; FileNotFoundError for a missing path.
     """
 
-    def __init__(self, path: str | Path, size: int = 224, classes: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        size: int = 224,
+        classes: list[str] | None = None,
+        view: View = evaluation_view,
+        labelled: bool = True,
+    ) -> None:
         if size < 1:
             raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
-        self.path, self.size = Path(path), size
+        self.path, self.size, self.view = Path(path), size, view
         self._photos = open_photos(path)
         self.classes = list(self._photos.classes)
         self.labels = np.asarray(self._photos.labels, dtype=np.int64)
         if not len(self.labels):
             raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
-        if self.labels.min() < 0:
+        if labelled and self.labels.min() < 0:
             raise ValueError(
                 f"{path} holds {(self.labels < 0).sum()} photos without a class; "
                 "sort them into one folder a class"
@@ -121,8 +143,12 @@ class PhotoSet:
         except UnreadablePhoto as reason:
             return None, label, f"{self._photos.name(index)}: {reason}"
         if epoch is None:
-            return evaluation_view(image, self.size), label, ""
+            return self.view(image, self.size), label, ""
         return random_view(image, self.size, epoch, index), label, ""
+
+    def name(self, index: int) -> str:
+        """What to call a photo: its path below the set."""
+        return self._photos.name(index)
 
     def fingerprint(self) -> str:
         """A name for the photos' contents and order that changes with every write to any of them.
@@ -130,7 +156,7 @@ class PhotoSet:
         It is made of names, sizes, inodes and times. The time of the last change (ctime) is the
         kernel's own and cannot be set back, so that no byte has to be read.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.view.__name__.encode())
         if self.path.is_file():
             digest.update(_state_of(str(self.path)))
             return digest.hexdigest()

@@ -9,17 +9,17 @@ _LINE_EVERY_S = 30.0
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress over `total` photos on stderr; yields `advance(count)`."""
+def progress(what: str, total: int, unit: str = "photos") -> Iterator[Callable[[int], None]]:
+    """Show progress over `total` photos, or other units, on stderr; yields `advance(count)`."""
     if sys.stderr.isatty():
-        with _bar(what, total) as advance:
+        with _bar(what, total, unit) as advance:
             yield advance
     else:
-        yield _lines(what, total)
+        yield _lines(what, total, unit)
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -34,7 +34,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:.0f} photos/s")
+            return Text(f"{task.speed or 0:.0f} {unit}/s")
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
@@ -42,7 +42,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: shown.advance(task, count)
 
 
-def _lines(what: str, total: int) -> Callable[[int], None]:
+def _lines(what: str, total: int, unit: str) -> Callable[[int], None]:
     started = said = time.monotonic()
     done = 0
 
@@ -54,7 +54,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
             said, rate = now, done / (now - started)
             left = (total - done) / rate
             print(
-                f"{what} {done:,} of {total:,} photos, {rate:.0f} photos/s, {left:.0f} s left",
+                f"{what} {done:,} of {total:,} {unit}, {rate:.0f} {unit}/s, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

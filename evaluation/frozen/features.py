@@ -6,6 +6,7 @@ One forward pass gives all of these, as far as they are asked for by name:
     blocks      class tokens of the last four blocks, one behind the other, [4 C] (Swin: the width
                 of each block's stage)
     patch_mean  mean of the last block's patch tokens, [C]
+    gem         generalized mean (power 4) of the last block's patch tokens, [C]
     patches     patch tokens of the last block, [N, C]
     parts       means of the 1, 7, 14, 56, 112 and 196 patch tokens that the class token attends to
                 most in the last block, [6, C]; ViT only
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels on the 0..1 scale
 STD = (0.229, 0.224, 0.225)
-NAMES = ("cls", "blocks", "patch_mean", "patches", "parts", "prototype")
+NAMES = ("cls", "blocks", "patch_mean", "gem", "patches", "parts", "prototype")
 BLOCKS = 4
+GEM_POWER = 4.0
+GEM_LEAST = 1e-6  # what tokens are raised to before the power
 PARTS = (1, 7, 14, 56, 112, 196)  # published k; 196 is all patches at 224 pixels
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -119,6 +122,9 @@ def tokens_of(
             found[name] = torch.cat([output[:, 0] for output in outputs], dim=1)
         elif name == "patch_mean":
             found[name] = patches.mean(dim=1)
+        elif name == "gem":
+            raised = patches.float().clamp(min=GEM_LEAST).pow(GEM_POWER)
+            found[name] = raised.mean(dim=1).pow(1 / GEM_POWER)
         elif name == "patches":
             found[name] = patches
         elif name == "parts":
