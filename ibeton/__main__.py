@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "merge": ("pipeline.convert.merge", (), "the shards of a conversion to one file"),
     "knn": ("evaluation.frozen.knn", (), "k-NN accuracy of frozen features"),
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
+    "segment": ("evaluation.segment", (), "train and score segmentation (ADE20K)"),
+    "detect": ("evaluation.detect", (), "train and score detection (COCO)"),
     "show": ("evaluation.show", (), "pictures of what a backbone sees"),
     "inspect": ("model.checkpoint.__main__", ("inspect",), "list what a checkpoint holds"),
     "import": ("model.checkpoint.__main__", ("import",), "read iBOT, DINO or timm weights"),

@@ -93,13 +93,18 @@ class RunLog:
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
         """Show where the run stands after `step` steps, with the numbers of the step before."""
-        left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
-        text = (
+        self.show(
+            step,
             f"loss {numbers['loss']:.3f} (cls {numbers['cls']:.3f} patch {numbers['patch']:.3f})"
             f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
             + (f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else "")
-            + f"  {numbers['memory_gib']:.1f} GiB  ETA {_clock(left)}"
+            + f"  {numbers['memory_gib']:.1f} GiB",
         )
+
+    def show(self, step: int, text: str) -> None:
+        """Show `text` and the time left after `step` steps: on a terminal at once, else every 30 s."""
+        left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
+        text += f"  ETA {_clock(left)}"
         epoch = (step - 1) // self._per_epoch + 1
         if self.console.is_terminal:
             self._progress.update(self._task, completed=step, epoch=epoch, text=text)
