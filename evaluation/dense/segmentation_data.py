@@ -1,4 +1,4 @@
-"""Photos with a label per pixel, in ADE20K's layout or a plain one, and the published views of them.
+"""Photos with a label per pixel, in ADE20K's layout or a plain one, and the published views.
 
     DIR/images/{training,validation}/*.jpg     DIR/annotations/{training,validation}/*.png
     DIR/images/{train,val}/...                 DIR/annotations/{train,val}/...
@@ -102,7 +102,7 @@ def class_names(root: str | Path) -> list[str]:
     if info.is_file():
         return [line.split("\t")[-1].strip() for line in info.read_text().splitlines()[1:] if line]
     raise FileNotFoundError(
-        f"--data {root}: give it {listed.name}, a list of class names ({info.name} of ADE20K does too)"
+        f"--data {root}: neither {listed.name}, a list of class names, nor ADE20K's {info.name}"
     )
 
 
@@ -117,7 +117,7 @@ def normalized(image: Tensor) -> Tensor:
     return F.normalize(image.float() / 255, list(MEAN), list(STD))
 
 
-# The published one adds to brightness where ColorJitter multiplies; 18 of OpenCV's 180 hues are 0.1.
+# The published one adds to brightness where ColorJitter multiplies; 18 of OpenCV's 180 hues: 0.1.
 def _sometimes(**what: float) -> v2.Transform:
     return v2.RandomApply([v2.ColorJitter(**what)], p=0.5)  # type: ignore[arg-type]
 

@@ -128,8 +128,8 @@ def starts(side: int, crop: int, stride: int) -> list[int]:
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, K, h, w], resized to classes [B, H, W], as a mean over all pixels;
-    unlabeled ones count as 0 (published code)."""
+    """Mean cross-entropy of logits [B, K, h, w], resized to classes [B, H, W]; unlabeled pixels
+    count as 0 (published code)."""
     logits = _resized(logits.float(), labels.shape[1:])
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total / labels.numel()

@@ -23,7 +23,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         centered = x - mean.view(shape)
         variance = all_reduce(centered.square().sum(dims)) / count
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)

@@ -61,7 +61,7 @@ class Training:
             raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
         if config.batch_size % place.world_size:
             raise ValueError(
-                f"--batch-size {config.batch_size} is not a multiple of {place.world_size} processes"
+                f"--batch-size {config.batch_size} does not divide by {place.world_size} processes"
             )
         self.dtype = DTYPES[precision]
         self.model = task.model.to(place.device)
