@@ -62,7 +62,7 @@ fi
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install -q uv
 if [ "${1:-all}" = all ]; then
     say "installing torch and the rest into $VENV (about 4 GB, a minute or more)"
-    packages -e '.[dali,export,dev]'
+    packages -e '.[dali,export,dense,dev]'
 fi
 install_ffcv
 "$VENV/bin/python" -m pipeline.doctor

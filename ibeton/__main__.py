@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "linear": ("evaluation.frozen.linear", (), "linear probing of frozen features"),
     "finetune": ("evaluation.finetune.__main__", (), "train a backbone further with labels"),
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
+    "segment": ("evaluation.segment", (), "train and score segmentation (ADE20K)"),
+    "detect": ("evaluation.detect", (), "train and score detection (COCO)"),
     "robustness": ("evaluation.robustness.command", (), "ImageNet-A, -R, -C, occlusion, shuffling"),
     "davis": ("evaluation.matching.davis", (), "video object segmentation by label propagation"),
     "retrieve": ("evaluation.matching.landmarks", (), "landmarks of revisited Oxford and Paris"),

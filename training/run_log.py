@@ -92,15 +92,20 @@ class RunLog:
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
         """Show where the run stands after `step` steps, with the numbers of the step before."""
-        left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
         terms = [f"{name} {numbers[name]:.3f}" for name in ("cls", "patch") if name in numbers]
-        text = (
+        self.show(
+            step,
             f"loss {numbers['loss']:.3f}"
             + (f" ({' '.join(terms)})" if terms else "")
             + f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
             + (f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else "")
-            + f"  {numbers['memory_gib']:.1f} GiB  ETA {_clock(left)}"
+            + f"  {numbers['memory_gib']:.1f} GiB",
         )
+
+    def show(self, step: int, text: str) -> None:
+        """Show `text` and the time left after `step` steps; outside a terminal only now and then."""
+        left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
+        text += f"  ETA {_clock(left)}"
         epoch = (step - 1) // self._per_epoch + 1
         if self.console.is_terminal:
             self._progress.update(self._task, completed=step, epoch=epoch, text=text)

@@ -1,0 +1,83 @@
+"""Cascade Mask R-CNN on a pyramid: torchvision's FPN and region proposals, our cascade."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from ibeton.evaluation.dense.cascade import Cascade, Sampler
+from ibeton.evaluation.dense.pyramid import STRIDES, Pyramid
+
+RPN_STRIDES = (*STRIDES, 64)
+ANCHOR = 8  # side of an anchor in strides
+RATIOS = (0.5, 1.0, 2.0)
+
+
+class Anchors(AnchorGenerator):
+    """torchvision's anchors with the strides given instead of divided out, as an uneven map on top
+    would shift them."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        first = feature_maps[0]
+        self.set_cell_anchors(torch.float32, first.device)
+        strides = [[torch.tensor(stride, device=first.device)] * 2 for stride in RPN_STRIDES]
+        grids = [list(m.shape[2:]) for m in feature_maps]
+        return [torch.cat(self.grid_anchors(grids, strides))] * len(first)
+
+
+class ProposalHead(RPNHead):
+    """torchvision's head of the proposals, with outputs in float32 under autocast too."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [m.float() for m in logits], [m.float() for m in deltas]
+
+
+class Detector(nn.Module):
+    """Boxes, classes and masks of objects. `width` is the FPN's, 256 as published."""
+
+    def __init__(self, backbone: nn.Module, classes: int, width: int = 256) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(backbone, norm=False)
+        self.fpn = FeaturePyramidNetwork(self.pyramid.channels, width, LastLevelMaxPool())
+        sizes = tuple((ANCHOR * stride,) for stride in RPN_STRIDES)
+        self.rpn = RegionProposalNetwork(
+            Anchors(sizes, (RATIOS,) * len(sizes)),
+            ProposalHead(width, len(RATIOS)),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2000, "testing": 1000},
+            post_nms_top_n={"training": 2000, "testing": 1000},
+            nms_thresh=0.7,
+        )
+        self.rpn.fg_bg_sampler = Sampler(256, 0.5)
+        self.cascade = Cascade(width, classes)
+
+    def _proposals(
+        self, images: Tensor, sizes: list[tuple[int, int]], truth: list[dict[str, Tensor]] | None
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        levels = self.pyramid(images)
+        maps = self.fpn({str(i): level for i, level in enumerate(levels)})
+        proposals, losses = self.rpn(ImageList(images, sizes), maps, truth)
+        return list(maps.values())[: len(STRIDES)], proposals, losses
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Losses of a batch: `images` [B, 3, H, W], `sizes` within it, and of each image `truth`
+        with `boxes`, `labels`, `masks` and `draw`. "loss" is the sum of the others."""
+        truth = batch["truth"]
+        self.cascade.sampler.draws = self.rpn.fg_bg_sampler.draws = batch["draws"]
+        maps, proposals, losses = self._proposals(batch["images"], batch["sizes"], truth)
+        losses |= self.cascade.losses(maps, proposals, truth, batch["sizes"])
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def detect(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """What is found in each image, see `Cascade.detect`; in eval mode."""
+        maps, proposals, _ = self._proposals(images, sizes, None)
+        return self.cascade.detect(maps, proposals, sizes)

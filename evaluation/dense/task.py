@@ -1,0 +1,170 @@
+"""What a dense task gives to the training loop: a model, samples, scores and pictures.
+
+Draws depend only on (seed, step, place in the batch), so that neither the number of workers nor
+that of processes changes them, and a killed run resumes exactly.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torch.utils.data import Dataset
+
+from ibeton.evaluation.dense.config import DenseConfig
+from ibeton.model.checkpoint import load_backbone
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import build_backbone
+from ibeton.options import fill
+from ibeton.progress import progress
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The device, rank and number of processes."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This rank's part of `items`."""
+        return items[self.rank :: self.world_size]
+
+
+class BadSample(str):
+    """Why a sample cannot be used, in a sentence that names its file."""
+
+
+class Samples(Dataset):
+    """`read(index, seed)` as a data set for workers: the random state of a sample is its own, and
+    what is wrong with a file arrives as a `BadSample`, without the worker's traceback."""
+
+    def __init__(self, read: Callable[[int], Any], seed: int) -> None:
+        self.read, self.seed = read, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, draw = key
+        entropy = np.random.SeedSequence([self.seed, draw]).generate_state(1, np.uint64)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(entropy))
+            try:
+                return self.read(index)
+            except (ValueError, OSError) as error:
+                return BadSample(error)
+
+
+def keys(
+    photos: int, batch_size: int, seed: int, first: int, last: int, place: Place
+) -> Iterator[list[tuple[int, int]]]:
+    """(photo, draw) of this rank for steps `first` to `last`: every photo once per epoch, and the
+    whole batch the same however many ranks share it."""
+    order, epoch = np.empty(0, np.int64), -1
+    for step in range(first, last):
+        batch = []
+        for draw in range(step * batch_size, (step + 1) * batch_size):
+            if draw // photos != epoch:
+                epoch = draw // photos
+                order = np.random.default_rng([seed, epoch]).permutation(photos)
+            batch.append((int(order[draw % photos]), draw))
+        yield list(place.share(batch))
+
+
+class Task(ABC):
+    """A dense task to train. `model(batch)` gives named losses, of which "loss" is minimized, and
+    `model.pyramid.backbone` is the backbone; `read(index)` gives a sample, in worker processes,
+    drawing from torch's generator; `names` are those of the photos, `steps` the length."""
+
+    model: Any
+    backbone_config: dict[str, Any]
+    names: Sequence[str]
+    read: Callable[[int], Any]
+    steps: int
+
+    @abstractmethod
+    def factor(self, step: int) -> float:
+        """What the peak learning rate is multiplied by, after the warm-up."""
+
+    @staticmethod
+    @abstractmethod
+    def collate(samples: list[Any]) -> Any:
+        """A batch of samples, in worker processes."""
+
+    @abstractmethod
+    def evaluate(self, place: Place) -> Scores:
+        """Scores in percent, on all ranks, which must all call."""
+
+    @abstractmethod
+    def draw(self, place: Place, folder: Path) -> None:
+        """Write pictures of predictions beside the truth into `folder`."""
+
+
+def watched(place: Place, photos: int) -> Iterator[int]:
+    """This rank's photos of `photos`, under a progress line of rank 0."""
+    mine = place.share(range(photos))
+    if place.rank:
+        yield from mine
+        return
+    with progress("evaluation", len(mine)) as advance:
+        for index in mine:
+            yield index
+            advance(1)
+
+
+def spread(photos: int, count: int) -> list[int]:
+    """`count` photos at equal distances."""
+    count = min(count, photos)
+    return [(2 * i + 1) * photos // (2 * count) for i in range(count)]
+
+
+def load_trunk(config: DenseConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone to train, with stochastic depth, and its run's settings. Raises as
+    `load_backbone`."""
+    trained, settings = load_backbone(config.checkpoint, config.network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        wanted = fill(ModelConfig, {**settings, "drop_path": config.drop_path})
+        backbone = build_backbone(wanted, is_student=True)
+    backbone.masked_embed = None
+    fc_norm = getattr(backbone, "fc_norm", None)
+    if fc_norm is not None:  # of the class output alone
+        fc_norm.requires_grad_(False)
+    if not config.untrained:
+        trained.masked_embed = None  # type: ignore[assignment]
+        backbone.load_state_dict(trained.state_dict())
+    return backbone, settings
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups under timm's layer decay: embeddings first, then blocks, then all else at the
+    full rate. Biases, norms and other 1-D tensors are not decayed."""
+    stem = r"^pyramid\.backbone\.(?:cls_token|pos_embed|patch_embed)"
+    blocks = [
+        (r"^pyramid\.backbone\.blocks\.(\d+)", None),
+        (r"^pyramid\.backbone\.layers\.(\d+)\.blocks\.(\d+)", None),
+        (r"^pyramid\.backbone\.layers\.(\d+)\.downsample", (999,)),
+        (r".*", (99999,)),
+    ]
+    model.group_matcher = lambda coarse: {"stem": stem, "blocks": blocks}  # type: ignore[assignment]
+    try:
+        return param_groups_layer_decay(model, weight_decay, layer_decay=decay)
+    finally:
+        del model.group_matcher
+
+
+class Collate:
+    """`collate` unless a sample is bad, which then is the batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        bad = [sample for sample in samples if isinstance(sample, BadSample)]
+        return bad[0] if bad else self.collate(samples)

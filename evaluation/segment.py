@@ -1,0 +1,136 @@
+"""Semantic segmentation on ADE20K, or a folder like it: UperNet, or a linear head.
+
+    python -m evaluation.segment --checkpoint CHECKPOINT --data ADEChallengeData2016 \\
+        --output-dir runs/ade --head upernet
+    torchrun --nproc_per_node 8 -m evaluation.segment ...
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import resize
+
+from ibeton.evaluation.dense.config import DenseConfig, parse
+from ibeton.evaluation.dense.confusion import confusion, scores
+from ibeton.evaluation.dense.segmentation_data import (
+    IGNORED,
+    LabeledPhotos,
+    fitted,
+    normalized,
+    palette,
+    training_view,
+)
+from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
+from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, spread, watched
+from ibeton.evaluation.dense.trainer import run_task
+from ibeton.options import option
+
+# head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)
+PUBLISHED = {
+    ("upernet", "vit_s"): (3e-5, 0.9),
+    ("upernet", "vit_b"): (8e-5, 0.65),
+    ("linear", "vit_b"): (8e-4, 1.0),
+}
+
+
+@dataclass
+class SegmentConfig(DenseConfig):
+    """Segmentation. Defaults are the published ones of ADE20K"""
+
+    head: str = option("upernet", "head; linear leaves the backbone as it is", HEADS)
+    head_width: int = option(0, "channels of UperNet (0: those of the backbone)")
+    steps: int = option(160_000, "length of the run in steps")
+    crop_size: int = option(512, "side of training crops and of test windows, in pixels")
+    short_side: int = option(512, "shorter side of a photo in the test, longer one at most 4 x")
+    zero_is_class: bool = option(False, "label 0 is a class and 255 unlabeled, unlike ADE20K's")
+
+    def check(self) -> None:
+        super().check()
+        if self.steps < 1 or self.short_side < 1 or self.head_width < 0:
+            raise ValueError("--steps and --short-side must be at least 1, --head-width at least 0")
+        if self.crop_size < 32 or self.crop_size % 32:
+            raise ValueError(f"--crop-size {self.crop_size} is not a multiple of 32")
+        if self.head == "upernet" and self.batch_size < 2:
+            raise ValueError("--batch-size 1: UperNet normalizes over the batch; give at least 2")
+
+
+@dataclass(frozen=True)
+class TrainingViews:
+    """What workers read: the view of a photo, see `training_view`."""
+
+    photos: LabeledPhotos
+    crop: int
+    short: int
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        return training_view(*self.photos.read(index), self.crop, self.short)
+
+
+class Segmentation(Task):
+    """The task of a command line. Raises ValueError or FileNotFoundError."""
+
+    def __init__(self, config: SegmentConfig) -> None:
+        self.config = config
+        train = LabeledPhotos(config.data, "train", config.zero_is_class)
+        self.val = LabeledPhotos(config.data, "val", config.zero_is_class)
+        self.read = TrainingViews(train, config.crop_size, config.short_side)
+        self.names, self.steps = train.names, config.steps
+        backbone, self.backbone_config = load_trunk(config)
+        arch = (config.head, self.backbone_config["arch"])
+        lr, decay = PUBLISHED.get(arch, PUBLISHED[config.head, "vit_b"])
+        config.lr, config.layer_decay = config.lr or lr, config.layer_decay or decay
+        self.model = Segmenter(backbone, len(train.classes), config.head, config.head_width)
+
+    def factor(self, step: int) -> float:
+        return 1 - step / self.steps  # poly, power 1
+
+    @staticmethod
+    def collate(samples: list[Any]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*samples, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    def predicted(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Photo uint8 [3, H, W], true and predicted classes [H, W] of a validation photo."""
+        photo, truth = self.val.read(index)
+        short = self.config.short_side
+        size = fitted(*photo.shape[1:], short, 4 * short)
+        image = normalized(resize(photo, size, antialias=False)).to(device)
+        crop = self.config.crop_size
+        logits = self.model.slide(image, crop, 2 * crop // 3)
+        said = interpolate(logits[None], truth.shape, mode="bilinear")[0].argmax(0)
+        return photo, truth, said
+
+    def evaluate(self, place: Place) -> Scores:
+        classes, device = len(self.val.classes), place.device
+        matrix = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        for index in watched(place, len(self.val)):
+            _, truth, said = self.predicted(index, device)
+            matrix += confusion(truth.to(device), said, classes, IGNORED)
+        if place.world_size > 1:
+            dist.all_reduce(matrix)
+        return scores(matrix.cpu().numpy(), self.val.classes)
+
+    def draw(self, place: Place, folder: Path) -> None:
+        """Photo, truth and prediction side by side; black is unlabeled."""
+        colors = palette(len(self.val.classes))
+        for index in spread(len(self.val), self.config.pictures):
+            photo, truth, said = self.predicted(index, place.device)
+            maps = [colors[m.cpu().numpy().clip(max=len(colors) - 1)] for m in (truth, said)]
+            row = np.concatenate([photo.permute(1, 2, 0).numpy(), *maps], axis=1)
+            Image.fromarray(row).save(folder / f"{Path(self.val.names[index]).stem}.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_task(parse(SegmentConfig, "segment", __doc__ or "", argv), Segmentation)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
