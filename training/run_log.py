@@ -103,7 +103,7 @@ class RunLog:
         )
 
     def show(self, step: int, text: str) -> None:
-        """Show `text` and the time left after `step` steps; outside a terminal only now and then."""
+        """Show `text` and the time left; less often if the output is not a terminal."""
         left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
         text += f"  ETA {_clock(left)}"
         epoch = (step - 1) // self._per_epoch + 1
