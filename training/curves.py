@@ -1,11 +1,6 @@
-"""The picture of a run: loss and k-NN over steps, from its log.jsonl."""
+"""Plots loss and k-NN accuracy of a run over its steps, from log.jsonl."""
 
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-from matplotlib import pyplot as plt
 
 from ibeton.atomic import replacing
 from ibeton.training.run_log import read_records
@@ -14,7 +9,12 @@ _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draw curves.png in the run folder; None where the log has nothing to draw yet."""
+    """Write curves.png in the run folder; returns None if the log has no losses yet."""
+    import matplotlib  # only here: takes seconds
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
     records = read_records(folder / "log.jsonl")
     losses = [r for r in records if r.get("loss") is not None]
     scores = [r for r in records if "knn_top1" in r]
