@@ -7,6 +7,7 @@ is one option with one value.
 
 import argparse
 import dataclasses
+import math
 import sys
 import typing
 from dataclasses import field
@@ -18,6 +19,15 @@ Settings = TypeVar("Settings")
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field that carries its help text and, where it has them, its choices."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def finite_float(text: str) -> float:
+    """A float of the command line. Raises ArgumentTypeError for NaN and infinity, ValueError for
+    what is no number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
 
 
 def flag(name: str) -> str:
@@ -33,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         if sys.argv[0].startswith("ibeton "):
             settings["prog"] = sys.argv[0]
         super().__init__(*args, **settings)
+        self.register("type", float, finite_float)  # what type=float means here
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message}\n")
