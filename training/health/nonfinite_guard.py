@@ -8,6 +8,8 @@ decide the same.
 import math
 from typing import Any
 
+from ibeton.command import Failure
+
 IN_A_ROW = 4  # skipped steps that send the run back to a checkpoint
 # Loss scaling halves its scale at each overflow, from 65536 at the start. After this many in a row
 # the gradients are broken, not the scale.
@@ -16,8 +18,8 @@ AGAIN_WITHIN = 1000  # steps after a rollback in which more skipped steps are th
 _PLAUSIBLE = 1.5  # times the loss of a uniform guess, or of the run's first step if that is higher
 
 
-class RunError(RuntimeError):
-    """A run cannot continue, for a reason that a sentence explains."""
+class RunError(Failure):
+    """A run cannot continue."""
 
 
 class NonFiniteGuard:
