@@ -12,11 +12,13 @@ from ibeton.progress import announce
 if __name__ == "__main__":
     announce("loading PyTorch")  # the imports below take seconds
 
+import faulthandler
 import itertools
 import json
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from ibeton.training.health.stop_signals import (
 )
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.metrics import DelayedMetrics
+from ibeton.training.problems import check_output_dir, check_readable, explain
 from ibeton.training.rollback import roll_back
 from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, seed_step, try_save
 from ibeton.training.run_folder import RunFolder
@@ -82,8 +85,11 @@ def _prepare(
         precision = "fp16" if device.type == "cuda" else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    if rank == 0:
+        check_output_dir(Path(config.run.output_dir))
     announce(f"opening {config.pipeline.data}")
     loader = build_loader(config.pipeline, device, rank, world_size)
+    check_readable(loader.photos, config.pipeline.data)
     if loader.kind.worker_processes:
         block_signals_in_workers()
     if config.run.eval_every:  # a wrong path should show now, not an epoch later
@@ -255,6 +261,7 @@ def evaluate(loop: Loop) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed, 2 when
     it could not begin, 130 at a second Ctrl-C."""
+    faulthandler.enable()  # SIGBUS, say, of a .beton file that was cut short
     with StopSignals() as stops:
         try:
             config = parse(arguments)
@@ -263,8 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
                 run = prepare(config)
             with run.watchdog.report_errors():
                 folder = lock_run_folder(run) if run.rank == 0 else None
-        except (ValueError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            print(f"error: {explain(error) or error}", file=sys.stderr)
             return 2
         except StopRequested:
             print("stopped before the first step: nothing to save", file=sys.stderr)
@@ -288,9 +295,12 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
             elif log is not None:
                 why = stops.reason or "another process was asked to"
                 log.say(f"stopped ({why}) at step {run.step}; {_resume_from(run)}")
-    except (RunError, OSError) as error:
-        state = f"failed: {str(error).splitlines()[0]}"
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        message = explain(error)
+        if not message:
+            raise
+        state = f"failed: {message.splitlines()[0]}"
+        print(f"error: {message}", file=sys.stderr)
         if run.rank == 0:
             print(_resume_from(run), file=sys.stderr)
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -223,7 +224,7 @@ def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]
 
 def table(columns: Columns, title: str) -> Table:
     """One row a score, one column a network."""
-    out = Table(title=title)
+    out = Table(title=escape(title))
     for heading in ("protocol", "score"):
         out.add_column(heading)
     for column in columns:

@@ -1,15 +1,16 @@
-"""What a run leaves and shows: log.jsonl, TensorBoard scalars, a progress line."""
+"""What a run writes and shows: log.jsonl, TensorBoard scalars, a progress line."""
 
 import json
 import math
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from ibeton.atomic import write_text
 
@@ -17,7 +18,7 @@ _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a log.jsonl; a last line cut short by a kill is left out."""
+    """The records of a log.jsonl, without a last line that a kill cut short."""
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -33,18 +34,18 @@ def _not_finite(value: Any) -> bool:
 
 
 def _done(record: dict[str, Any]) -> int:
-    """Steps done when `record` was written: a score stands between steps, a loss is of a step."""
+    """Steps done when `record` was written: scores belong between steps, losses to a step."""
     return record["step"] + ("loss" in record)
 
 
 class RunLog:
-    """Writes records with a "step" as they come; on resume, forgets those from that step on.
+    """Writes records with a "step"; on resume, drops those from that step on.
 
-    So the log of a run that was killed and went on reads like that of an unbroken one.
+    The log of a run that was killed and resumed reads like that of an unbroken one.
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
-        self.console = Console(stderr=False, highlight=False)
+        self.console = Console(highlight=False, markup=False)  # a path may look like markup
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
         self._open(first_step)
@@ -60,7 +61,9 @@ class RunLog:
         self._progress.start()
 
     def _open(self, first_step: int) -> None:
-        """Keep what was written up to `first_step`, and write on from there."""
+        """Keep the records up to `first_step`, and append from there."""
+        from torch.utils.tensorboard import SummaryWriter  # only here: takes seconds
+
         kept = [r for r in read_records(self._path) if _done(r) <= first_step]
         write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
@@ -69,18 +72,29 @@ class RunLog:
         self._started, self._first = time.monotonic(), first_step
 
     def roll_back(self, step: int) -> None:
-        """Forget all from `step` on: the run goes on from there."""
+        """Drop all records from `step` on: the run continues from there."""
         self._file.close()
         self._board.close()
         self._open(step)
 
     def say(self, text: str) -> None:
-        """One line for the person watching, above the progress line."""
-        self.console.print(text, soft_wrap=True)
+        """Print a line above the progress line. If stdout is closed (`| head`) or full, say so
+        once on stderr and train on."""
+        try:
+            self.console.print(text, soft_wrap=True)
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with suppress(OSError):  # a closed terminal
+                print(
+                    f"stdout cannot be written ({error.strerror}): the run continues, see"
+                    f" {self._path}",
+                    file=sys.stderr,
+                )
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one JSON line; numbers also go to TensorBoard, those of a dict as dict/name. What
-        is not finite is written as null: JSON has no word for it."""
+        """Append a JSON line; numbers also go to TensorBoard, those of a dict as dict/name. NaN and
+        infinity, which JSON lacks, become null."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         for name, value in record.items():
@@ -91,7 +105,7 @@ class RunLog:
                 self._board.add_scalar(name, value, record["step"])
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
-        """Show where the run stands after `step` steps, with the numbers of the step before."""
+        """Show the progress after `step` steps, with the numbers of the last one."""
         terms = [f"{name} {numbers[name]:.3f}" for name in ("cls", "patch") if name in numbers]
         self.show(
             step,
@@ -112,7 +126,6 @@ class RunLog:
         elif time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
             self._last_plain = time.monotonic()
             self.say(f"epoch {epoch}  step {step}/{self._total}  {text}")
-            sys.stdout.flush()
 
     def scores(self) -> dict[int, float]:
         """k-NN top-1 in % by the steps done before the evaluation; 0 is the untrained network."""

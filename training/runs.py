@@ -1,11 +1,12 @@
 """Lists runs: python -m training.runs [FOLDER]
 
-A line for each run folder in FOLDER (default: runs), or for FOLDER itself: architecture, epochs
-done, last loss, last k-NN top-1 in %, images/s, and state. A run that says it is running, and that
-no process holds, was killed.
+One line per run folder in FOLDER (default: runs), or for FOLDER itself: architecture, epochs done,
+last loss, last k-NN top-1 in %, images/s, and state. A run whose state is "running" but whose
+folder no process has locked was killed.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError where there is
+    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError if there is
     none."""
     if (folder / CONFIG).exists():
         return [folder]
@@ -43,8 +44,8 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a run has come to: "arch", "done" of "epochs", and of its last records "loss",
-    "images_per_s" and "knn_top1", None where there is none; "state" and "since"."""
+    """The progress of a run: "arch", "done" of "epochs", the last "loss", "images_per_s" and
+    "knn_top1" (None if it has none), "state" and "since"."""
     config, run = read_config(folder), read_run(folder)
     state = run.get("state", "?")
     if state == "running" and not is_held(folder):
@@ -80,7 +81,11 @@ def _last(log: Path, holds: bytes, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _row(folder: Path) -> tuple[str, ...]:
-    run = summary(folder)
+    try:
+        run = summary(folder)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return (folder.name, *["-"] * (len(_HEADS) - 3), "damaged", "-")
 
     def number(name: str, form: str) -> str:
         return "-" if run[name] is None else format(run[name], form)
@@ -109,7 +114,7 @@ def _ago(since: str) -> str:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Rows in columns, plain, as they may go to a file."""
+    """Rows in plain columns, which may go to a file."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

@@ -125,12 +125,14 @@ def cache_line(photos: float, free: float) -> str:
 
 
 def _disk(outlook: PreflightInputs) -> str:
-    options = outlook.config.run
-    kept = options.epochs // options.keep_every if options.keep_every else 0
+    options, per_epoch = outlook.config.run, outlook.run.loader.steps_per_epoch
+    ends = (outlook.run.step // per_epoch, _last_step(outlook) // per_epoch)  # in epochs
+    begun, ended = (e // options.keep_every if options.keep_every else 0 for e in ends)
+    kept = max(0, ended - begun)  # those that are still to come
     folder = Path(options.output_dir).absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     room = shutil.disk_usage(there).free
-    return disk_line(checkpoint_bytes(outlook.weights), kept + options.keep_last, room)
+    return disk_line(checkpoint_bytes(outlook.weights), kept + max(2, options.keep_last), room)
 
 
 def disk_line(checkpoint: float, kept: int, free: float) -> str:
@@ -143,7 +145,9 @@ def disk_line(checkpoint: float, kept: int, free: float) -> str:
 
 
 def _time(outlook: PreflightInputs) -> str:
-    shape, per_epoch = outlook.shape(), outlook.run.loader.steps_per_epoch
+    if outlook.run.step >= _last_step(outlook):
+        return f"nothing left to train: {outlook.run.step:,} steps are done"
+    shape = outlook.shape()
     loader = outlook.run.loader
     if loader.kind.decodes_on_gpu and loader.crops_on == "gpu":
         raise ValueError("the rate of a decoder on a GPU is not estimated; see the progress line")
@@ -157,10 +161,15 @@ def _time(outlook: PreflightInputs) -> str:
         forecast(shape, rate, loader, workers, at_hand, threads)
         for rate, loader in zip(rates, (slower, best), strict=True)
     ]
-    options = outlook.config.run
-    last = min(options.epochs * per_epoch, options.stop_after or options.epochs * per_epoch)
-    left = (last - outlook.run.step) * shape.images * outlook.run.world_size
+    left = max(0, _last_step(outlook) - outlook.run.step) * shape.images * outlook.run.world_size
     return time_line(left, both[0], both[1], outlook.run.world_size)
+
+
+def _last_step(outlook: PreflightInputs) -> int:
+    """The step at which this start will end."""
+    options = outlook.config.run
+    last = options.epochs * outlook.run.loader.steps_per_epoch
+    return min(last, options.stop_after or last)
 
 
 def time_line(images: int, low: Forecast, high: Forecast, processes: int) -> str:
