@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL_SHARE = 100 / 1.3  # % of copy speed: within 1.3 times the time of its bytes
 SPEED, MEMORY, PEAK = 3.0, 0.45, 0.40  # of the baseline's images/s and memory; of matrix products
 HALF = ("--precision", "fp16", "--batch-size", "64")
-JUST_COMPILED = ("--compile", "--no-ablation", "--rounds", "3")
 PART_LIMIT_S, REHEARSAL_LIMIT_S = 180, 900
 SMALL_MODEL = (
     *("--arch", "vit_t", "--batch-size", "2", "--local-crops-number", "2", "--out-dim", "256"),
@@ -66,7 +65,6 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
             bench("crops", "crops_gpu", "--interpreted", "--rounds", "2"),
             bench("kernels_fp32", "kernels", "--images", "1", "--rounds", "2", "--device", "cpu"),
             bench("vit_t_fp32", "model", *SMALL_MODEL),
-            bench("vit_t_fp32_compiled", "model", *SMALL_MODEL, *JUST_COMPILED),
         ]
     steps = [
         bench(f"{arch}_{precision}", "model", "--arch", arch, "--precision", precision, *rest)
@@ -83,7 +81,6 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         steps[0],
         bench("kernels_fp16", "kernels", "--precision", "fp16", "--images", "64"),
         *steps[1:],
-        bench("vit_s_fp16_compiled", "model", *HALF, *JUST_COMPILED),
     ]
 
 
@@ -136,12 +133,6 @@ def model_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def compile_claims(name: str, figures: dict[str, Any]) -> list[Claim]:
-    """What torch.compile of the blocks brings over ours without."""
-    gain = speedup(step_seconds(figures, "ours"), step_seconds(figures, "compiled"))
-    return [Claim(f"{name}: images/s over ours", "above 1 x", f"{gain:.2f} x", gain > 1)]
-
-
 def kernel_claims(figures: dict[str, Any]) -> list[Claim]:
     """Each loss kernel against the bytes that it moves; linear layers are bound elsewhere."""
     claims = []
@@ -172,8 +163,6 @@ def claims(done: list[Part]) -> list[Claim]:
             rows += crop_claims(figures)
         elif part.name.startswith("kernels"):
             rows += kernel_claims(figures)
-        elif part.name.endswith("compiled"):
-            rows += compile_claims(part.name, figures)
         else:
             rows += model_claims(part.name, figures)
     return rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.head import IBOTHead
+from ibeton.model.kernels.half_weights import HalfWeights
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.masking import masked_patches
 from ibeton.model.network import Logits, Network
@@ -40,6 +41,7 @@ class IBOT(nn.Module):
         self.loss = loss
         self.micro_steps = micro_steps
         self.__dict__["student_call"] = student
+        self.half_weights = HalfWeights([student, teacher])
         self.teacher.requires_grad_(False)
         self.copy_student_to_teacher()
 
@@ -91,10 +93,11 @@ class IBOT(nn.Module):
         """
         patches = masked_patches(masks, global_crops.device)
         masks = masks.to(global_crops.device, non_blocking=True)
-        with stage("teacher"), torch.no_grad():
-            teacher = self.teacher.targets(global_crops, patches.places)
-        with stage("student"):
-            student = self.student_call(global_crops, local_crops, masks, patches.places)
+        with self.half_weights.fresh(global_crops):
+            with stage("teacher"), torch.no_grad():
+                teacher = self.teacher.targets(global_crops, patches.places)
+            with stage("student"):
+                student = self.student_call(global_crops, local_crops, masks, patches.places)
         with stage("loss"):
             return self.loss(student, teacher, patches, epoch)
 
@@ -154,27 +157,10 @@ def build_network(config: ModelConfig, is_student: bool) -> Network:
     return Network(build_backbone(config, is_student), IBOTHead(config, is_student))
 
 
-def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
-    """Have torch.compile make code of each block of a ViT at its first call. Names and weights stay
-    as they are. Blocks share that code, so there are as many compilations as kinds of call (with
-    gradient or without, all tokens or the wanted ones), whatever the depth. On a CPU the backend
-    wants a C++ compiler."""
-    import torch._dynamo  # only here: takes seconds
-
-    # DDP's own cuts, made for whole networks, refuse autograd functions. A block is cut enough.
-    torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = 32  # above it, of 8, new kinds of call stay uncompiled
-    for block in cast(VisionTransformer, backbone).blocks:
-        block.compile(backend=backend)
-
-
 def build(config: ModelConfig) -> IBOT:
     """The whole model on the CPU (or torch's default device), freshly initialized from torch's
     random state. Raises ValueError, naming the option, for settings that cannot work."""
     config.check()
     loss = IBOTLoss(config)
     student, teacher = build_network(config, True), build_network(config, False)
-    if config.compile_blocks:
-        compile_blocks(student.backbone)
-        compile_blocks(teacher.backbone)
     return IBOT(student, teacher, loss, config.micro_steps)

@@ -37,7 +37,7 @@ _FREE = {
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
     *("eval_train", "eval_val", "eval_every", "eval_k"),
     *("data", "loader", "crops_on", "batch_size", "global_batch_size", "workers", "batches_ahead"),
-    *("micro_steps", "checkpoint_blocks", "compile_blocks", "shard_optimizer"),
+    *("micro_steps", "checkpoint_blocks", "recompute", "shard_optimizer"),
 }
 
 
