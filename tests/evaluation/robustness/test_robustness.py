@@ -109,8 +109,9 @@ def test_batches_do_not_change_the_curves(checkpoint, head, folders):
     )
     for name, scores in large.items():
         assert small[name] == pytest.approx(scores)
-    assert large["occlusion"]["salient_0.5_dropped"] < 50  # few patches have most attention
-    assert large["occlusion"]["nonsalient_0.5_dropped"] > 50 - 100 / 16
+    shares = [large["occlusion"][f"{kind}_0.5_dropped"] for kind in ("salient", "nonsalient")]
+    assert sum(shares) == pytest.approx(100)
+    assert shares[0] <= 50  # the most attended patches are fewer
 
 
 def test_bad_input_is_one_sentence_and_status_2(checkpoint, head, sets, folders, tmp_path, capsys):
@@ -132,17 +133,15 @@ def test_bad_input_is_one_sentence_and_status_2(checkpoint, head, sets, folders,
     refused("is no layer of linear probing", "--head", checkpoint, *sets)
     refused("has no folders VARIANT/val", *layer, "--in9", tmp_path, "--in9-map", head)
     refused("--imagenet-c", *layer, "--imagenet-c", tmp_path / "nowhere")
-    refused("fog is missing", *layer, "--imagenet-c", tmp_path / "c" / "fog" / "1")
+    refused("fog/1/blue/1 is missing", *layer, "--imagenet-c", tmp_path / "c" / "fog" / "1")
     refused("nowhere does not exist", *layer, "--val", tmp_path / "nowhere")
     refused("there are heads 0 to 1", *layer, "--saliency-head", 2, *sets)
     refused("there is no folder", *layer, "--json", tmp_path / "no" / "scores.json", *sets)
-    other = tmp_path / "other"
     Path(folders[1], "red").rename(Path(folders[1], "crimson"))
     try:
         refused("classes that the training set lacks", *layer, "--val", folders[1])
     finally:
         Path(folders[1], "crimson").rename(Path(folders[1], "red"))
-    assert not other.exists()
 
 
 def test_a_head_is_kept_only_where_its_folder_is(checkpoint, folders, tmp_path, capsys):
