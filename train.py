@@ -7,7 +7,6 @@ Photos become batches (pipeline), a batch becomes a loss (model), and this file 
 """
 
 import itertools
-import json
 import sys
 from contextlib import suppress
 from typing import Any
@@ -43,6 +42,7 @@ from ibeton.training.run_log import RunLog
 from ibeton.training.timing.bottleneck import LoaderResources
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
+from ibeton.training.trackers import Trackers
 from ibeton.workers import cores
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -75,11 +75,13 @@ def _prepare(
     torch.manual_seed(config.pipeline.seed)  # the same weights on every rank
     ibot = build(config.model).to(device)
     sharded = config.run.shard_optimizer and world_size > 1
-    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded)
+    beta2 = config.run.adam_beta2
+    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded, beta2)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     run = Run(
         config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
     )
+    run.notes += config.notes
     resume(run)
     if world_size > 1:
         ibot.wrap_ddp(device)
@@ -296,7 +298,8 @@ def start_log(run: Run) -> RunLog:
     """The log, with what is to be known of the run from the start."""
     per_epoch = run.loader.steps_per_epoch
     log = RunLog(run.folder, run.step, run.config.run.epochs * per_epoch, per_epoch)
-    log.say(json.dumps(run.config.resolved(), indent=2))
+    log.trackers = Trackers(run.config.run.log_to, run.name, run.folder, run.config.resolved())
+    log.say(run.config.summary())
     log.say(
         f"{len(run.loader.photos):,} photos, {per_epoch} steps an epoch, {run.world_size}"
         f" process(es) on {run.device}, {run.precision}; loader {run.loader.reason}"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from ibeton.atomic import write_text
+from ibeton.training.trackers import Trackers
 
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 
@@ -45,6 +46,7 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
         self.console = Console(stderr=False, highlight=False)
+        self.trackers: Trackers | None = None
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
         self._open(first_step)
@@ -83,6 +85,8 @@ class RunLog:
         is not finite is written as null: JSON has no word for it."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
+        if self.trackers is not None:
+            self.trackers.record(record)
         for name, value in record.items():
             if isinstance(value, dict):
                 for part, number in value.items():
@@ -122,6 +126,8 @@ class RunLog:
     def close(self) -> None:
         """End the progress line and flush everything."""
         self._progress.stop()
+        if self.trackers is not None:
+            self.trackers.close()
         self._file.close()
         self._board.close()
 

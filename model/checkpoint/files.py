@@ -30,7 +30,6 @@ SHAPE_SETTINGS = (
     "qkv_bias",
     "patch_size",
     "image_size",
-    "in_chans",
     "layer_scale",
     "mean_pool",
     "out_dim",

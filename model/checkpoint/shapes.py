@@ -36,14 +36,13 @@ def _vit(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, 
     width = _most(_side(state, r"blocks\.\d+\.norm[12]\.weight"), 0)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     project = state.get("patch_embed.proj.weight", torch.empty(0, 3, 16, 16))
-    in_chans, patch = (project.shape[1], project.shape[3]) if project.dim() == 4 else (3, 16)
+    patch = project.shape[3] if project.dim() == 4 else 16
     table = state.get("pos_embed", torch.empty(1, 197, 0))
     grid = math.isqrt(max(1, table.shape[1] - 1)) if table.dim() == 3 else 14
     hidden = _most(_side(state, r"blocks\.\d+\.mlp\.fc1\.bias"), 4 * width)
     found = {
         "patch_size": patch,
         "image_size": grid * patch,
-        "in_chans": in_chans,
         "mlp_ratio": hidden / width if width else 4.0,
         "qkv_bias": any(name.endswith("attn.qkv.bias") for name in state),
         "layer_scale": 1e-5 if any(name.endswith("gamma_1") for name in state) else 0.0,
@@ -72,13 +71,11 @@ def _swin(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str,
     if arch is None:
         known = " and ".join(map(str, SWINS.values()))
         raise ValueError(f"{path} is a Swin with windows of {window}: those of {known} can be read")
-    project = state.get("patch_embed.proj.weight", torch.empty(0, 3, 4, 4))
     return {
         "arch": arch,
         "embed_dim": 0 if 8 * width == SWIN_DIM else 8 * width,
         "patch_size": SWIN_PATCH,
         "image_size": int(settings.get("image_size", 224)),
-        "in_chans": project.shape[1] if project.dim() == 4 else 3,
     }
 
 
