@@ -79,9 +79,8 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Continue from what `optimizer_state` gave, sharded or not, on any number of ranks. AdamW's
     betas stay the optimizer's own: they are settings, not state."""
-    own_betas = {"betas": optimizer.param_groups[0]["betas"]} if "betas" in optimizer.defaults else {}
-    groups = [{**group, **own_betas} for group in state["param_groups"]]
-    state = {**state, "param_groups": groups}
+    own = {name: v for name, v in optimizer.param_groups[0].items() if name == "betas"}
+    state = {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
     if not is_sharded(optimizer):
         optimizer.load_state_dict(state)
         return

@@ -37,6 +37,7 @@ _AT_LEAST = {
 }
 _RETIRED = {"in_chans": 3}  # settings of older runs, with the one value that still holds
 
+
 @dataclass
 class RunConfig:
     """The run: optimization, output, evaluation. Defaults are the published ViT-S/16 recipe."""
@@ -80,8 +81,12 @@ class RunConfig:
     log_steps: int = option(10, "steps between records in log.jsonl")
     log_to: tuple[str, ...] = option((), "also send the records to these trackers", TRACKERS)
     profile: int = option(0, "trace so many early steps into trace.json.gz, for Perfetto (0: no)")
-    eval_train: str = option("", "labelled photos for k-NN: the memory (.beton or folder)", path=True)
-    eval_val: str = option("", "labelled photos for k-NN: the queries (.beton or folder)", path=True)
+    eval_train: str = option(
+        "", "labelled photos for k-NN: the memory (.beton or folder)", path=True
+    )
+    eval_val: str = option(
+        "", "labelled photos for k-NN: the queries (.beton or folder)", path=True
+    )
     eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
     eval_k: int = option(20, "neighbors in those evaluations")
 
@@ -116,9 +121,12 @@ class RunConfig:
                 f"--resume {self.resume} is a folder: give a checkpoint file in it, or"
                 f" --output-dir {self.resume} --resume auto to continue its run"
             )
-        if self.output_dir and Path(self.output_dir).exists():
-            if not Path(self.output_dir).is_dir():
-                yield f"--output-dir {self.output_dir} is a file: give a folder"
+        if (
+            self.output_dir
+            and Path(self.output_dir).exists()
+            and not Path(self.output_dir).is_dir()
+        ):
+            yield f"--output-dir {self.output_dir} is a file: give a folder"
 
 
 @dataclass
@@ -151,7 +159,8 @@ class Config:
             for key, value in self.resolved().items()
             if key not in ("recipe", "arch", "image_size") and value != recipe[key]
         ]
-        return f"recipe {name} with {', '.join(changed)}; all settings: {self.run.output_dir}/config.json"
+        where = f"all settings: {self.run.output_dir}/config.json"
+        return f"recipe {name} with {', '.join(changed)}; {where}"
 
     def share_batch(self, world_size: int) -> None:
         """Give each of `world_size` processes its part of --global-batch-size, if that is given.

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ibeton.model.checkpoint.backbone_file import read_backbone
 from ibeton.model.checkpoint.export import refuse_existing
 from ibeton.model.checkpoint.export_huggingface import export_huggingface
 from ibeton.model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
@@ -81,7 +82,7 @@ def run_export(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """A row for each part of the file, and the settings that tell its architecture."""
     content, kind = {}, "a checkpoint of ibeton"
-    if args.source.suffix != ".safetensors":
+    if args.source.suffix != ".safetensors" or read_backbone(args.source) is not None:
         content = read_file(args.source)
     if not is_own(content):
         foreign = read_foreign(args.source, args.network, args.num_heads)

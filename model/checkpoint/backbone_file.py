@@ -36,9 +36,10 @@ def write_backbone(
 
 def read_backbone(path: str | Path) -> dict[str, Any] | None:
     """The file as a checkpoint, {"teacher": tensors, "config": settings}; None for a safetensors
-    file of another program. Raises ValueError for a damaged one."""
+    file of another program. Raises as `refuse_other_files`, and ValueError for a damaged one."""
     from safetensors import SafetensorError, safe_open
 
+    refuse_other_files(Path(path))
     try:
         with safe_open(path, "pt") as file:
             settings = (file.metadata() or {}).get(SETTINGS)
@@ -53,6 +54,22 @@ def read_backbone(path: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from error
 
 
+def refuse_other_files(path: Path) -> None:
+    """Raise FileNotFoundError or ValueError for what is told by its first bytes."""
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder: give a file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        raise ValueError(f"{path} is no checkpoint: it is empty")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is a web page, not weights: download the file itself")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+
+
 def card(file: str, config: dict[str, Any], parameters: int, facts: Mapping[str, str]) -> str:
     """A model card in Markdown, with the header that Hugging Face reads."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -65,8 +82,7 @@ tags: [self-supervised, iBOT, image-feature-extraction]
 # {config["arch"]} pre-trained with iBOT
 
 The teacher's backbone ({parameters / 1e6:.1f} million parameters) of a self-supervised run
-([iBOT](https://arxiv.org/abs/2111.07832)), trained by [ibeton](https://github.com/ibeton/ibeton)
-without labels.
+([iBOT](https://arxiv.org/abs/2111.07832)), trained by ibeton without labels.
 
 | | |
 | --- | --- |

@@ -55,7 +55,7 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     side = image_size or config.image_size
     name, options = timm_options(config, side)
     # What names and shapes do not tell, for reading the file back.
-    facts = {"image_size": str(side)}
+    facts = {"image_size": str(side), "arch": config.arch}
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
     with replacing(target, suffix=target.suffix) as partial:

@@ -15,8 +15,7 @@ def refused(line: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
         parse(line.split())
     except ValueError as error:
         return f"error: {error}".splitlines()
-    except SystemExit as stop:
-        assert stop.code == 2
+    except SystemExit:
         return capsys.readouterr().err.strip().splitlines()
     raise AssertionError(f"accepted: {line}")
 
@@ -98,7 +97,7 @@ def test_what_cannot_be_meant_is_refused(
 
 
 def test_a_rate_far_above_the_published_is_called_that() -> None:
-    (note,) = parse("--data x --lr 5000".split()).notes
+    (note,) = parse(["--data", "x", "--lr", "5000"]).notes
     assert "--lr 5000 is far above" in note
 
 
@@ -119,7 +118,8 @@ def saved(config: Config, path: Path) -> Path:
 
 
 def test_a_saved_configuration_starts_the_same_run_elsewhere(tmp_path: Path) -> None:
-    first = parse("--data x --arch vit_b --epochs 5 --lr 1e-3 --pred-ratio 0.1 --seed 7".split())
+    line = "--data x --arch vit_b --epochs 5 --lr 1e-3 --pred-ratio 0.1 0.3 --seed 7"
+    first = parse(line.split())
     path = saved(first, tmp_path / "config.json")
     second = parse(["--config", str(path), "--output-dir", str(tmp_path / "other")])
     expected = first.resolved() | {"output_dir": str(tmp_path / "other")}
@@ -128,7 +128,7 @@ def test_a_saved_configuration_starts_the_same_run_elsewhere(tmp_path: Path) -> 
 
 
 def test_options_override_a_saved_configuration(tmp_path: Path) -> None:
-    first = parse("--data x --global-batch-size 64 --global-crops-size 160".split())
+    first = parse(["--data", "x", "--global-batch-size", "64", "--global-crops-size", "160"])
     path = str(saved(first, tmp_path / "config.json"))
     again = parse(["--config", path, "--lr", "1e-3", "--global-crops-size", "128"])
     assert (again.run.lr, again.run.global_batch_size) == (1e-3, 64)
@@ -142,7 +142,7 @@ def test_configurations_that_cannot_be_read_are_refused_by_name(tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         read_preset(str(path))
     path.write_text("[1, 2")
-    with pytest.raises(ValueError, match="is no config.json of a run"):
+    with pytest.raises(ValueError, match=r"is no config\.json of a run"):
         read_preset(str(path))
     path.write_text('{"epochs": 3, "speed": 11}')
     with pytest.raises(ValueError, match="unknown setting speed"):
@@ -165,7 +165,9 @@ def test_a_configuration_of_before_in_chans_was_removed_still_loads(tmp_path: Pa
 
 
 def test_the_start_of_the_log_names_what_differs_from_the_recipe() -> None:
-    said = parse("--data x.beton --arch vit_b --lr 1e-3 --output-dir runs/b".split()).summary()
+    said = parse(
+        ["--data", "x.beton", "--arch", "vit_b", "--lr", "1e-3", "--output-dir", "runs/b"]
+    ).summary()
     assert said == (
         "recipe vit_b with --output-dir runs/b, --lr 0.001, --data x.beton;"
         " all settings: runs/b/config.json"
