@@ -23,7 +23,7 @@ from ibeton.pipeline import Batch, build_loader
 from ibeton.training.checkpoints import NEWEST
 from ibeton.training.config import Config, parse
 from ibeton.training.curves import plot_curves
-from ibeton.training.forecast.preflight import preflight
+from ibeton.training.forecast import FirstSteps, preflight
 from ibeton.training.health.collapse import PROBED, spread
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import (
@@ -122,6 +122,10 @@ def watch(run: Run) -> StepMonitor:
     room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
     dtype = DTYPES[run.precision]
     watching = StepMonitor(batch_size, run.rank, run.world_size, run.device, dtype, room)
+    options = run.config.run
+    last = options.epochs * run.loader.steps_per_epoch
+    left = min(last, options.stop_after or last) - run.step
+    watching.forecast = FirstSteps(left, run.world_size, run.device)
     if run.config.run.profile and run.rank == 0:
         watching.trace(run.folder, run.config.run.profile)
     return watching
@@ -306,7 +310,7 @@ def start_log(run: Run) -> RunLog:
     )
     for note in run.notes:
         log.say(note)
-    log.say(preflight(run, DTYPES[run.precision]))
+    log.say(preflight(run))
     return log
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +14,13 @@ from ibeton.stages import StageClock, StageWork, stage
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 from ibeton.training.timing.speed import Speed
+
+
+class Forecast(Protocol):
+    """Says once, from the first steps, what the run will take."""
+
+    def add(self, images: int, parts: dict[str, float]) -> str: ...
+
 
 _BEFORE_TRACE = 2  # steps in which things are still compiled and allocated
 
@@ -38,6 +45,7 @@ class StepMonitor:
         self._adviser = Adviser(room)
         self._said = ""
         self._profiler: torch.profiler.profile | None = None
+        self.forecast: Forecast | None = None
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; the time that the training stands still for each is stage "wait"."""
@@ -62,8 +70,10 @@ class StepMonitor:
         """Add a settled step, its parts in seconds and the loader's work for it; what there is to
         say about it."""
         self._speed.add(parts, stage_work)
-        line = self._adviser.add(self._images, parts, stage_work)
-        return [line] if line else []
+        lines = [self._adviser.add(self._images, parts, stage_work)]
+        if self.forecast is not None:
+            lines.append(self.forecast.add(self._images, parts))
+        return [line for line in lines if line]
 
     def figures(self) -> dict[str, Any]:
         """See `Speed.figures`."""
