@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ibeton.command import protect_output
 from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.features import PhotoSet
 from ibeton.evaluation.frozen.quick import quick_scores
@@ -119,7 +120,8 @@ def watch(run: Run) -> StepMonitor:
     """The clock and the figures of this rank; with --profile, a trace of rank 0."""
     batch_size, at_hand = run.config.pipeline.batch_size, cores_a_process(cores())
     workers = run.config.pipeline.workers or cores()
-    room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    on_gpu, per_epoch = run.device.type == "cuda", run.loader.steps_per_epoch
+    room = LoaderResources(run.loader.kind, workers, at_hand, on_gpu, per_epoch)
     dtype = DTYPES[run.precision]
     watching = StepMonitor(batch_size, run.rank, run.world_size, run.device, dtype, room)
     options = run.config.run
@@ -246,6 +248,7 @@ def log_step(
 def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed on the
     way, 2 when it could not begin, 130 at a second Ctrl-C."""
+    protect_output()
     with StopSignals() as stops:
         try:
             config = parse(arguments)

@@ -9,6 +9,7 @@ from ibeton.training.timing.speed import WAITING, Window, loader_ceiling, slowes
 
 MUCH_WAIT = 0.05  # share of the step that is no longer chance
 _MUCH_COMM = 0.1
+_SHORT_EPOCH = 50  # steps: below it, the start of an epoch is a noticeable part
 _IDLE = 0.4  # a loader that limits keeps its workers busier than that
 _ALIKE = 1.05  # of two changes that bring about the same, the cheaper one
 
@@ -21,6 +22,7 @@ class LoaderResources:
     workers: int
     cores: int  # for each process
     on_gpu: bool
+    steps_per_epoch: int = 0  # 0: not known
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,19 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     share_busy = {"workers": of_workers} | apart
     fullest = max(share_busy, key=lambda name: share_busy[name])
     if share_busy[fullest] < _IDLE:
+        why = (
+            "something between batches stands still. Epochs of few steps? Other processes on these"
+        )
+        why += " cores? More workers than images in a batch?"
+        if 0 < room.steps_per_epoch < _SHORT_EPOCH:
+            why = (
+                f"an epoch has only {room.steps_per_epoch} steps, and the loader starts anew with"
+                " each: more photos, or a smaller batch"
+            )
         return Verdict(
             "idle",
             f"{head}no stage of the loader limits, its {room.workers} worker(s) are busy"
-            f" {of_workers:.0%} of the time: something between batches stands still. Epochs of few"
-            " steps? Other processes on these cores? More workers than images in a batch?",
+            f" {of_workers:.0%} of the time: {why}",
         )
     limit = fullest
     if fullest == "workers":
@@ -171,13 +181,12 @@ def rank_line(ranks: list[dict[str, float]]) -> str:
 
 
 class Adviser:
-    """Says what limits the data side once, and again when that changes; it looks at windows of
-    `steps` steps."""
+    """Says what limits the data side, once per cause; it looks at windows of `steps` steps."""
 
     def __init__(self, room: LoaderResources, steps: int = 20) -> None:
         self._room, self._steps = room, steps
         self._window: Window | None = None
-        self._said = ""
+        self._said: set[str] = set()
 
     def add(self, images: int, parts: dict[str, float], stage_work: dict[str, StageWork]) -> str:
         """Add a step; a line, now and then."""
@@ -188,7 +197,10 @@ class Adviser:
         if self._window.steps < self._steps:
             return ""
         window, self._window = self._window, Window()
-        share = window.waiting / window.seconds
-        found = verdict(window, self._room) if share > MUCH_WAIT else Verdict("", "")
-        said, self._said = self._said, found.limit
-        return found.text if found.limit != said else ""
+        if window.waiting <= MUCH_WAIT * window.seconds:
+            return ""
+        found = verdict(window, self._room)
+        if found.limit in self._said:
+            return ""
+        self._said.add(found.limit)
+        return found.text

@@ -82,11 +82,12 @@ class StepMonitor:
     def compare_ranks(self) -> tuple[dict[str, Any], list[str]]:
         """For a record: what each rank takes, which is the slowest, and a line where one stands
         out. All ranks must ask; then a new window begins."""
-        ranks = self._speed.ranks()
+        ranks, first = self._speed.ranks(), self._speed.warming_up
         self._speed.restart()
         if not ranks:
             return {}, []
-        line, said = rank_line(ranks), self._said
+        # In its first steps a rank compiles and allocates, each at its own pace.
+        line, said = "" if first else rank_line(ranks), self._said
         self._said = line.split(":")[0]  # whose, not how much
         return {"ranks": ranks}, [line] if self._said not in ("", said) else []
 

@@ -79,6 +79,11 @@ class Speed:
             self.window, self._first = Window(), False
         self.window.add(self._images, parts, stage_work)
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the window is that of the first step, in which things are compiled."""
+        return self._first
+
     def figures(self) -> dict[str, Any]:
         """Means since the last record. images_per_s is that of all ranks, peak_share the share of
         the device's matrix rate; stage_ms are milliseconds a step on the critical path, loader_ms
