@@ -106,7 +106,8 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
     run, windows = bench.run, bench.windows
     config = run.config.pipeline
     workers, at_hand = config.workers or cores(), cores_a_process(cores())
-    room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    on_gpu, per_epoch = run.device.type == "cuda", run.loader.steps_per_epoch
+    room = LoaderResources(run.loader.kind, workers, at_hand, on_gpu, per_epoch)
     ranks = of_ranks(bench)
     best = Peaks(*map(max, zip(*map(dataclasses.astuple, peaks), strict=True)))
     lowest = floors(demand, best, room.workers)
@@ -143,6 +144,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
             }
             for name, work_done in windows[LOADER][0].stage_work.items()
         },
+        "middle_round": middle_round(windows[BOTH]),
         "ranks": ranks,
         "floor_ms": {name: 1000 * seconds for name, seconds in lowest.items()},
         "peaks": dataclasses.asdict(best),
@@ -170,12 +172,20 @@ def clock_cost(bench: Bench) -> dict[str, Any]:
     return {"us_a_stage": 1e6 * seconds, "share_of_step": share}
 
 
+def middle_round(windows: list[Window]) -> int:
+    """The round with the median rate. Its stages add up to its step, so table and verdict speak of
+    it and agree."""
+    order = sorted(range(len(windows)), key=lambda i: windows[i].images_per_s)
+    return order[len(order) // 2]
+
+
 def sentences(
     windows: dict[str, list[Window]], room: LoaderResources, lowest: dict[str, float]
 ) -> list[str]:
     """What limits, what changing it would bring, and how far from the best the two together are."""
     rate = {name: statistics.median(w.images_per_s for w in side) for name, side in windows.items()}
-    middle = sorted(windows[BOTH], key=lambda window: window.images_per_s)[len(windows[BOTH]) // 2]
+    middle = windows[BOTH][middle_round(windows[BOTH])]
+    rate[BOTH] = middle.images_per_s
     least = min((LOADER, MODEL), key=lambda name: rate[name])
     said = [sentence(verdict(middle, room, lowest).text)]
     said.append(
@@ -196,7 +206,7 @@ def rank_sentences(windows: dict[str, list[Window]], ranks: list[dict[str, float
     """What all ranks do together, and which of them the others wait for."""
     if not ranks:
         return []
-    together = len(ranks) * statistics.median(w.images_per_s for w in windows[BOTH])
+    together = len(ranks) * windows[BOTH][middle_round(windows[BOTH])].images_per_s
     line = rank_line(ranks) or "no rank is slower than the others"
     return [
         f"That is rank 0; {len(ranks)} processes give {together:.4g} images/s.",
@@ -231,7 +241,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(given: list[str] | None = None) -> int:
     """0, 2 for bad input, 1 for a failure on the way."""
     own, rest = arguments(given)
-    console = Console(width=110, highlight=False)
+    console = Console(highlight=False, markup=False)
 
     def act() -> int:
         if own.compare:

@@ -222,7 +222,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def knn_scores(task: Task, train: Features | None = None) -> Scores:
     """Top-1 and top-5 in percent for each k, by the photos of `train` (all of the training set's);
-    before them the best top-1 of all k.
+    before them the best top-1 of all k. A k above the number of photos is that number.
 
     With --pixels those of centered raw pixels, too.
     """
@@ -232,7 +232,7 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
         train.labels,
         F.normalize(task.val["cls"], dim=1),
         task.val.labels,
-        task.args.k,
+        sorted({min(k, len(train.labels)) for k in task.args.k}),
         task.args.temperature,
         task.num_classes,
         task.how.device,
