@@ -60,6 +60,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **settings)
         self.register("type", Path, lambda text: Path(text).expanduser())
         self.register("type", float, finite)
+        self.register("type", None, expand)
         self._problems: list[str] = []
 
     def error(self, message: str) -> typing.NoReturn:
