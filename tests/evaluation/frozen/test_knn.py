@@ -262,3 +262,26 @@ def test_a_missing_path_is_one_sentence_and_exit_status_2(checkpoint, folders, m
     said = capsys.readouterr().err
     assert "/nowhere/at/all" in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_set_of_one_class_is_refused(checkpoint, tmp_path, capsys):
+    red = {"red": COLORS["red"]}
+    one, two = (str(write_photos(tmp_path / name, red, 2)) for name in ("train", "val"))
+    with pytest.raises(SystemExit) as stopped:
+        knn.main(["--checkpoint", str(checkpoint), "--train", one, "--val", two, "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "have one class" in capsys.readouterr().err
+
+
+def test_scores_have_their_units_and_k_is_at_most_the_photos(checkpoint, folders, tmp_path, capsys):
+    sets = ["--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1]]
+    also = ["--k", 5, 200, "--json", tmp_path / "knn.json", "--cache", tmp_path, "--device", "cpu"]
+    assert knn.main([str(a) for a in (*sets, *also)]) == 0
+    said = capsys.readouterr().out
+    scores = json.loads((tmp_path / "knn.json").read_text())["scores"]["teacher"]["knn"]
+    names = [name for name in scores if name.endswith("top1")]
+    assert names == ["best_top1", "k5_top1", "k24_top1"]
+    assert f"{scores['best_top1']:.2f} %" in said
+    figures = {"top1": 7.0, "lr": 1e-3, "10%_labels": 1300, "head_clusters": 4, "epoch": 12}
+    texts = [score_text(name, value) for name, value in figures.items()]
+    assert texts == ["7.00 %", "0.001", "1,300", "4", "12"]
