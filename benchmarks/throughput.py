@@ -1,4 +1,4 @@
-"""How fast is it, where does the time go, what limits, what to change.
+"""Measures how fast training is, where the time goes, what limits it and what to change.
 
     python benchmarks/throughput.py                                    # works anywhere, in minutes
     python benchmarks/throughput.py --arch vit_s --data imagenet.beton   # or any option of train.py
@@ -7,9 +7,9 @@
     python benchmarks/throughput.py --compare before.json after.json
 
 Measures the loader alone, the model alone and both together, with the functions and the clock of
-train.py, in rounds that take turns; then the machine's own limits. Leaves throughput.json, .png and
-.html, which opens offline. Without --data it draws photos, and takes a ViT that suits the machine.
-Of several processes the figures are those of rank 0, and beside them a line a rank.
+train.py, in alternating rounds; then the machine's own limits. Writes throughput.json, .png and
+.html, which opens offline. Without --data it generates photos and takes a ViT that suits the
+machine. With several processes, the figures are rank 0's, with one line per rank below.
 """
 
 import argparse
@@ -47,12 +47,12 @@ from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdic
 from ibeton.training.timing.speed import Window, cores_a_process
 from ibeton.workers import cores
 
-# What is measured where nothing is asked for: on a CPU a small ViT, to be done in minutes.
+# Defaults without options: a small ViT on a CPU, so that it takes minutes.
 DEFAULTS = {
     "cpu": ["--arch", "vit_t", "--batch-size", "2"],
     "cuda": ["--arch", "vit_s", "--batch-size", "64"],
 }
-PHOTOS = {"cpu": 10, "cuda": 320}  # drawn of each of ten classes
+PHOTOS = {"cpu": 10, "cuda": 320}  # synthetic ones per class, of ten classes
 
 
 def measure(arguments: list[str], rounds: int, steps: int, baseline: bool) -> dict[str, Any] | None:
@@ -87,8 +87,8 @@ def leave(run: Run) -> None:
 
 
 def of_ranks(bench: Bench) -> list[dict[str, float]]:
-    """Milliseconds a step of every part, loader and model together, by rank; empty for one process.
-    All ranks must ask."""
+    """Milliseconds per step of every part, loader and model together, by rank; empty for one
+    process. All ranks must ask."""
     if bench.run.world_size == 1:
         return []
     windows = bench.windows[BOTH]
@@ -196,8 +196,8 @@ def sentences(
     if not room.on_gpu:
         shared = 1 / (1 / rate[LOADER] + 1 / rate[MODEL])
         said.append(
-            "Loader and model share the cores of this machine; one after the other they would give"
-            f" {shared:.4g}."
+            "Loader and model share the cores of this machine; run one after the other they would"
+            f" give {shared:.4g}."
         )
     return said
 
@@ -227,11 +227,13 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         epilog="All other options are those of train.py, see `python train.py --help`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=0, help="steps of a turn (0: 1, on GPUs 20)")
-    parser.add_argument("--baseline", action="store_true", help="published loader, plain model too")
+    parser.add_argument("--rounds", type=int, default=5, help="turns per side")
+    parser.add_argument("--steps", type=int, default=0, help="steps per turn (0: 1, on GPUs 20)")
+    parser.add_argument(
+        "--baseline", action="store_true", help="also the published loader and the plain model"
+    )
     parser.add_argument("--report", type=Path, default=Path("runs/throughput"), help="folder")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="measure nothing")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="compare two reports")
     own, rest = parser.parse_known_args(given)
     if own.rounds < 1 or own.steps < 0:
         parser.error("--rounds must be at least 1 and --steps not negative")

@@ -59,8 +59,8 @@ class ModelConfig:
     bottleneck_dim: int = option(256, "width before the prototypes")
     head_layers: int = option(3, "layers of the head before the prototypes")
 
-    global_crops_number: int = option(2, "global views an image")
-    local_crops_number: int = option(10, "local views an image")
+    global_crops_number: int = option(2, "global views per image")
+    local_crops_number: int = option(10, "local views per image")
     warmup_teacher_temp: float = option(0.04, "class temperature of the teacher at the start")
     teacher_temp: float = option(0.07, "class temperature of the teacher after the warm-up")
     warmup_teacher_patch_temp: float = option(0.04, "patch temperature of the teacher at the start")

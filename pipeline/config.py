@@ -28,11 +28,11 @@ class PipelineConfig:
         " the GPU to the step where cores are many (auto: on the GPU, where there is one)",
         CROPS_ON,
     )
-    batch_size: int = option(64, "images a step in each process")
+    batch_size: int = option(64, "images per step in each process")
     workers: int = option(0, "loader threads or processes in each process (0: the cores at hand)")
     seed: int = option(0, "seed of order, crops, masks and weights")
-    global_crops_number: int = option(2, "global views an image")
-    local_crops_number: int = option(10, "local views an image")
+    global_crops_number: int = option(2, "global views per image")
+    local_crops_number: int = option(10, "local views per image")
     global_crops_size: int = option(224, "side of a global view in pixels")
     local_crops_size: int = option(96, "side of a local view in pixels")
     global_crops_scale: tuple[float, float] = option((0.25, 1.0), "area of global views, from to")
@@ -44,7 +44,7 @@ class PipelineConfig:
     gray_p: float = option(0.2, "share of views turned gray")
     patch_size: int = option(16, "side of a patch in pixels")
     pred_shape: str = option("block", "shape of the masks", MASK_SHAPES)
-    pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen a view")
+    pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen per view")
     pred_ratio_var: tuple[float, ...] = option((0.0, 0.2), "half-width of the range of each ratio")
     pred_start_epoch: int = option(0, "epoch from which views are masked")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "channel means on 0..1")
@@ -52,7 +52,7 @@ class PipelineConfig:
     batches_ahead: int = option(2, "batches made ready before they are asked for")
 
     def views(self) -> list[ViewSpec]:
-        """The views an image is cut into, global ones first."""
+        """The views per image is cut into, global ones first."""
         brightness, contrast, saturation, hue = self.color_jitter
         views = published_views(
             self.global_crops_number,

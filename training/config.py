@@ -53,14 +53,16 @@ class RunConfig:
         path=True,
     )
     epochs: int = option(800, "length of the run, and of every schedule, in epochs")
-    stop_after: int = option(0, "end after so many steps; schedules stay those of --epochs (0: no)")
-    max_hours: float = option(0.0, "save and stop after so many hours, with status 85 (0: no)")
-    global_batch_size: int = option(
-        0, "images a step over all processes, in equal parts (0: --batch-size in each)"
+    stop_after: int = option(
+        0, "stop after this many steps; schedules stay those of --epochs (0: never)"
     )
-    shard_optimizer: bool = option(False, "each process keeps its part of the optimizer's state")
-    lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
-    stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
+    max_hours: float = option(0.0, "save and stop after this many hours, with status 85 (0: never)")
+    global_batch_size: int = option(
+        0, "images per step over all processes, split equally (0: --batch-size in each)"
+    )
+    shard_optimizer: bool = option(False, "split the optimizer's state among the processes")
+    lost_after: float = option(60.0, "seconds without a heartbeat until a process counts as lost")
+    stall_after: float = option(600.0, "seconds that a step or its batch may take")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
     precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
     optimizer: str = option("adamw", "optimizer", OPTIMIZERS)
@@ -74,19 +76,17 @@ class RunConfig:
         0.999, "AdamW's second beta; a smaller one helps when a run on much data diverges"
     )
     clip_grad: float = option(3.0, "largest L2 norm of each gradient tensor (0: no clipping)")
-    freeze_last_layer: int = option(1, "epochs in which the prototypes stand still")
-    save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
-    keep_last: int = option(3, "keep so many of the last checkpoints")
-    keep_every: int = option(40, "keep a checkpoint of its own every so many epochs (0: none)")
+    freeze_last_layer: int = option(1, "epochs in which the prototypes are frozen")
+    save_steps: int = option(0, "also save every so many steps (0: only at the end of epochs)")
+    keep_last: int = option(3, "how many of the last checkpoints to keep")
+    keep_every: int = option(40, "epochs between checkpoints that are never removed (0: none)")
     log_steps: int = option(10, "steps between records in log.jsonl")
     log_to: tuple[str, ...] = option((), "also send the records to these trackers", TRACKERS)
-    profile: int = option(0, "trace so many early steps into trace.json.gz, for Perfetto (0: no)")
+    profile: int = option(0, "early steps to trace into trace.json.gz, for Perfetto (0: none)")
     eval_train: str = option(
-        "", "labelled photos for k-NN: the memory (.beton or folder)", path=True
+        "", "labelled photos for k-NN: training set (.beton or folder)", path=True
     )
-    eval_val: str = option(
-        "", "labelled photos for k-NN: the queries (.beton or folder)", path=True
-    )
+    eval_val: str = option("", "labelled photos for k-NN: queries (.beton or folder)", path=True)
     eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
     eval_k: int = option(20, "neighbors in those evaluations")
 

@@ -31,7 +31,7 @@ HEADINGS = ("stage", "ms per step", "images/s", "% of step", "floor ms", "x floo
 
 @dataclass(frozen=True)
 class Row:
-    """A stage: its milliseconds a step by round, on the step's critical path or in the loader
+    """A stage: its milliseconds per step by round, on the step's critical path or in the loader
     beside it, where all workers work at once."""
 
     name: str
@@ -87,7 +87,7 @@ def clock_line(result: dict[str, Any]) -> str:
     rates, cost = result["images_per_s"], result["clock"]
     pairs = zip(rates["model, clock off"], rates["model"], strict=True)
     return (
-        f"The clock: {cost['us_a_stage']:.2g} us a stage, {cost['share_of_step']:.3%} of a step;"
+        f"The clock: {cost['us_a_stage']:.2g} us per stage, {cost['share_of_step']:.3%} of a step;"
         f" model without it / with it: {spread([off / on for off, on in pairs])}."
     )
 
@@ -125,7 +125,7 @@ def print_report(result: dict[str, Any], console: Console) -> None:
 
 
 def rank_rows(ranks: list[dict[str, float]]) -> list[list[str]]:
-    """Milliseconds a step by rank, a row each under one of the parts' names."""
+    """Milliseconds per step by rank, a row each under one of the parts' names."""
     names = [name for name in PARTS if any(name in parts for parts in ranks)]
     numbers = [[number(parts.get(name, 0.0)) for name in names] for parts in ranks]
     return [["rank", *names], *([str(rank), *row] for rank, row in enumerate(numbers))]
@@ -226,7 +226,7 @@ def write_html(result: dict[str, Any], picture: Path, path: Path) -> Path:
         f'<img alt="stages and sides" src="data:image/png;base64,{image}">'
         f'<h2>Stages</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
         "<p>Loader stages (green) run beside the step, in threads, processes or on a stream of"
-        " their own: milliseconds a step with all of them at work, measured with the loader alone."
+        " their own: milliseconds per step with all of them busy, measured with the loader alone."
         " images/s is the ceiling that a stage sets by itself.</p>"
         '<h2>Sides</h2><div class="wide"><table><tr><th>side</th><th>images/s</th></tr>'
         f"{sides}</table></div>{_ranks_html(result['ranks'])}<p>{html.escape(clock_line(result))}</p>"

@@ -1,4 +1,4 @@
-"""What watches a run while it steps: clock, figures, advice, and a trace where one is asked for."""
+"""Watches a run while it steps: clock, figures, advice and, on request, a trace."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +26,8 @@ _BEFORE_TRACE = 2  # steps in which things are still compiled and allocated
 
 
 class StepMonitor:
-    """Of one rank, whose steps take `images`. Measures the matrix rate, in under a second."""
+    """The monitor of one rank, whose steps take `images` images. Measuring the device's matrix rate
+    takes it under a second."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class StepMonitor:
         self.forecast: Forecast | None = None
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; the time that the training stands still for each is stage "wait"."""
+        """The batches; the time that training waits for each is stage "wait"."""
         while True:
             with stage(stages.WAIT):
                 batch = next(batches, None)
@@ -67,8 +68,7 @@ class StepMonitor:
         self._speed.flops = float(counter.get_total_flops())
 
     def add(self, parts: dict[str, float], stage_work: dict[str, StageWork]) -> list[str]:
-        """Add a settled step, its parts in seconds and the loader's work for it; what there is to
-        say about it."""
+        """Add a step, its parts in seconds and the loader's work for it; returns lines to show."""
         self._speed.add(parts, stage_work)
         lines = [self._adviser.add(self._images, parts, stage_work)]
         if self.forecast is not None:
@@ -80,8 +80,8 @@ class StepMonitor:
         return self._speed.figures()
 
     def compare_ranks(self) -> tuple[dict[str, Any], list[str]]:
-        """For a record: what each rank takes, which is the slowest, and a line where one stands
-        out. All ranks must ask; then a new window begins."""
+        """For a record: milliseconds of each rank, and a line if one is slower than the others.
+        Collective: all ranks must call it. Begins a new window."""
         ranks, first = self._speed.ranks(), self._speed.warming_up
         self._speed.restart()
         if not ranks:
@@ -92,7 +92,7 @@ class StepMonitor:
         return {"ranks": ranks}, [line] if self._said not in ("", said) else []
 
     def trace(self, folder: Path, steps: int) -> None:
-        """Write what the profiler sees of `steps` early steps to trace.json.gz in `folder`."""
+        """Trace `steps` early steps with the profiler, to trace.json.gz in `folder`."""
 
         def write(profiler: torch.profiler.profile) -> None:
             with replacing(folder / "trace.json.gz", suffix=".json.gz") as partial:

@@ -23,6 +23,7 @@ from ibeton.evaluation.frozen.knn import (
 )
 from ibeton.evaluation.networks import untrained
 from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.score_format import score_text
 from ibeton.model.checkpoint import load_backbone
 
 PUBLISHED = np.load(REFERENCE / "knn.npz")
