@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ibeton.atomic import replacing
+
 SETTINGS = "ibeton_config"  # entry of the header that holds the run's settings as JSON
 
 
@@ -118,12 +120,7 @@ def _tuples(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -45,8 +45,8 @@ class Verdict:
 def verdict(
     window: Window, room: LoaderResources, floors: dict[str, float] | None = None
 ) -> Verdict:
-    """What limits over `window`. `floors`: seconds per step below which a stage cannot go, if known;
-    then the stage with the most to gain is named."""
+    """What limits over `window`. `floors`: seconds per step below which a stage cannot go; if they
+    are known, the stage with the most to gain is named."""
     share = window.waiting / window.seconds
     if share > MUCH_WAIT:
         return _loader_verdict(window, room, share)
@@ -93,8 +93,8 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     ms = 1000 * work_done.per_photo
     text = (
         f"{head}{limit} limits: {ms:.3g} ms per photo on each of {work_done.workers} worker(s),"
-        f" busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per process,"
-        f" while the model alone could take {model:.4g}."
+        f" busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per"
+        f" process, while the model alone could take {model:.4g}."
     )
     if room.kind.faster:
         text += f" {room.kind.faster} is faster: it decodes each photo once."
