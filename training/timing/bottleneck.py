@@ -18,7 +18,7 @@ _ALIKE = 1.05  # two changes whose gains differ by less count as equal: the chea
 class LoaderResources:
     """What the loader of one process has and could have."""
 
-    kind: LoaderKind
+    kind: LoaderKind | None  # None: not one of the training loaders
     workers: int
     cores: int  # for each process
     on_gpu: bool
@@ -96,7 +96,7 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
         f" busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per"
         f" process, while the model alone could take {model:.4g}."
     )
-    if room.kind.faster:
+    if room.kind and room.kind.faster:
         text += f" {room.kind.faster} is faster: it decodes each photo once."
     change = best_change(window.stage_work, room, window.images_per_s, model)
     if change is None:
@@ -138,7 +138,7 @@ def _changes(
         cache = "enough memory for the page cache to hold the photos, or a faster disk"
         changes.append((cache, scaled("read", 0.0)))
     if "crop" in stage_work and stage_work["crop"].shared and room.on_gpu:
-        way = room.kind.faster or "--crops-on gpu"
+        way = (room.kind and room.kind.faster) or "--crops-on gpu"
         changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
     if "decode" in stage_work:
         smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"

@@ -162,7 +162,7 @@ def test_advice_comes_once_per_cause_however_the_wait_goes_up_and_down() -> None
 
 def test_short_epochs_are_named_where_no_stage_limits() -> None:
     asleep = window(wait=2.5, work=stage_work(0.1, 3, 0, workers=4))
-    short = LoaderResources("ffcv", workers=4, cores=4, on_gpu=True, steps_per_epoch=5)
+    short = LoaderResources(LOADERS["ffcv"], 4, 4, on_gpu=True, steps_per_epoch=5)
     assert "an epoch has only 5 steps" in verdict(asleep, short).text
     assert "Epochs of few steps?" in verdict(asleep, GPU).text
 
