@@ -31,7 +31,7 @@ PUBLISHED = {"ibot": export_ibot, "ibot-backbone": export_ibot_backbone}
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m model.checkpoint", description="weights in and out")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    take = commands.add_parser("import", help="a checkpoint of iBOT, DINO or timm -> ours")
+    take = commands.add_parser("import", help="a checkpoint of iBOT, DINO, timm or others -> ours")
     take.add_argument("source", type=Path, help="file of another program")
     take.add_argument("target", type=Path, help="checkpoint to write")
     give = commands.add_parser("export", help="a checkpoint of ours -> what others read")
