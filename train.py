@@ -7,7 +7,6 @@ Photos become batches (pipeline), a batch becomes a loss (model), and this file 
 """
 
 import itertools
-import json
 import sys
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ibeton.command import protect_output
 from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.features import PhotoSet
 from ibeton.evaluation.frozen.quick import quick_scores
@@ -24,7 +24,7 @@ from ibeton.pipeline import Batch, build_loader
 from ibeton.training.checkpoints import NEWEST
 from ibeton.training.config import Config, parse
 from ibeton.training.curves import plot_curves
-from ibeton.training.forecast.preflight import preflight
+from ibeton.training.forecast import FirstSteps, preflight
 from ibeton.training.health.collapse import PROBED, spread
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import (
@@ -43,6 +43,7 @@ from ibeton.training.run_log import RunLog
 from ibeton.training.timing.bottleneck import LoaderResources
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
+from ibeton.training.trackers import Trackers
 from ibeton.workers import cores
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -75,11 +76,13 @@ def _prepare(
     torch.manual_seed(config.pipeline.seed)  # the same weights on every rank
     ibot = build(config.model).to(device)
     sharded = config.run.shard_optimizer and world_size > 1
-    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded)
+    beta2 = config.run.adam_beta2
+    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded, beta2)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     run = Run(
         config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
     )
+    run.notes += config.notes
     resume(run)
     if world_size > 1:
         ibot.wrap_ddp(device)
@@ -117,9 +120,14 @@ def watch(run: Run) -> StepMonitor:
     """The clock and the figures of this rank; with --profile, a trace of rank 0."""
     batch_size, at_hand = run.config.pipeline.batch_size, cores_a_process(cores())
     workers = run.config.pipeline.workers or cores()
-    room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    on_gpu, per_epoch = run.device.type == "cuda", run.loader.steps_per_epoch
+    room = LoaderResources(run.loader.kind, workers, at_hand, on_gpu, per_epoch)
     dtype = DTYPES[run.precision]
     watching = StepMonitor(batch_size, run.rank, run.world_size, run.device, dtype, room)
+    options = run.config.run
+    last = options.epochs * run.loader.steps_per_epoch
+    left = min(last, options.stop_after or last) - run.step
+    watching.forecast = FirstSteps(left, run.world_size, run.device)
     if run.config.run.profile and run.rank == 0:
         watching.trace(run.folder, run.config.run.profile)
     return watching
@@ -240,6 +248,7 @@ def log_step(
 def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed on the
     way, 2 when it could not begin, 130 at a second Ctrl-C."""
+    protect_output()
     with StopSignals() as stops:
         try:
             config = parse(arguments)
@@ -296,14 +305,15 @@ def start_log(run: Run) -> RunLog:
     """The log, with what is to be known of the run from the start."""
     per_epoch = run.loader.steps_per_epoch
     log = RunLog(run.folder, run.step, run.config.run.epochs * per_epoch, per_epoch)
-    log.say(json.dumps(run.config.resolved(), indent=2))
+    log.trackers = Trackers(run.config.run.log_to, run.name, run.folder, run.config.resolved())
+    log.say(run.config.summary())
     log.say(
         f"{len(run.loader.photos):,} photos, {per_epoch} steps an epoch, {run.world_size}"
         f" process(es) on {run.device}, {run.precision}; loader {run.loader.reason}"
     )
     for note in run.notes:
         log.say(note)
-    log.say(preflight(run, DTYPES[run.precision]))
+    log.say(preflight(run))
     return log
 
 

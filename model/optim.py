@@ -26,21 +26,23 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
-def build_optimizer(student: nn.Module, name: str = "adamw", sharded: bool = False) -> Optimizer:
+def build_optimizer(
+    student: nn.Module, name: str = "adamw", sharded: bool = False, beta2: float = 0.999
+) -> Optimizer:
     """Optimizer of the student. Learning rate and decay are 0 until `training_step` sets them.
 
     AdamW runs fused, where the parameters are on a CPU or CUDA device: one pass over memory, and
     under a GradScaler it skips an overflown step on the device, without asking the host. `sharded`
     divides state and update among the ranks (ZeRO, Rajbhandari et al. 2020, stage 1), which then
     send each other the weights; it needs the process group, and under a GradScaler it does ask the
-    host. Raises ValueError for an unknown name.
+    host. `beta2` is AdamW's. Raises ValueError for an unknown name.
     """
     groups = parameter_groups(student)
     kind: type[Optimizer]
     settings: dict[str, Any]
     if name == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in student.parameters())
-        kind, settings = torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "fused": fused}
+        kind, settings = torch.optim.AdamW, {"betas": (0.9, beta2), "eps": 1e-8, "fused": fused}
         settings["weight_decay"] = 0.0
     elif name == "sgd":
         kind, settings = torch.optim.SGD, {"momentum": 0.9}
@@ -75,7 +77,10 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Go on from what `optimizer_state` gave, sharded or not, on any number of ranks."""
+    """Continue from what `optimizer_state` gave, sharded or not, on any number of ranks. AdamW's
+    betas stay the optimizer's own: they are settings, not state."""
+    own = {name: v for name, v in optimizer.param_groups[0].items() if name == "betas"}
+    state = {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
     if not is_sharded(optimizer):
         optimizer.load_state_dict(state)
         return

@@ -39,7 +39,9 @@ def training_step(
     Returns scalars without gradient: those of `IBOTLoss.forward`, `grad_norm` (L2 over all
     gradients, before clipping) and `finite` (bool). A step whose loss or gradients are not finite,
     on any rank, is skipped on all: weights, optimizer, teacher, centers and batch statistics
-    stay as they were. (The published trainer stops, with the weights spoiled.)
+    stay as they were. The published trainer differs: when fp16 gradients overflow it skips the
+    optimizer, but moves centers and teacher; when the loss is not finite it exits before the
+    backward.
     """
     if autocast_dtype is torch.float16 and scaler is None:
         raise ValueError("float16 needs a GradScaler: small gradients vanish without loss scaling")

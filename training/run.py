@@ -16,6 +16,7 @@ from ibeton.model.checkpoint import (
     load_weights_into,
     model_state,
     restore_model,
+    write_backbone,
 )
 from ibeton.model.optim import load_optimizer_state, optimizer_state
 from ibeton.model.schedules import cosine_schedule
@@ -24,6 +25,7 @@ from ibeton.pipeline import Loader
 from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
+from ibeton.training.curves import model_facts
 from ibeton.training.health.collapse import CollapseAlarm
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
@@ -135,6 +137,22 @@ def save(run: Run) -> None:
         checkpoints.write(run.folder, content, options.keep_last, stays)
     except OSError as error:
         raise RunError(f"no checkpoint could be written at step {run.step} ({error})") from error
+    if stays is not None or run.step == options.epochs * per_epoch:
+        export_backbone(run, stays)
+
+
+def export_backbone(run: Run, epoch: int | None) -> None:
+    """Write the teacher's backbone beside a checkpoint that stays, with a model card: as
+    backbone0040.safetensors after `epoch` 40, as backbone.safetensors (None) at the end. Raises
+    RunError where it cannot."""
+    name = "backbone" if epoch is None else f"backbone{epoch:04d}"
+    facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
+    facts["photos"] = f"{len(run.loader.photos):,} of {Path(run.config.pipeline.data).name}"
+    path = run.folder / f"{name}.safetensors"
+    try:
+        write_backbone(path, run.ibot.teacher.backbone, run.config.resolved(), facts)
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error})") from error
 
 
 def resume(run: Run) -> None:

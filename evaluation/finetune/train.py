@@ -23,7 +23,7 @@ def build_monitor(run: FinetuneRun) -> StepMonitor:
     """The clock and the figures of this rank."""
     here, images = run.here, run.config.batch_size // run.here.world_size
     own = cores_a_process(cores())
-    resources = LoaderResources("finetune", run.loader.threads, own, on_gpu=False)
+    resources = LoaderResources(None, run.loader.threads, own, on_gpu=False)
     return StepMonitor(images, here.rank, here.world_size, here.device, run.dtype, resources)
 
 

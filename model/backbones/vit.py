@@ -89,7 +89,7 @@ class VisionTransformer(nn.Module):
         self.masked_embed: nn.Parameter | None = None
         if is_student:
             self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim))
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(config.patch_size, 3, embed_dim)
         # Stochastic depth grows linearly, from 0 in the first block.
         drop_path = config.drop_path if is_student else 0.0
         self.drop_path_rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]

@@ -239,7 +239,9 @@ def test_200_steps_in_fp16_stay_with_fp32(reference, under):
         assert all(m["finite"] for m in metrics)
     assert scaler.get_scale() == 2.0**10
     full, half = runs
-    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
+    # Single steps wander by a few roundings of fp16 (2^-11); their mean must not.
+    torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=0)
+    torch.testing.assert_close(losses[1].mean(), losses[0].mean(), rtol=5e-4, atol=0)
     moments = [state[key] for state in half.optimizer.state.values() for key in state]
     assert {t.dtype for t in (*half.ibot.state_dict().values(), *moments)} == {torch.float32}
     for name, tensor in full.ibot.state_dict().items():
