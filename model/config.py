@@ -22,6 +22,7 @@ ONLY_VIT = (
 HEAD_NORMS = ("none", "ln", "bn")
 ACTIVATIONS = ("gelu", "relu")
 RECOMPUTE = ("auto", "on", "off")
+GRAPHS = ("auto", "on", "off")
 
 
 @dataclass
@@ -48,6 +49,7 @@ class ModelConfig:
         " CPU, and on a GPU where the batch needs it)",
         RECOMPUTE,
     )
+    cuda_graphs: str = option("auto", "replay steps as CUDA graphs: auto, on, or off", GRAPHS)
 
     out_dim: int = option(8192, "prototypes K of the class token")
     patch_out_dim: int = option(8192, "prototypes of patches; out_dim if either head is shared")
@@ -98,6 +100,7 @@ class ModelConfig:
         self._known("norm_in_head", HEAD_NORMS)
         self._known("act", ACTIVATIONS)
         self._known("recompute", RECOMPUTE)
+        self._known("cuda_graphs", GRAPHS)
         self._check_ranges()
         if self.arch in SWINS:
             self._check_swin()
