@@ -13,6 +13,7 @@ from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.backbones.blocks import draw_kept
 from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.host_inputs import HostInputs, from_host
+from ibeton.model.kernels.launch import counting
 from ibeton.model.masking import bucket_size, masked_patches
 from ibeton.model.optim import AdamW, build_optimizer, load_optimizer_state, optimizer_state
 from ibeton.model.steps import Step, set_rates
@@ -224,17 +225,21 @@ class DeviceOnly(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"micro_steps": 2, "checkpoint_blocks": True}])
 def test_forward_loss_and_backward_never_touch_the_host(options, monkeypatch):
-    """On meta tensors, which take the path of a GPU without having one."""
+    """On meta tensors, which take the path of a GPU without one, Triton's launches included."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     with torch.device("meta"):
         ibot = build(ModelConfig(**{**SMALL, **options}))
     step = Step(ibot, torch.optim.SGD(ibot.student.parameters()), None, padded=True)
     inputs = step.inputs(*batch_of(0), **rates_of(0)).on(torch.device("meta"), with_rates=True)
     draws = HostInputs()
-    with draws.recording():
-        step.compute_gradients(inputs, 0)  # draws, which the second run finds in place
-    with draws.recording(), DeviceOnly():
-        computed = step.compute_gradients(inputs, 0)
+    launches = []
+    with counting(lambda name, _: launches.append(name)):
+        with draws.recording():
+            step.compute_gradients(inputs, 0)  # draws, which the second run finds in place
+        with draws.recording(), DeviceOnly():
+            computed = step.compute_gradients(inputs, 0)
+    assert launches
     assert len(computed.terms) == ibot.micro_steps
     assert all(p.grad is not None for p in ibot.student.parameters())
 
