@@ -19,6 +19,7 @@ from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.features import PhotoSet
 from ibeton.evaluation.frozen.quick import quick_scores
 from ibeton.model import build, training_step
+from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.optim import build_optimizer
 from ibeton.pipeline import Batch, build_loader
 from ibeton.training.checkpoints import NEWEST
@@ -84,9 +85,32 @@ def _prepare(
     )
     run.notes += config.notes
     resume(run)
-    if world_size > 1:
+    use_graphs(run)
+    if world_size > 1 and run.graphed_step is None:
         ibot.wrap_ddp(device)
     return run
+
+
+def use_graphs(run: Run) -> None:
+    """Replay steps as CUDA graphs if --cuda-graphs and the run allow it. Raises ValueError if it is
+    on and they cannot be."""
+    wanted, options = run.config.model.cuda_graphs, run.config.run
+    why = obstacle(run.config.model, run.optimizer, run.device)
+    if wanted == "on" and why:
+        raise ValueError(f"--cuda-graphs on: {why}; use auto or off")
+    if wanted == "off" or why:
+        if run.device.type == "cuda" and why:
+            run.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
+        return
+    run.graphed_step = GraphedStep(
+        run.ibot,
+        run.optimizer,
+        run.scaler,
+        clip_grad=options.clip_grad,
+        freeze_last_layer=options.freeze_last_layer,
+        autocast_dtype=DTYPES[run.precision],
+        required=wanted == "on",
+    )
 
 
 def is_due(run: Run, last: int) -> bool:
@@ -197,6 +221,10 @@ def train_step(
     run: Run, batch: Batch, epoch: int, rates: dict[str, float]
 ) -> dict[str, torch.Tensor]:
     seed_step(run, run.step)
+    if run.graphed_step is not None:
+        return run.graphed_step(
+            batch.global_crops, batch.local_crops, batch.masks, epoch=epoch, **rates
+        )
     return training_step(
         run.ibot,
         run.optimizer,
@@ -224,6 +252,9 @@ def log_step(
     if record is None:
         return False
     lines = watch.add(record.pop("parts"), record.pop("stage_work"))
+    if run.graphed_step is not None and run.graphed_step.note:
+        lines.append(run.graphed_step.note)
+        run.graphed_step.note = ""
     record |= watch.figures()
     stop, indices = record.pop("stop"), record.pop("indices")
     if line := run.guard.update(record):

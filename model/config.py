@@ -23,11 +23,13 @@ ONLY_VIT = (
 HEAD_NORMS = ("none", "ln", "bn")
 ACTIVATIONS = ("gelu", "relu")
 RECOMPUTE = ("auto", "on", "off")
+GRAPHS = ("auto", "on", "off")
 CHOICES = {
     "arch": (*ARCHITECTURES, *SWINS),
     "norm_in_head": HEAD_NORMS,
     "act": ACTIVATIONS,
     "recompute": RECOMPUTE,
+    "cuda_graphs": GRAPHS,
 }
 TEMPERATURES = (
     *("teacher_temp", "warmup_teacher_temp", "student_temp"),
@@ -58,6 +60,7 @@ class ModelConfig:
         " CPU, and on a GPU where the batch needs it)",
         RECOMPUTE,
     )
+    cuda_graphs: str = option("auto", "replay steps as CUDA graphs: auto, on, or off", GRAPHS)
 
     out_dim: int = option(8192, "prototypes K of the class token")
     patch_out_dim: int = option(8192, "prototypes of patches; out_dim if either head is shared")

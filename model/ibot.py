@@ -15,8 +15,9 @@ from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.head import IBOTHead
 from ibeton.model.kernels.half_weights import HalfWeights
 from ibeton.model.loss import IBOTLoss
-from ibeton.model.masking import masked_patches
+from ibeton.model.masking import MaskedPatches, masked_patches
 from ibeton.model.network import Logits, Network
+from ibeton.model.optim import fused_sgd
 from ibeton.stages import rest_is, stage
 
 if TYPE_CHECKING:
@@ -84,14 +85,18 @@ class IBOT(nn.Module):
         local_crops: Tensor | None,  # [L, B, 3, s, s]
         masks: Tensor,  # bool [V, B, h, w], True = masked for the student; best on the CPU
         epoch: int,
+        patches: MaskedPatches | None = None,
+        temps: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss and batch means [K + K2], see `IBOTLoss.forward`. The teacher sees
         global views, unmasked.
 
-        Nothing here waits for the device, if `masks` come on the CPU. The caller gives the means to
+        The host does not wait for the device if `masks` are on the CPU, or if `patches`, those of
+        `masks`, are given. `temps`: see `IBOTLoss.forward`. The caller gives the means to
         `loss.update_centers`, once per step.
         """
-        patches = masked_patches(masks, global_crops.device)
+        if patches is None:
+            patches = masked_patches(masks, global_crops.device)
         masks = masks.to(global_crops.device, non_blocking=True)
         with self.half_weights.fresh(global_crops):
             with stage("teacher"), torch.no_grad():
@@ -99,7 +104,7 @@ class IBOT(nn.Module):
             with stage("student"):
                 student = self.student_call(global_crops, local_crops, masks, patches.places)
         with stage("loss"):
-            return self.loss(student, teacher, patches, epoch)
+            return self.loss(student, teacher, patches, epoch, temps)
 
     def without_reduction(self) -> AbstractContextManager[None]:
         """Gradients of what runs in it stay on this rank until the next backward outside it."""
@@ -109,27 +114,24 @@ class IBOT(nn.Module):
         return nullcontext()
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float, skipped: Tensor | None = None) -> None:
+    def update_teacher(self, momentum: float | Tensor, skipped: Tensor | None = None) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, after the optimizer's step, for
-        the parameters that both have by name; buffers stay (published code). Where `skipped`, a
-        bool on the device, is true, the teacher stays too."""
+        the parameters that both have by name; buffers stay (published code). `momentum` may be a
+        float64 scalar on the device. If `skipped`, a bool on the device, is true, nothing
+        changes."""
+        rate = 1 - momentum
         student = dict(self.student.named_parameters())
         teacher = {name: p for name, p in self.teacher.named_parameters() if name in student}
         matching: list[Tensor] = [student[name] for name in teacher]
-        # A step of SGD with "gradient" teacher - student: the one update of lists that can be told
-        # on the device not to happen. Its numbers are `torch.lerp`'s.
-        torch._fused_sgd_(
+        # A step of SGD with gradient teacher - student: the one update of lists that can be skipped
+        # on the device. Its results are those of `torch.lerp`.
+        fused_sgd(
             list(teacher.values()),
-            matching,  # negated by `maximize`
-            [],
-            weight_decay=1.0,
-            momentum=0.0,
-            lr=1 - momentum,
-            dampening=0.0,
-            nesterov=False,
+            matching,
+            rate.float() if isinstance(rate, Tensor) else rate,
+            None if skipped is None else skipped.float(),
+            decay=1.0,
             maximize=True,
-            is_first_step=False,
-            found_inf=None if skipped is None else skipped.float(),
         )
 
 

@@ -18,6 +18,7 @@ from ibeton.model.checkpoint import (
     restore_model,
     write_backbone,
 )
+from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import load_optimizer_state, optimizer_state
 from ibeton.model.schedules import cosine_schedule
 from ibeton.options import flag
@@ -39,7 +40,7 @@ _FREE = {
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
     *("eval_train", "eval_val", "eval_every", "eval_k"),
     *("data", "loader", "crops_on", "batch_size", "global_batch_size", "workers", "batches_ahead"),
-    *("micro_steps", "checkpoint_blocks", "recompute", "shard_optimizer"),
+    *("micro_steps", "checkpoint_blocks", "recompute", "cuda_graphs", "shard_optimizer"),
 }
 
 
@@ -58,6 +59,7 @@ class Run:
     scaler: torch.amp.GradScaler | None
     precision: str
     watchdog: Watchdog
+    graphed_step: GraphedStep | None = None  # None: steps run eagerly
     step: int = 0
     name: str = ""
     seen: str = ""

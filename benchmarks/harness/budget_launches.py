@@ -200,7 +200,7 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         patch = mock.patch
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
-        stack.enter_context(patch("ibeton.model.ibot.masked_patches", patches))
+        stack.enter_context(patch("ibeton.model.steps.masked_patches", patches))
         stack.enter_context(patch("ibeton.model.kernels.cross_entropy.rows_by_chunk", rows))
         if settings.kernels:
             stack.enter_context(counting(recorder.kernel))

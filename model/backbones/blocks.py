@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibeton.model.config import ModelConfig
+from ibeton.model.host_inputs import from_host
 from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 
@@ -63,23 +64,35 @@ def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[
     which the published rates would save (not measured).
     """
     samples = sum(images for images, _ in shapes)
-    kept = torch.rand(len(rates), samples) >= torch.tensor(rates).unsqueeze(1)
-    lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
     if device.type == "cpu":
+        lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
         token_of = torch.arange(samples).repeat_interleave(lengths)  # [T], the token's sample
         return [
             None if rate == 0 else _gathered(row, token_of, rate, shapes)
-            for rate, row in zip(rates, kept, strict=True)
+            for rate, row in zip(rates, _draw(rates, samples), strict=True)
         ]
-    total = sum(images * tokens for images, tokens in shapes)
-    factors = kept / (1 - torch.tensor(rates).unsqueeze(1))
-    spread = factors.to(device, non_blocking=True).repeat_interleave(
-        lengths.to(device, non_blocking=True), dim=1, output_size=total
+
+    def factor() -> Tensor:
+        return _draw(rates, samples) / (1 - torch.tensor(rates).unsqueeze(1))
+
+    factors = from_host(factor, device)  # [branches, samples]
+    counts = [images for images, _ in shapes]
+    spread = torch.cat(  # [branches, T]
+        [
+            part.unsqueeze(2).expand(-1, -1, tokens).flatten(1)
+            for part, (_, tokens) in zip(factors.split(counts, dim=1), shapes, strict=True)
+        ],
+        dim=1,
     )
     return [
         None if rate == 0 else Kept(None, shapes, 1 / (1 - rate), spread[i].unsqueeze(1))
         for i, rate in enumerate(rates)
     ]
+
+
+def _draw(rates: list[float], samples: int) -> Tensor:
+    """bool [branches, samples] on the CPU, True = kept."""
+    return torch.rand(len(rates), samples) >= torch.tensor(rates).unsqueeze(1)
 
 
 def _gathered(kept: Tensor, token_of: Tensor, rate: float, shapes: Shapes) -> Kept:

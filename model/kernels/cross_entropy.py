@@ -38,7 +38,7 @@ def cross_entropy_reference(
     pairs: Tensor,  # int64 [R, Q], rows of the teacher, -1 for none
     weight: Tensor,  # [R]
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
 ) -> Tensor:
     """Sum over rows r of weight[r] * sum over q of the cross-entropy of
     softmax((teacher[pairs[r, q]] - center) / teacher_temp) and softmax(student[r] / student_temp).
@@ -57,7 +57,7 @@ def cross_entropy(
     pairs: Tensor,
     weight: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
 ) -> Tensor:
     """As `cross_entropy_reference`, a scalar in float32 (float64 for float64 logits), with a
     gradient for `student` alone. Logits are fp16, bf16, fp32 or fp64; computes in fp32 at least.
@@ -86,7 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
         pairs: Tensor,
         weight: Tensor,
         student_temp: float,
-        teacher_temp: float,
+        teacher_temp: float | Tensor,
     ) -> Tensor:
         lift = FP16_LIFT if student.dtype is torch.float16 else 1.0
         on_gpu = triton is not None and student.is_cuda and student.dtype is not torch.float64
@@ -121,7 +121,7 @@ def rows_by_chunk(
     center: Tensor,
     pairs: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
     lift: float,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +158,7 @@ def rows_by_triton(
     center: Tensor,
     pairs: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
     lift: float,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -168,6 +168,7 @@ def rows_by_triton(
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
     difference = torch.empty_like(student) if want_gradient else None
     if rows:
+        sharpness = torch.full((), 1.0, device=student.device).div_(teacher_temp)
         targets = triton.next_power_of_2(pairs.shape[1])
         block = min(triton.next_power_of_2(prototypes), max(16, BLOCK // targets))
         _row_kernel[(rows,)](
@@ -179,7 +180,7 @@ def rows_by_triton(
             student if difference is None else difference,
             pairs.shape[1],
             1 / student_temp,
-            1 / teacher_temp,
+            sharpness,
             lift,
             PROTOTYPES=prototypes,
             WANT_GRADIENT=want_gradient,
@@ -202,7 +203,7 @@ if triton is not None:
         difference,  # [R, K], out, in the dtype of student
         pair_count,  # Q
         student_sharpness,  # 1 / temperature
-        teacher_sharpness,
+        teacher_sharpness,  # float32 [], on the device, as a CUDA graph may change it
         lift,
         PROTOTYPES: tl.constexpr,  # K: few in a program's life, and Triton's interpreter wants it
         WANT_GRADIENT: tl.constexpr,
@@ -213,6 +214,7 @@ if triton is not None:
         sum of exponentials, kept up to date block by block (online softmax), then loss and
         gradient. The second sweep finds the row in the cache."""
         row = tl.program_id(0).to(tl.int64)
+        teacher_sharpness = tl.load(teacher_sharpness)
         q = tl.arange(0, TARGETS)
         pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
         seen = pair >= 0
