@@ -1,4 +1,4 @@
-"""Installation: `make setup` does it all; `pip install -e .[dali,export,dense,dev]` is the same by hand.
+"""Installation: `make setup` does it all; `pip install -e .[dali,export,dense,dev]` by hand.
 
 Ranges stand here, the tested versions in constraints.txt. torch 2.10 is the newest PyPI release
 that carries V100 (sm_70) kernels, so constraints.txt pins it; newer ones work on newer GPUs.

@@ -102,7 +102,7 @@ class RunLog:
         )
 
     def show(self, step: int, text: str) -> None:
-        """Show `text` and the time left after `step` steps: on a terminal at once, else now and then."""
+        """Show `text` and the time left after `step` steps."""
         left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
         text += f"  ETA {_clock(left)}"
         epoch = (step - 1) // self._per_epoch + 1
