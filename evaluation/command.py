@@ -115,7 +115,8 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     given: dict[str, Any] = {
         name: str(getattr(args, name)) for name in ("checkpoint", "train", "val", "precision")
     }
-    given |= {"network": args.network, "image_size": size, "left_out": left_out}
+    given |= {"network": args.network, "arch": config["arch"], "image_size": size}
+    given |= {"left_out": left_out}
     return {**given, "scores": scores}
 
 
