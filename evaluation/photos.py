@@ -32,7 +32,9 @@ _AHEAD = 3  # batches that are being decoded or ready
 Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
 
 
-def evaluation_view(image: Image.Image, size: int) -> Tensor:
+def evaluation_view(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Tensor:
     """The published evaluation view scaled to `size`: shorter side to 256, center 224 at size 224.
 
     uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
@@ -41,7 +43,7 @@ def evaluation_view(image: Image.Image, size: int) -> Tensor:
     shorter = round(size * 256 / 224)
     sides = [shorter * side // min(image.size) for side in image.size]  # width, height
     left, top = (round((side - size) / 2) for side in sides)
-    resized = image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    resized = image.resize((sides[0], sides[1]), resample)
     return _planes(resized.crop((left, top, left + size, top + size)))
 
 

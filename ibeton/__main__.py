@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("pipeline.convert.converter", (), "photos to one .beton file"),
     "merge": ("pipeline.convert.merge", (), "the shards of a conversion to one file"),
     "knn": ("evaluation.frozen.knn", (), "k-NN accuracy of frozen features"),
+    "finetune": ("evaluation.finetune.__main__", (), "train a backbone further with labels"),
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
     "show": ("evaluation.show", (), "pictures of what a backbone sees"),
     "inspect": ("model.checkpoint.__main__", ("inspect",), "list what a checkpoint holds"),

@@ -94,9 +94,11 @@ class RunLog:
     def progress(self, step: int, numbers: dict[str, float]) -> None:
         """Show where the run stands after `step` steps, with the numbers of the step before."""
         left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
+        terms = [f"{name} {numbers[name]:.3f}" for name in ("cls", "patch") if name in numbers]
         text = (
-            f"loss {numbers['loss']:.3f} (cls {numbers['cls']:.3f} patch {numbers['patch']:.3f})"
-            f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
+            f"loss {numbers['loss']:.3f}"
+            + (f" ({' '.join(terms)})" if terms else "")
+            + f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
             + (f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else "")
             + f"  {numbers['memory_gib']:.1f} GiB  ETA {_clock(left)}"
         )
