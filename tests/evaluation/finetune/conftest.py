@@ -1,21 +1,11 @@
-"""Small labeled folders that a small backbone learns in seconds, and how to run the command."""
+"""The command line of a small run, and what it says of bad input."""
 
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from paths import ROOT
+from finetune_runs import QUICK
 
 from ibeton.evaluation.finetune.__main__ import main
-
-STEPS_PER_EPOCH = 3  # 24 photos in batches of 8
-QUICK = shlex.split(
-    "--epochs 4 --warmup-epochs 1 --batch-size 8 --mix-images 4 --lr 1e-3 --lr-batch-size 8"
-    " --workers 1 --log-steps 1 --device cpu"
-)
 
 
 @pytest.fixture
@@ -43,18 +33,3 @@ def refused(capsys):
         return said[1]
 
     return run
-
-
-def start(options: list[str], processes: int = 1) -> subprocess.Popen:
-    """The command as a process of its own, under torchrun for several."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
-    before = torchrun if processes > 1 else ()
-    return subprocess.Popen(
-        [sys.executable, *before, "-m", "ibeton.evaluation.finetune", *options],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )

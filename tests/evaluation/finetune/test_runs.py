@@ -1,4 +1,4 @@
-"""Fine-tuning as people run it: it learns, is killed and goes on, runs on two processes, and says in
+"""Fine-tuning as people run it: it learns, is killed and resumes, runs on two processes, and says in
 one sentence what it cannot do."""
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STEPS_PER_EPOCH, start
+from finetune_runs import STEPS_PER_EPOCH, start
 from photo_folders import COLORS, write_photos
 
 from ibeton.evaluation.finetune.__main__ import main
@@ -137,7 +137,8 @@ def test_a_request_to_stop_is_heard_after_the_step_and_the_run_resumes(given, tm
     process = start(given(folder, "--epochs", "40"))
     deadline = time.monotonic() + 300
     while '"step": 2,' not in _log(folder):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=300)

@@ -49,7 +49,7 @@ def test_a_list_chooses_exactly_the_photos_that_it_names(folders, tmp_path):
 
 def test_a_list_may_leave_out_the_class_folder_as_simclrs_does(folders, tmp_path):
     root = tmp_path / "imagenet"
-    for i, name in enumerate(("n01", "n02")):
+    for name in ("n01", "n02"):
         (root / name).mkdir(parents=True)
         for j in range(3):
             shutil.copy(folders[0] / "red" / f"{j}.jpg", root / name / f"{name}_{j}.jpg")
