@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "knn": ("evaluation.frozen.knn", (), "k-NN accuracy of frozen features"),
     "finetune": ("evaluation.finetune.__main__", (), "train a backbone further with labels"),
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
+    "report": ("evaluation.report", (), "all figures of a backbone on one page"),
     "show": ("evaluation.show", (), "pictures of what a backbone sees"),
     "inspect": ("model.checkpoint.__main__", ("inspect",), "list what a checkpoint holds"),
     "import": ("model.checkpoint.__main__", ("import",), "read iBOT, DINO or timm weights"),

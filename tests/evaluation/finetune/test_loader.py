@@ -46,7 +46,9 @@ def test_a_view_is_pillows_bicubic_crop_with_a_flip(photos):
 def test_threads_change_nothing_and_epochs_change_everything(photos):
     one = views(photos, augment=SPEC, threads=1)
     many = views(photos, augment=SPEC, threads=4)
-    assert all(torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y))
+    assert all(
+        torch.equal(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True)
+    )
     loader = Loader(photos, ViewSettings(24, augment=SPEC), 8)
     first, again = next(loader.epoch(1)), next(loader.epoch(2))
     assert torch.equal(first.images, one[0][0])

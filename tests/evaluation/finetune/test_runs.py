@@ -1,5 +1,5 @@
-"""Fine-tuning as people run it: it learns, is killed and resumes, runs on two processes, and says in
-one sentence what it cannot do."""
+"""Fine-tuning as people run it: it learns, is killed and resumes, runs on two processes, and says
+in one sentence what it cannot do."""
 
 import json
 import os
