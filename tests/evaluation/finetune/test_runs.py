@@ -5,12 +5,13 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import STEPS_PER_EPOCH, start
+from finetune_runs import STEPS_PER_EPOCH
 from photo_folders import COLORS, write_photos
 
 from ibeton.evaluation.finetune.__main__ import main
@@ -62,34 +63,20 @@ def test_it_learns_and_leaves_a_classifier_that_scores_what_it_says(given, tmp_p
 EVERYTHING = ("--ema", "0.9", "--save-steps", "1", "--resume", "auto")
 
 
-def kill(process, folder: Path, step: int, delay: float) -> None:
-    """kill -9, `delay` seconds after the log has shown `step`."""
-    deadline = time.monotonic() + 300
-    while f'"step": {step},' not in _log(folder):
-        assert process.poll() is None, process.stdout.read()[-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _log(folder: Path) -> str:
-    path = folder / "log.jsonl"
-    return path.read_text() if path.exists() else ""
-
-
 @pytest.mark.parametrize(
     "kills", [2, pytest.param(8, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
-def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(kills, given, tmp_path):
+def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(kills, start, tmp_path):
     whole, broken, draws = tmp_path / "whole", tmp_path / "broken", random.Random(0)
-    assert main(given(whole, *EVERYTHING)) == 0
+    assert start(whole, *EVERYTHING).wait() == 0
     for i in range(kills):
-        process = start(given(broken, *EVERYTHING))
-        step = min(STEPS - 2, (i + 1) * STEPS // (kills + 1) - draws.randrange(2))
-        kill(process, broken, step, draws.uniform(0, 0.05))
-    assert main(given(broken, *EVERYTHING, "--workers", "3")) == 0
+        process = start(broken, *EVERYTHING)
+        process.until_step(min(STEPS - 2, (i + 1) * STEPS // (kills + 1) - draws.randrange(2)))
+        time.sleep(draws.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -1, "it was over before it was killed"
+    last = start(broken, *EVERYTHING, "--workers", "3")
+    assert last.wait() == 0, last.said()[-3000:]
     assert losses(broken) == losses(whole)
     assert [step for step, *_ in losses(broken)] == list(range(STEPS))
     one, other = weights(broken), weights(whole)
@@ -108,13 +95,20 @@ def test_a_finished_run_is_told_again_and_not_trained_again(given, tmp_path):
     assert scores(tmp_path / "run") == before
 
 
-def test_two_processes_and_parts_of_a_batch_do_what_one_process_does(given, tmp_path):
+def test_two_processes_and_parts_of_a_batch_do_what_one_process_does(start, tmp_path):
     options = ("--drop-path", "0", "--epochs", "2", "--ema", "0.5")
-    two = start(given(tmp_path / "two", *options), processes=2)
-    assert main(given(tmp_path / "one", *options)) == 0
-    assert main(given(tmp_path / "parts", *options, "--accumulate", "2")) == 0
-    said, _ = two.communicate(timeout=500)
-    assert two.returncode == 0, said[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runs = [
+        start(tmp_path / "two", *options, environment={**group, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    runs += [start(tmp_path / "one", *options)]
+    runs += [start(tmp_path / "parts", *options, "--accumulate", "2")]
+    for process in runs:
+        assert process.wait() == 0, process.said()[-3000:]
     one = weights(tmp_path / "one")
     for folder in ("two", "parts"):
         other = weights(tmp_path / folder)
@@ -132,21 +126,15 @@ def test_two_processes_and_parts_of_a_batch_do_what_one_process_does(given, tmp_
         )
 
 
-def test_a_request_to_stop_is_heard_after_the_step_and_the_run_resumes(given, tmp_path):
-    folder = tmp_path / "run"
-    process = start(given(folder, "--epochs", "40"))
-    deadline = time.monotonic() + 300
-    while '"step": 2,' not in _log(folder):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 85
-    assert "stopped (SIGTERM)" in said
-    content = load_checkpoint(folder / "checkpoint.pt")
-    assert 3 <= content["step"] < 40 * STEPS_PER_EPOCH
-    assert json.loads((folder / "run.json").read_text())["state"] == "stopped"
+def test_a_request_to_stop_is_heard_after_the_step_and_the_run_saves(start, tmp_path):
+    process = start(tmp_path / "run", "--epochs", "400")
+    process.until_step(2)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 85
+    assert "stopped (SIGTERM)" in process.said()
+    content = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert 3 <= content["step"] < 400 * STEPS_PER_EPOCH
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "stopped"
 
 
 def test_a_sweep_runs_each_rate_and_reports_the_best(given, tmp_path, capsys):
