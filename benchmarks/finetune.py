@@ -4,10 +4,10 @@
     python benchmarks/finetune.py --data imagenet/train --repeats 3      repeated augmentation
 
 In rounds that take turns, both sides make batches of normalized, erased and mixed images with soft
-targets from the same class folders: timm's `create_loader` in worker processes with `Mixup`, and the
-loader of `ibeton finetune` in threads. The augmentation is rand-m9-inc1, as timm's posterize asks
-Pillow 13 for 0 bits, an error, when a drawn strength (mstd) reaches 10. On a machine that others use
-too, CPU milliseconds per view of all threads and processes say more than views/s.
+targets from the same class folders: timm's `create_loader` in worker processes with `Mixup`, and
+the loader of `ibeton finetune` in threads. The augmentation is rand-m9-inc1: with a drawn strength
+(mstd), timm's posterize sometimes asks Pillow 13 for 0 bits, which is an error. On a machine that
+others use too, CPU milliseconds per view of all threads and processes say more than views/s.
 """
 
 import argparse
