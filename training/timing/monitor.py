@@ -3,18 +3,19 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ibeton import stages
-from ibeton.pipeline import Batch
 from ibeton.stages import StageClock, StageWork, stage
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 from ibeton.training.timing.speed import Speed
 
 _BEFORE_TRACE = 2  # steps in which things are still compiled and allocated
+
+Item = TypeVar("Item")
 
 
 class StepMonitor:
@@ -38,7 +39,7 @@ class StepMonitor:
         self._said = ""
         self._profiler: torch.profiler.profile | None = None
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The batches; the time that the training stands still for each is stage "wait"."""
         while True:
             with stage(stages.WAIT):
