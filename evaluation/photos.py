@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -184,8 +185,16 @@ class ViewBatch:
     unreadable: list[str]  # the names of those left out, with reasons
 
 
+class Views(Protocol):
+    """What `view_batches` decodes: views of one size by the photo's number."""
+
+    size: int
+
+    def sample(self, index: int, epoch: int | None = None) -> Sample: ...
+
+
 def view_batches(
-    photos: PhotoSet,
+    photos: Views,
     indices: Sequence[int] | np.ndarray,
     batch_size: int,
     threads: int = 0,

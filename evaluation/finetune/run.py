@@ -19,7 +19,7 @@ from ibeton.evaluation.finetune.classifier import Classifier, build_classifier, 
 from ibeton.evaluation.finetune.config import FinetuneConfig, resolved
 from ibeton.evaluation.finetune.datasets import open_dataset
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
-from ibeton.evaluation.finetune.score import TestViews
+from ibeton.evaluation.finetune.score import CenterViews
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule, seed_all
 from ibeton.evaluation.finetune.subsets import few_labels
@@ -61,7 +61,7 @@ class FinetuneRun:
     here: Processes
     sets: LabeledSets
     loader: Loader
-    views: TestViews
+    views: CenterViews
     classifier: Classifier
     model: nn.Module  # the classifier, or its DDP wrapper
     average: Any  # timm's ModelEmaV3, or None
@@ -134,7 +134,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
         here,
         sets,
         loader,
-        TestViews(sets.val, size, config.test_interpolation),
+        CenterViews(sets.val, size, config.test_interpolation),
         classifier,
         classifier,
         _average(classifier, config),

@@ -1,7 +1,7 @@
 """The loop of fine-tuning: train an epoch, score it, save; and what a run says and leaves."""
 
 import itertools
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from ibeton.evaluation.command import write_json
@@ -174,6 +174,8 @@ def task_name(run: FinetuneRun) -> str:
     if config.labels:
         stem = config.labels.rsplit("/", 1)[-1].removesuffix(".txt")
         share = {"1percent": "0.01", "10percent": "0.1"}.get(stem, stem)
+        with suppress(ValueError):
+            share = f"{float(config.labels):g}"
         return f"semi_{share}"
     return "finetune"
 

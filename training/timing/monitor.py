@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ibeton import stages
 from ibeton.atomic import replacing
-from ibeton.pipeline import Batch
 from ibeton.stages import StageClock, StageWork, stage
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line
 from ibeton.training.timing.flops import flop_counter, matrix_rate
@@ -23,6 +22,8 @@ class Forecast(Protocol):
 
 
 _BEFORE_TRACE = 2  # steps in which things are still compiled and allocated
+
+Item = TypeVar("Item")
 
 
 class StepMonitor:
@@ -48,7 +49,7 @@ class StepMonitor:
         self._profiler: torch.profiler.profile | None = None
         self.forecast: Forecast | None = None
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The batches; the time that training waits for each is stage "wait"."""
         while True:
             with stage(stages.WAIT):
