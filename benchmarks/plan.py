@@ -10,6 +10,7 @@ that carries. A run prints a forecast of its own, from its first steps, which is
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -39,44 +40,53 @@ from ibeton.model.config import SWINS
 from ibeton.options import Parser
 from ibeton.pipeline.loaders import choose_crops
 from ibeton.training.config import Config, from_values, parse
-from ibeton.training.timing.flops import flop_counter
 from ibeton.training.timing.forecast import checkpoint_bytes, duration, gib, number
 
 UNKNOWN = "photos that are not there yet"
-_COUNTED = 2  # images whose operations are counted
 
 
-def step_gflop(config: Config, ibot: IBOT) -> float:
-    """GFLOP per image of a step, counted by running the model on the meta device, where nothing is
-    computed."""
+def views_of(config: Config) -> list[tuple[int, int]]:
+    """(views per image, tokens per view) of each crop size, global ones first."""
     data = config.pipeline
-    cells = data.global_crops_size // data.patch_size
-    masks = torch.zeros(data.global_crops_number, _COUNTED, cells, cells, dtype=torch.bool)
-    share = sum(data.pred_ratio) / len(data.pred_ratio)
-    masks.flatten(2)[:, :, : round(share * cells**2)] = True
+    sizes = (
+        (data.global_crops_number, data.global_crops_size),
+        (data.local_crops_number, data.local_crops_size),
+    )
+    return [(number, 1 + (size // data.patch_size) ** 2) for number, size in sizes]
 
-    def views(number: int, size: int) -> torch.Tensor:
-        return torch.empty(number, _COUNTED, 3, size, size, device="meta")
 
-    global_crops = views(data.global_crops_number, data.global_crops_size)
-    local_crops = views(data.local_crops_number, data.local_crops_size)
-    with flop_counter() as counter:
-        ibot(global_crops, local_crops, masks, 0)["loss"].backward()
-    return counter.get_total_flops() / _COUNTED / 1e9
+def step_gflop(config: Config) -> float:
+    """GFLOP per image of a step's matrix products and attention: the teacher's forward on global
+    views, the student's on all, and a backward of twice the student's."""
+    data, views = config.pipeline, views_of(config)
+    global_tokens = views[0][0] * views[0][1]
+    masked = sum(data.pred_ratio) / len(data.pred_ratio) * (global_tokens - views[0][0])
+    rows = sum(number for number, _ in views) + masked  # what the loss looks at
+    teacher = _forward_gflop(config, views[:1], global_tokens, views[0][0] + masked)
+    return teacher + 3 * _forward_gflop(config, views, rows, rows)
+
+
+def _forward_gflop(config: Config, views: list[tuple[int, int]], last: float, rows: float) -> float:
+    """Of one network: `last` tokens reach the last MLP and the head, `rows` the prototypes."""
+    model = config.model
+    channels, depth, _ = model.backbone_shape()
+    tokens, pairs = (sum(n * t**power for n, t in views) for power in (1, 2))
+    patches = tokens - sum(number for number, _ in views)
+    head = [channels, *[model.hidden_dim] * (model.head_layers - 1), model.bottleneck_dim]
+    multiply_adds = (
+        patches * 3 * model.patch_size**2 * channels
+        + depth * (4 * tokens * channels**2 + 2 * pairs * channels)
+        + ((depth - 1) * tokens + last) * 2 * model.mlp_ratio * channels**2
+        + last * sum(k * n for k, n in itertools.pairwise(head))
+        + rows * model.bottleneck_dim * model.out_dim
+    )
+    return 2 * multiply_adds / 1e9
 
 
 def traffic(config: Config) -> float:
     """Tokens x channels x blocks per image: what passes over memory, and activations, grow with."""
-    data = config.pipeline
     channels, depth, _ = config.model.backbone_shape()
-    tokens = sum(
-        views * (1 + (size // data.patch_size) ** 2)
-        for views, size in (
-            (data.global_crops_number, data.global_crops_size),
-            (data.local_crops_number, data.local_crops_size),
-        )
-    )
-    return float(tokens * channels * depth)
+    return float(sum(number * tokens for number, tokens in views_of(config)) * channels * depth)
 
 
 def step_seconds(config: Config, gflop: float, device: Device, precision: str) -> Range:
@@ -126,7 +136,7 @@ def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, A
     device, images = DEVICES[own.gpu], config.pipeline.batch_size
     with torch.device("meta"):
         ibot = build(config.model)
-    gflop = step_gflop(config, ibot)
+    gflop = step_gflop(config)
     slow, fast = step_seconds(config, gflop, device, precision)
     if own.published:
         slow, fast = slow * PUBLISHED, slow / SPREAD[0] * SPREAD[1] * PUBLISHED

@@ -239,13 +239,14 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]]) -> None:
     """Print all scores as a table, then the headlines (protocol, score) as Markdown."""
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table(scores, title))
+    print(title)  # not the table's own title, which would be wrapped to its width
+    console.print(table(scores))
     print(markdown(scores, headlines))
 
 
-def table(columns: Columns, title: str) -> Table:
-    """One row a score, one column a network."""
-    out = Table(title=title)
+def table(columns: Columns) -> Table:
+    """One row per score, one column per network."""
+    out = Table()
     for heading in ("protocol", "score"):
         out.add_column(heading)
     for column in columns:

@@ -35,14 +35,13 @@ def test_operations_are_those_that_run() -> None:
         **{"data": "unused", "pred_ratio": (0.25,), "pred_ratio_var": (0.0,)},
     }
     config = from_values(small)
-    with torch.device("meta"):
-        found = step_gflop(config, build(config.model))
+    found = step_gflop(config)
     masks = torch.zeros(2, 4, 8, 8, dtype=torch.bool)
     masks[:, :, :2] = True
     views = torch.randn(2, 4, 3, 64, 64), torch.randn(3, 4, 3, 32, 32)
     with flop_counter() as counter:
         build(config.model)(*views, masks, 0)["loss"].backward()
-    assert found == pytest.approx(counter.get_total_flops() / 4 / 1e9, rel=0.02)
+    assert found == pytest.approx(counter.get_total_flops() / 4 / 1e9, rel=0.03)
 
 
 def test_the_measured_steps_lie_in_the_range() -> None:

@@ -283,6 +283,6 @@ def test_scores_have_their_units_and_k_is_at_most_the_photos(checkpoint, folders
     names = [name for name in scores if name.endswith("top1")]
     assert names == ["best_top1", "k5_top1", "k24_top1"]
     assert f"{scores['best_top1']:.2f} %" in said
-    figures = {"top1": 7.0, "lr": 1e-3, "10%_labels": 1300, "head_clusters": 4, "epoch": 12}
+    figures = {"top1": 7.0, "lr": 1e-3, "1%_labels": 1300, "head_clusters": 4, "jf_mean": 0.5}
     texts = [score_text(name, value) for name, value in figures.items()]
-    assert texts == ["7.00 %", "0.001", "1,300", "4", "12"]
+    assert texts == ["7.00 %", "0.001", "1,300", "4", "0.50"]
