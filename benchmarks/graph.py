@@ -1,6 +1,6 @@
 """A whole training step of the model: plain, eager, and as a CUDA graph.
 
-    python benchmarks/graph.py                                 # the cases below, most important first
+    python benchmarks/graph.py                  # the cases below, most important first
     python benchmarks/graph.py --cases vit_s:fp16:64 small:fp16:256 --seconds 60
 
 Of each case and side: images/s, the share of the rate of a large matrix product, what the host
