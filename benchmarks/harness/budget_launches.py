@@ -23,6 +23,7 @@ from ibeton.model.backbones.blocks import Kept, Shapes
 from ibeton.model.kernels.launch import Launch, counting
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import StepInputs
 
 MASKED_SHARE = 0.15  # mean share of masked patches in the published recipe
 SPLIT_K = 8  # a product whose inner dimension is so many times the outer ones runs in two kernels
@@ -204,8 +205,14 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         yield
         recorder.stage = before
 
+    rates = torch.ones(5, dtype=torch.float64)  # no fake: the host reads them
+
+    def on(inputs: StepInputs, *_: Any) -> StepInputs:
+        return inputs._replace(rates=rates)
+
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mock.patch("ibeton.model.steps.StepInputs.on", on))
         patch = mock.patch
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
         stack.enter_context(patch("ibeton.model.steps.masked_patches", patches))
