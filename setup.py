@@ -36,6 +36,8 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
         # Weights for Hugging Face; timm brings what its own need.
         "export": ["transformers>=5"],
+        # Trackers that --log-to names.
+        "trackers": ["wandb>=0.19", "mlflow-skinny>=2.20"],
         # UperNet's head, and COCO's average precision.
         "dense": ["transformers>=5", "faster-coco-eval>=1.7"],
         # vos-benchmark: what J&F of videos is held against.

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import faulthandler
 import itertools
-import json
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ibeton.command import protect_output
 from ibeton.distributed import join_processes
 from ibeton.model import build, training_step
+from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.optim import build_optimizer
 from ibeton.pipeline import Batch, build_loader
 from ibeton.training import checkpoints
@@ -47,8 +48,10 @@ from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, see
 from ibeton.training.run_folder import RunFolder
 from ibeton.training.run_log import RunLog
 from ibeton.training.timing.bottleneck import LoaderResources
+from ibeton.training.timing.forecast import FirstSteps, preflight
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
+from ibeton.training.trackers import Trackers
 from ibeton.workers import cores
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -101,15 +104,40 @@ def _prepare(
     torch.manual_seed(config.pipeline.seed)  # the same weights on every rank
     ibot = build(config.model).to(device)
     sharded = config.run.shard_optimizer and world_size > 1
-    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded)
+    beta2 = config.run.adam_beta2
+    optimizer = build_optimizer(ibot.student, config.run.optimizer, sharded, beta2)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     run = Run(
         config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
     )
+    run.notes += config.notes
     resume(run)
-    if world_size > 1:
+    use_graphs(run)
+    if world_size > 1 and run.graphed_step is None:
         ibot.wrap_ddp(device)
     return run
+
+
+def use_graphs(run: Run) -> None:
+    """Replay steps as CUDA graphs if --cuda-graphs and the run allow it. Raises ValueError if it is
+    on and they cannot be."""
+    wanted, options = run.config.model.cuda_graphs, run.config.run
+    why = obstacle(run.config.model, run.optimizer, run.device)
+    if wanted == "on" and why:
+        raise ValueError(f"--cuda-graphs on: {why}; use auto or off")
+    if wanted == "off" or why:
+        if run.device.type == "cuda" and why:
+            run.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
+        return
+    run.graphed_step = GraphedStep(
+        run.ibot,
+        run.optimizer,
+        run.scaler,
+        clip_grad=options.clip_grad,
+        freeze_last_layer=options.freeze_last_layer,
+        autocast_dtype=DTYPES[run.precision],
+        required=wanted == "on",
+    )
 
 
 def train(loop: Loop) -> bool:
@@ -176,6 +204,10 @@ def train_step(
     run: Run, batch: Batch, epoch: int, rates: dict[str, float]
 ) -> dict[str, torch.Tensor]:
     seed_step(run, run.step)
+    if run.graphed_step is not None:
+        return run.graphed_step(
+            batch.global_crops, batch.local_crops, batch.masks, epoch=epoch, **rates
+        )
     return training_step(
         run.ibot,
         run.optimizer,
@@ -199,6 +231,9 @@ def settle(loop: Loop) -> bool:
         return False
     run, monitor = loop.run, loop.monitor
     lines = monitor.add(record.pop("parts"), record.pop("stage_work"))
+    if run.graphed_step is not None and run.graphed_step.note:
+        lines.append(run.graphed_step.note)
+        run.graphed_step.note = ""
     record |= monitor.figures()
     stop, indices = bool(record.pop("stop")), record.pop("indices")
     if line := run.guard.update(record):
@@ -261,6 +296,7 @@ def evaluate(loop: Loop) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed, 2 when
     it could not begin, 130 at a second Ctrl-C."""
+    protect_output()
     faulthandler.enable()  # SIGBUS, say, of a .beton file that was cut short
     with StopSignals() as stops:
         try:
@@ -334,31 +370,33 @@ def _resume_from(run: Run) -> str:
 
 def build_monitor(run: Run) -> StepMonitor:
     """The clock and the figures of this rank; with --profile, a trace of rank 0."""
+    options, per_epoch = run.config.run, run.loader.steps_per_epoch
     batch_size, own_cores = run.config.pipeline.batch_size, cores_a_process(cores())
-    workers = run.config.pipeline.workers or cores()
-    resources = LoaderResources(run.loader.kind, workers, own_cores, run.device.type == "cuda")
+    workers, on_gpu = run.config.pipeline.workers or cores(), run.device.type == "cuda"
+    resources = LoaderResources(run.loader.kind, workers, own_cores, on_gpu, per_epoch)
     dtype = DTYPES[run.precision]
     monitor = StepMonitor(batch_size, run.rank, run.world_size, run.device, dtype, resources)
-    if run.config.run.profile and run.rank == 0:
-        monitor.trace(run.folder, run.config.run.profile)
+    last = options.epochs * per_epoch
+    left = min(last, options.stop_after or last) - run.step
+    monitor.forecast = FirstSteps(left, run.world_size, run.device)
+    if options.profile and run.rank == 0:
+        monitor.trace(run.folder, options.profile)
     return monitor
 
 
 def start_log(run: Run) -> RunLog:
     """The log, with the settings and a forecast of the run."""
-    from ibeton.training.forecast.preflight import preflight
-
     per_epoch = run.loader.steps_per_epoch
     log = RunLog(run.folder, run.step, run.config.run.epochs * per_epoch, per_epoch)
-    log.say(json.dumps(run.config.resolved(), indent=2))
+    log.trackers = Trackers(run.config.run.log_to, run.name, run.folder, run.config.resolved())
+    log.say(run.config.summary())
     log.say(
         f"{len(run.loader.photos):,} photos, {per_epoch} steps per epoch, {run.world_size}"
         f" process(es) on {run.device}, {run.precision}; loader {run.loader.reason}"
     )
     for note in run.notes:
         log.say(note)
-    log.say("measuring this machine for a forecast")
-    log.say(preflight(run, DTYPES[run.precision]))
+    log.say(preflight(run))
     return log
 
 

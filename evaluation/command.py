@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +25,7 @@ from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import PRECISIONS, Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained
 from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.score_format import score_text
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser
 
@@ -119,6 +119,11 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     size = args.image_size or config["image_size"]
     train = PhotoSet(args.train, size)
     val = PhotoSet(args.val, size, train.classes)
+    if max(train.num_classes, val.num_classes) < 2:
+        raise ValueError(
+            f"--train {args.train} and --val {args.val} have one class, of which every prediction"
+            " is right: give photos of two classes or more"
+        )
     names, left_out = _needs(protocols, config)
     fitting = [protocol for protocol in protocols if protocol.name not in left_out]
     # All features come first: no rank waits for the arithmetic of rank 0.
@@ -218,13 +223,14 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]]) -> None:
     """Print all scores as a table, then the headlines (protocol, score) as Markdown."""
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table(scores, title))
+    print(title)  # not the table's own title, which would be wrapped to its width
+    console.print(table(scores))
     print(markdown(scores, headlines))
 
 
-def table(columns: Columns, title: str) -> Table:
-    """One row a score, one column a network."""
-    out = Table(title=escape(title))
+def table(columns: Columns) -> Table:
+    """One row per score, one column per network."""
+    out = Table()
     for heading in ("protocol", "score"):
         out.add_column(heading)
     for column in columns:
@@ -232,7 +238,7 @@ def table(columns: Columns, title: str) -> Table:
     first = next(iter(columns.values()))
     for protocol, scores in first.items():
         for score in scores:
-            values = [f"{of[protocol][score]:.4g}" for of in columns.values()]
+            values = [score_text(score, of[protocol][score]) for of in columns.values()]
             out.add_row(protocol, score, *values)
         out.add_section()
     return out

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,6 +46,11 @@ def evaluation_view(
     left, top = (round((side - size) / 2) for side in sides)
     resized = image.resize((sides[0], sides[1]), resample)
     return _planes(resized.crop((left, top, left + size, top + size)))
+
+
+def bilinear_view(image: Image.Image, size: int) -> Tensor:
+    """The evaluation view, resized bilinearly, uint8 [3, size, size]."""
+    return evaluation_view(image, size, Image.Resampling.BILINEAR)
 
 
 def center_view(image: Image.Image, size: int) -> Tensor:
@@ -184,8 +190,16 @@ class ViewBatch:
     unreadable: list[str]  # the names of those left out, with reasons
 
 
+class Views(Protocol):
+    """What `view_batches` decodes: views of one size by the photo's number."""
+
+    size: int
+
+    def sample(self, index: int, epoch: int | None = None) -> Sample: ...
+
+
 def view_batches(
-    photos: PhotoSet,
+    photos: Views,
     indices: Sequence[int] | np.ndarray,
     batch_size: int,
     threads: int = 0,

@@ -21,7 +21,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
     "segment": ("evaluation.segment", (), "train and score segmentation (ADE20K)"),
     "detect": ("evaluation.detect", (), "train and score detection (COCO)"),
-    "robustness": ("evaluation.robustness.command", (), "ImageNet-A, -R, -C, occlusion, shuffling"),
+    "robustness": (
+        "evaluation.robustness.__main__",
+        (),
+        "ImageNet-A, -R, -C, occlusion, ...",
+    ),
     "davis": ("evaluation.matching.davis", (), "video object segmentation by label propagation"),
     "retrieve": ("evaluation.matching.landmarks", (), "landmarks of revisited Oxford and Paris"),
     "copies": ("evaluation.matching.copies", (), "copy detection on Copydays"),
@@ -29,15 +33,19 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "report": ("evaluation.report", (), "all figures of a backbone on one page"),
     "show": ("evaluation.show", (), "pictures of what a backbone sees"),
     "inspect": ("model.checkpoint.__main__", ("inspect",), "list what a checkpoint holds"),
-    "import": ("model.checkpoint.__main__", ("import",), "read iBOT, DINO or timm weights"),
+    "import": (
+        "model.checkpoint.__main__",
+        ("import",),
+        "read weights of iBOT, DINO, timm and others",
+    ),
     "export": (
         "model.checkpoint.__main__",
         ("export",),
         "write timm, Hugging Face or iBOT weights",
     ),
-    "runs": ("training.runs", (), "list runs and their state"),
+    "runs": ("training.runs", (), "list runs, or compare two"),
     "doctor": ("pipeline.doctor", (), "what is installed, what is missing, how to fix it"),
-    "plan": ("benchmarks.plan", (), "time and memory of a run on given GPUs"),
+    "plan": ("benchmarks.plan", (), "about how long a run takes on other GPUs"),
     "throughput": ("benchmarks.throughput", (), "profile the loader, the model and both together"),
 }
 

@@ -17,7 +17,9 @@ from ibeton.model.checkpoint import (
     load_weights_into,
     model_state,
     restore_model,
+    write_backbone,
 )
+from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import load_optimizer_state, optimizer_state
 from ibeton.model.schedules import cosine_schedule
 from ibeton.options import flag
@@ -25,6 +27,7 @@ from ibeton.pipeline import Loader
 from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
+from ibeton.training.curves import model_facts
 from ibeton.training.health.collapse import CollapseAlarm
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
@@ -38,7 +41,7 @@ _FREE = {
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
     *("eval_train", "eval_val", "eval_every", "eval_k"),
     *("data", "loader", "crops_on", "batch_size", "global_batch_size", "workers", "batches_ahead"),
-    *("micro_steps", "checkpoint_blocks", "compile_blocks", "shard_optimizer"),
+    *("micro_steps", "checkpoint_blocks", "recompute", "cuda_graphs", "shard_optimizer"),
 }
 
 
@@ -61,6 +64,7 @@ class Run:
     scaler: torch.amp.GradScaler | None
     precision: str
     watchdog: Watchdog
+    graphed_step: GraphedStep | None = None  # None: steps run eagerly
     step: int = 0
     name: str = ""
     seen: str = ""
@@ -182,11 +186,27 @@ def save(run: Run) -> None:
         "config": run.config.resolved(),
     }
     keep = options.keep_every
-    kept = epoch if keep and run.step % per_epoch == 0 and epoch % keep == 0 else None
+    stays = epoch if keep and run.step % per_epoch == 0 and epoch % keep == 0 else None
     try:
-        checkpoints.write(run.folder, content, options.keep_last, kept, replace)
+        checkpoints.write(run.folder, content, options.keep_last, stays, replace)
     except OSError as error:
         raise RunError(f"no checkpoint could be written at step {run.step} ({error})") from error
+    if stays is not None or run.step == options.epochs * per_epoch:
+        export_backbone(run, stays)
+
+
+def export_backbone(run: Run, epoch: int | None) -> None:
+    """Write the teacher's backbone beside a checkpoint that stays, with a model card: as
+    backbone0040.safetensors after `epoch` 40, as backbone.safetensors (None) at the end. Raises
+    RunError where it cannot."""
+    name = "backbone" if epoch is None else f"backbone{epoch:04d}"
+    facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
+    facts["photos"] = f"{len(run.loader.photos):,} of {Path(run.config.pipeline.data).name}"
+    path = run.folder / f"{name}.safetensors"
+    try:
+        write_backbone(path, run.ibot.teacher.backbone, run.config.resolved(), facts)
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error})") from error
 
 
 def resume(run: Run) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ibeton.atomic import write_text
+from ibeton.training.progress_line import place_fields, progress_line, step_fields
+from ibeton.training.trackers import Trackers
 
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
+_BAR = 10  # columns of the progress bar
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -46,18 +47,18 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
         self.console = Console(highlight=False, markup=False)  # a path may look like markup
+        self.trackers: Trackers | None = None
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
         self._open(first_step)
-        self._last_plain = time.monotonic()
+        self._last_plain, self._unsaid = -_PLAIN_EVERY_S, ""  # the first step is shown at once
         self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} [bold]{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
+            BarColumn(bar_width=_BAR),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=total_steps, epoch=0, text="")
+        self._task = self._progress.add_task("", total=total_steps, text="")
         self._progress.start()
 
     def _open(self, first_step: int) -> None:
@@ -78,25 +79,16 @@ class RunLog:
         self._open(step)
 
     def say(self, text: str) -> None:
-        """Print a line above the progress line. If stdout is closed (`| head`) or full, say so
-        once on stderr and train on."""
-        try:
-            self.console.print(text, soft_wrap=True)
-            sys.stdout.flush()
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            with suppress(OSError):  # a closed terminal
-                print(
-                    f"stdout cannot be written ({error.strerror}): the run continues, see"
-                    f" {self._path}",
-                    file=sys.stderr,
-                )
+        """Print a line above the progress line."""
+        self.console.print(text, soft_wrap=True)
 
     def record(self, record: dict[str, Any]) -> None:
         """Append a JSON line; numbers also go to TensorBoard, those of a dict as dict/name. NaN and
         infinity, which JSON lacks, become null."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
+        if self.trackers is not None:
+            self.trackers.record(record)
         for name, value in record.items():
             if isinstance(value, dict):
                 for part, number in value.items():
@@ -106,26 +98,30 @@ class RunLog:
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
         """Show the progress after `step` steps, with the numbers of the last one."""
-        terms = [f"{name} {numbers[name]:.3f}" for name in ("cls", "patch") if name in numbers]
-        self.show(
-            step,
-            f"loss {numbers['loss']:.3f}"
-            + (f" ({' '.join(terms)})" if terms else "")
-            + f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
-            + (f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else "")
-            + f"  {numbers['memory_gib']:.1f} GiB",
-        )
+        self._show(step, step_fields(numbers))
 
     def show(self, step: int, text: str) -> None:
         """Show `text` and the time left; less often if the output is not a terminal."""
+        self._show(step, {"loss": text})
+
+    def _show(self, step: int, fields: dict[str, str]) -> None:
         left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
-        text += f"  ETA {_clock(left)}"
-        epoch = (step - 1) // self._per_epoch + 1
+        fields = {**fields, **place_fields(step, self._total, self._per_epoch, left)}
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=step, epoch=epoch, text=text)
-        elif time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
+            text = progress_line(fields, self.console.width - _BAR - 1)
+            self._progress.update(self._task, completed=step, text=text)
+            return
+        self._unsaid = progress_line(fields, 1000)
+        if time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
+            self._say_progress()
+
+    def _say_progress(self) -> None:
+        """Print the last progress line, where there is no terminal, unless that was done."""
+        if self._unsaid:
             self._last_plain = time.monotonic()
-            self.say(f"epoch {epoch}  step {step}/{self._total}  {text}")
+            self.say(self._unsaid)
+            self._unsaid = ""
+            sys.stdout.flush()
 
     def scores(self) -> dict[int, float]:
         """k-NN top-1 in % by the steps done before the evaluation; 0 is the untrained network."""
@@ -134,12 +130,9 @@ class RunLog:
 
     def close(self) -> None:
         """End the progress line and flush everything."""
+        self._say_progress()
         self._progress.stop()
+        if self.trackers is not None:
+            self.trackers.close()
         self._file.close()
         self._board.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours < 48 else f"{hours / 24:.1f} days"

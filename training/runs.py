@@ -1,8 +1,10 @@
-"""Lists runs: python -m training.runs [FOLDER]
+"""Lists and compares runs.
 
-One line per run folder in FOLDER (default: runs), or for FOLDER itself: architecture, epochs done,
-last loss, last k-NN top-1 in %, images/s, and state. A run whose state is "running" but whose
-folder no process has locked was killed.
+    ibeton runs [FOLDER]                    a line per run folder in FOLDER (default: runs)
+    ibeton runs compare A B [--png FILE]    settings that differ, curves over each other
+
+A line has the architecture, epochs done, last loss, last k-NN top-1 in percent, images/s and state.
+A run that says it is running although no process holds its folder was killed.
 """
 
 import json
@@ -12,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_command
-from ibeton.options import Parser
+from ibeton.options import Parser, flag
+from ibeton.training.curves import compare_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
@@ -21,15 +24,69 @@ _TAIL = 1 << 16  # bytes of a log in which its last records stand
 
 def main(arguments: list[str] | None = None) -> int:
     """0; 2 where there is no run, with a sentence."""
-    parser = Parser(prog="python -m training.runs", description="List runs and their state.")
-    parser.add_argument("folder", nargs="?", default="runs", help="of runs, or of one run")
-    folder = Path(parser.parse_args(arguments).folder)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["compare"]:
+        return _compare_command(given[1:])
+    parser = Parser(
+        prog="python -m training.runs",
+        description="List runs and their state; `compare A B` shows what differs between two.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), help="of runs, or of one run"
+    )
+    folder = Path(parser.parse_args(given).folder)
 
     def show() -> int:
         print_table([_HEADS, *(_row(run) for run in run_folders(folder))])
         return 0
 
     return run_command(show, writes=False)
+
+
+def _compare_command(given: list[str]) -> int:
+    parser = Parser(prog="python -m training.runs compare", description="Compare two runs.")
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--png", type=Path, default=Path("compare.png"), help="picture to write")
+    args = parser.parse_args(given)
+
+    def show() -> int:
+        compare(args.runs[0], args.runs[1], args.png)
+        return 0
+
+    return run_command(show, writes=False)
+
+
+def compare(first: Path, second: Path, png: Path) -> None:
+    """Print the settings and last figures that differ between two runs, and draw their curves over
+    each other in `png`. Raises FileNotFoundError for what is no run folder."""
+    for folder in (first, second):
+        if not (folder / CONFIG).exists():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}")
+    configs = [read_config(folder) for folder in (first, second)]
+    names = [
+        n for n in dict.fromkeys([*configs[0], *configs[1]]) if n not in ("output_dir", "resume")
+    ]
+    rows = [
+        (flag(name), *(_setting(config, name) for config in configs))
+        for name in names
+        if configs[0].get(name) != configs[1].get(name)
+    ]
+    figures = zip(_HEADS[2:6], _row(first)[2:6], _row(second)[2:6], strict=True)
+    print_table([("", *_titles(first, second)), *rows, *figures])
+    picture = compare_curves([first, second], png)
+    print(f"curves: {picture}" if picture else "no curves: neither run has logged a step")
+
+
+def _titles(first: Path, second: Path) -> tuple[str, str]:
+    """Names that tell the two folders apart."""
+    if first.name != second.name:
+        return first.name, second.name
+    return str(first), str(second)
+
+
+def _setting(config: dict[str, Any], name: str) -> str:
+    value = config.get(name, "-")
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -83,9 +140,8 @@ def _last(log: Path, holds: bytes, names: tuple[str, ...]) -> dict[str, Any]:
 def _row(folder: Path) -> tuple[str, ...]:
     try:
         run = summary(folder)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return (folder.name, *["-"] * (len(_HEADS) - 3), "damaged", "-")
+    except (ValueError, KeyError, OSError) as error:  # one damaged run does not hide the others
+        return (folder.name, *["-"] * 5, f"unreadable: {error}", "-")
 
     def number(name: str, form: str) -> str:
         return "-" if run[name] is None else format(run[name], form)

@@ -39,7 +39,7 @@ def measure_peaks(run: Run) -> Peaks:
 
 
 def _copy_rate(source: torch.device, target: torch.device) -> float:
-    """Bytes read and written a second, the best of a few passes over 128 MiB: of a copy, or of a
+    """Bytes read and written per second, the best of a few passes over 128 MiB: of a copy, or of a
     product in place where it is one memory."""
     apart = source.type != target.type
     a = torch.ones(2**25, device=source, pin_memory=apart)

@@ -9,11 +9,11 @@ objectInfo150.txt. Inside, classes count from 0 and IGNORED marks pixels without
 """
 
 import json
+from colorsys import hsv_to_rgb
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -159,8 +159,5 @@ def training_view(image: Tensor, labels: Tensor, crop: int, short: int) -> tuple
 def palette(count: int) -> np.ndarray:
     """A color for each class, uint8 [count + 1, 3], the last one black for unlabeled pixels:
     hues a golden section apart, in three strengths."""
-    hues = (np.arange(count) * 0.618034 % 1 * 255).astype(np.uint8)
-    values = np.take([255, 190, 130], np.arange(count) % 3).astype(np.uint8)
-    hsv = np.stack([hues, np.full(count, 190, np.uint8), values], axis=1)
-    colors = np.array(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
-    return np.concatenate([colors, np.zeros((1, 3), np.uint8)])
+    colors = [hsv_to_rgb(i * 0.618034 % 1, 0.75, (1.0, 0.75, 0.5)[i % 3]) for i in range(count)]
+    return (255 * np.array([*colors, (0, 0, 0)])).round().astype(np.uint8)

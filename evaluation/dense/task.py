@@ -143,14 +143,13 @@ def load_trunk(config: DenseConfig) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups under timm's layer decay: embeddings first, then blocks, then all else at the
-    full rate. Biases, norms and other 1-D tensors are not decayed."""
+    """AdamW's groups under timm's layer decay: embeddings first, then blocks, then all else,
+    which no pattern matches, at the full rate. Biases, norms and other vectors do not decay."""
     stem = r"^pyramid\.backbone\.(?:cls_token|pos_embed|patch_embed)"
     blocks = [
         (r"^pyramid\.backbone\.blocks\.(\d+)", None),
         (r"^pyramid\.backbone\.layers\.(\d+)\.blocks\.(\d+)", None),
         (r"^pyramid\.backbone\.layers\.(\d+)\.downsample", (999,)),
-        (r".*", (99999,)),
     ]
     model.group_matcher = lambda coarse: {"stem": stem, "blocks": blocks}  # type: ignore[assignment]
     try:

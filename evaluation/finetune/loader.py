@@ -55,8 +55,9 @@ class TrainingViews:
 
     def __init__(self, settings: ViewSettings) -> None:
         self.settings = settings
-        plain = {"blur_p": 0.0, "solarize_p": 0.0, "jitter_p": 0.0, "gray_p": 0.0}
-        self._spec = ViewSpec(settings.size, settings.scale, **plain)
+        self._spec = ViewSpec(
+            settings.size, settings.scale, blur_p=0.0, solarize_p=0.0, jitter_p=0.0, gray_p=0.0
+        )
         self._augment = (
             RandAugment(settings.augment, settings.size, MEAN) if settings.augment else None
         )

@@ -19,7 +19,7 @@ from ibeton.evaluation.finetune.classifier import Classifier, build_classifier, 
 from ibeton.evaluation.finetune.config import FinetuneConfig, resolved
 from ibeton.evaluation.finetune.datasets import open_dataset
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
-from ibeton.evaluation.finetune.score import TestViews
+from ibeton.evaluation.finetune.score import CenterViews
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule, seed_all
 from ibeton.evaluation.finetune.subsets import few_labels
@@ -61,7 +61,7 @@ class FinetuneRun:
     here: Processes
     sets: LabeledSets
     loader: Loader
-    views: TestViews
+    views: CenterViews
     classifier: Classifier
     model: nn.Module  # the classifier, or its DDP wrapper
     average: Any  # timm's ModelEmaV3, or None
@@ -134,7 +134,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
         here,
         sets,
         loader,
-        TestViews(sets.val, size, config.test_interpolation),
+        CenterViews(sets.val, size, config.test_interpolation),
         classifier,
         classifier,
         _average(classifier, config),
@@ -142,7 +142,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
         build_schedule(optimizer, config, loader.steps_per_epoch),
         scaler,
         Mixer(config, len(sets.classes), device),
-        NonFiniteGuard(scaler is not None, loader.steps_per_epoch),
+        NonFiniteGuard(scaler is not None),
         precision,
         group,
     )
@@ -246,7 +246,7 @@ def _resume(run: FinetuneRun) -> None:
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler is not None and content["fp16_scaler"]:
         run.scaler.load_state_dict(content["fp16_scaler"])
-    run.guard.restore(content["guard"])
+    run.guard.restore(content["guard"], content["step"])
     run.step, run.scores = content["step"], content["scores"]
     run.notes.append(f"resumed at step {run.step} of {run.steps} from {path}")
 

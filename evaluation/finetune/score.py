@@ -16,7 +16,7 @@ from ibeton.pipeline.store.photos import Photos
 TOP = 5
 
 
-class TestViews:
+class CenterViews:
     """The center views of a labeled set, for `view_batches`: shorter side resized to `size` x 256 /
     224 with `interpolation`, center `size` x `size`."""
 
@@ -47,7 +47,7 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 def score(
     classifier: nn.Module,
-    views: TestViews,
+    views: CenterViews,
     device: torch.device,
     batch_size: int = 128,
     threads: int = 0,

@@ -7,7 +7,7 @@ and parts of a batch, draw what one would.
 
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class Mixer:
         self._device, self._seed, self._classes = device, config.seed, classes
         self._target, self._smoothing = mixup_target, config.smoothing
         self._erase = RandomErasing(config.erasing, mode="pixel", device=device)  # type: ignore[arg-type]
-        self._mix = None
+        self._mix: Any = None
         if config.mixes():
             self._mix = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes
@@ -123,8 +123,7 @@ def train_step(
     parts = []
     for i, (images, targets) in enumerate(_parts(batch, mixer, config, step, rank, group)):
         seed_all(config.seed, step, rank, i, 1)  # stochastic depth
-        reduced = i == config.accumulate - 1 or not isinstance(model, DistributedDataParallel)
-        with nullcontext() if reduced else model.no_sync():
+        with nullcontext() if i == config.accumulate - 1 else _without_reduction(model):
             with (
                 stage("student"),
                 torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
@@ -147,6 +146,11 @@ def train_step(
             optimizer.step()
     loss, acc = torch.stack(parts).mean(dim=0)
     return {"loss": loss, "acc": acc, "grad_norm": norm.detach()}
+
+
+def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:
+    """Gradients of what runs in it stay on this rank until the next backward outside it."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def _parts(

@@ -42,10 +42,17 @@ def listed_rows(photos: Photos, path: Path) -> np.ndarray:
         raise ValueError(f"--labels {path} names no photos")
     if len(set(names)) < len(names):
         raise ValueError(f"--labels {path} names {len(names) - len(set(names))} photos twice")
-    by_name: dict[str, int] = {}
-    for row in range(len(photos)):
-        full = photos.name(row)
-        by_name[full] = by_name[full.rsplit("/", 1)[-1]] = row
+    full = {photos.name(row): row for row in range(len(photos))}
+    by_name, unsure = dict(full), set()
+    for name, row in full.items():
+        bare = name.rsplit("/", 1)[-1]
+        if by_name.setdefault(bare, row) != row and bare not in full:
+            unsure.add(bare)
+    if doubtful := [name for name in names if name in unsure]:
+        raise ValueError(
+            f"--labels {path}: {doubtful[0]} is the name of several photos; write it with its"
+            " class folder"
+        )
     missing = [name for name in names if name not in by_name]
     if missing:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The loop of fine-tuning: train an epoch, score it, save; and what a run says and leaves."""
 
 import itertools
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from ibeton.evaluation.command import write_json
@@ -23,7 +23,7 @@ def build_monitor(run: FinetuneRun) -> StepMonitor:
     """The clock and the figures of this rank."""
     here, images = run.here, run.config.batch_size // run.here.world_size
     own = cores_a_process(cores())
-    resources = LoaderResources("finetune", run.loader.threads, own, on_gpu=False)
+    resources = LoaderResources(None, run.loader.threads, own, on_gpu=False)
     return StepMonitor(images, here.rank, here.world_size, here.device, run.dtype, resources)
 
 
@@ -174,6 +174,8 @@ def task_name(run: FinetuneRun) -> str:
     if config.labels:
         stem = config.labels.rsplit("/", 1)[-1].removesuffix(".txt")
         share = {"1percent": "0.01", "10percent": "0.1"}.get(stem, stem)
+        with suppress(ValueError):
+            share = f"{float(config.labels):g}"
         return f"semi_{share}"
     return "finetune"
 

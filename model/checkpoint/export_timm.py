@@ -30,7 +30,6 @@ TIMM_NAMES = {
 TIMM_DEFAULTS = {
     "patch_size": 16,
     "img_size": 224,
-    "in_chans": 3,
     "mlp_ratio": 4.0,
     "qkv_bias": True,
     "init_values": None,
@@ -56,14 +55,14 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     side = image_size or config.image_size
     name, options = timm_options(config, side)
     # What names and shapes do not tell, for reading the file back.
-    facts = {"image_size": str(side)}
+    facts = {"image_size": str(side), "arch": config.arch}
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
     with replacing(target, suffix=target.suffix) as partial:
         save_tensors(timm_state(backbone, side), partial, facts)
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(partial), **options)
         theirs.eval()
-        check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), config.in_chans, side)
+        check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), side)
     words = "".join(f", {key}={_shown(value)}" for key, value in options.items())
     return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={str(target)!r}{words})"
 
@@ -89,7 +88,7 @@ def timm_state(backbone: nn.Module, side: int) -> State:
 
 def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
     """timm's name of the architecture, and what to give `create_model` beside it."""
-    options: dict[str, Any] = {"in_chans": config.in_chans}
+    options: dict[str, Any] = {}
     if config.arch in SWINS:
         # Windows and shifts follow from the size that the network was built for.
         options |= {"img_size": config.image_size, "window_size": SWINS[config.arch]}

@@ -132,8 +132,9 @@ class DaliPhotos:
         for index, data in batch:
             pixels = next(by_dali) if data.ndim == 1 else torch.from_numpy(data)
             if pixels is None:
+                if index not in self._refused:  # else it was being read when that was found
+                    log.warning("DALI refuses %s, Pillow takes it", self._photos.name(index))
                 self._refused.add(index)
-                log.warning("DALI refuses %s, Pillow takes it", self._photos.name(index))
                 index, data = self._decode_by_pillow(index)
                 pixels = torch.from_numpy(data)
             used.indices.append(index)

@@ -141,8 +141,10 @@ class PilCrops:
         for batch in self._received():
             if isinstance(batch, Exception):
                 raise batch
-            *parts, (unreadable, times) = batch
-            crops = Crops(*map(self._tensor, parts[:2]), torch.from_numpy(parts[2]))
+            global_crops, local_crops, used, (unreadable, times) = batch
+            crops = Crops(
+                self._tensor(global_crops), self._tensor(local_crops), torch.from_numpy(used)
+            )
             for index, reason in unreadable.items():
                 self._replacements.take_over(index, reason)
             for name, spent in zip(STAGES, times, strict=True):

@@ -100,8 +100,7 @@ def _step(
     """Forward and backward of some images of the batch, and nothing else."""
     ibot.zero_grad(set_to_none=True)
     device = batch.global_crops.device.type
-    eager = torch.compiler.set_stance("force_eager")  # compiled blocks call no hooks
-    with eager, torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
         terms, _ = ibot(
             batch.global_crops[:, part], batch.local_crops[:, part], batch.masks[:, part], epoch
         )

@@ -26,12 +26,13 @@ class NonFiniteGuard:
     """Counts skipped steps and remembers the last good one.
 
     `scaled`: under loss scaling, whose overflows (finite loss, gradients that are not) are counted
-    apart. `uniform`: loss of a uniform guess. A step is good if its loss and gradients are finite,
-    its loss is plausible, and its gradients are not all zero: a diverging run shows finite, absurd
-    losses before the first NaN, and what was saved then is worthless.
+    apart. `uniform`: loss of a uniform guess; infinite if no finite loss is implausible. A step is
+    good if its loss and gradients are finite, its loss is plausible, and its gradients are not all
+    zero: a diverging run shows finite, absurd losses before the first NaN, and what was saved then
+    is worthless.
     """
 
-    def __init__(self, scaled: bool, uniform: float) -> None:
+    def __init__(self, scaled: bool, uniform: float = math.inf) -> None:
         self._scaled, self._uniform = scaled, uniform
         self.skipped = 0
         self.overflows = 0

@@ -16,7 +16,7 @@ from photo_folders import COLORS, write_photos
 
 from ibeton.evaluation.finetune.__main__ import main
 from ibeton.evaluation.finetune.classifier import load_classifier
-from ibeton.evaluation.finetune.score import TestViews, hits, score
+from ibeton.evaluation.finetune.score import CenterViews, hits, score
 from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 
@@ -53,7 +53,7 @@ def test_it_learns_and_leaves_a_classifier_that_scores_what_it_says(given, tmp_p
     classifier, classes, settings = load_classifier(tmp_path / "run" / "checkpoint.pt")
     assert classes == sorted(COLORS)
     sets = open_labeled(settings["train"], settings["val"])
-    again = score(classifier, TestViews(sets.val, settings["image_size"]), torch.device("cpu"), 4)
+    again = score(classifier, CenterViews(sets.val, settings["image_size"]), torch.device("cpu"), 4)
     assert again["top1"] == found["top1"]
     best = load_checkpoint(tmp_path / "run" / "best.pt")
     assert best["scores"][-1]["epoch"] == found["best_epoch"]

@@ -79,6 +79,7 @@ def test_a_share_takes_equally_many_of_each_class_from_its_seed(folders, share):
         ("red/3.jpg\nred/99.jpg\n", "1 photos that the training set lacks .red/99.jpg"),
         ("red/3.jpg\nred/3.jpg\n", "1 photos twice"),
         ("", "names no photos"),
+        ("red/3.jpg\n1.jpg\n", "1.jpg is the name of several photos"),
         ("red/3.jpg\nblue/1.jpg\n", "1 classes without a photo .green."),
     ],
 )

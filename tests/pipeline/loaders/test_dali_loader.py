@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from smooth_photos import smooth_photo
 from torch import Tensor
 
 from ibeton.pipeline import Batch, PipelineConfig, build_loader
-from ibeton.pipeline.batch import Crops, normalized
+from ibeton.pipeline.batch import BatchPlan, Crops, normalized
 from ibeton.pipeline.crops.cpu import cut_views
 from ibeton.pipeline.loaders import LOADERS, choose_loader
 from ibeton.pipeline.loaders import pil as pil_loader
@@ -69,10 +69,12 @@ class PilHere:
         views = config.views()
         self._views = pil_loader._Views(config.data, views, config.global_crops_number, config.seed)
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
-        for batch in batches.tolist():
-            crops, _ = pil_loader._collate([self._views[epoch, index] for index in batch])
-            yield crops
+    def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
+        for plan in plans:
+            samples = [self._views[plan.epoch, index] for index in plan.indices.tolist()]
+            batch = pil_loader._collate(samples)
+            assert not isinstance(batch, Exception)
+            yield plan, batch[0]
 
     def close(self) -> None:
         pass
@@ -82,7 +84,9 @@ def pil_batches_of(path: Path, epoch: int = 0, **changes: Any) -> list[Batch]:
     config = replace(SMALL, data=str(path), loader="pil", **changes)
     loader = build_loader(config)
     loader._cutter = PilHere(config)
-    return list(loader.epoch(epoch))
+    batches = list(loader.epoch(epoch))
+    loader.close()
+    return batches
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch], bound: float = 0.0) -> None:

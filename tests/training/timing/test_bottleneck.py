@@ -1,11 +1,13 @@
 """Verdicts on recorded measurements, and on faults that cannot be missed."""
 
 import pytest
+import torch
 
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.stages import StageWork
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line, verdict
-from ibeton.training.timing.speed import Window, loader_ceiling, slowest
+from ibeton.training.timing.monitor import StepMonitor
+from ibeton.training.timing.speed import Speed, Window, loader_ceiling, slowest
 
 # A ViT-S step of 64 images on a GPU, in seconds a step.
 MODEL = {
@@ -147,10 +149,33 @@ def advice_of(adviser: Adviser, seconds_waiting: float, steps: int) -> list[str]
     return [line for line in lines if line]
 
 
-def test_advice_comes_once_and_again_when_things_have_changed() -> None:
+def test_advice_comes_once_per_cause_however_the_wait_goes_up_and_down() -> None:
     adviser = Adviser(GPU, steps=5)
     assert advice_of(adviser, 0.15, steps=5) == [], "the first step is left out"
     (line,) = advice_of(adviser, 0.15, steps=21)
     assert "decode limits" in line
-    assert advice_of(adviser, 0.0, steps=10) == [], "no line where nothing waits"
-    assert len(advice_of(adviser, 0.15, steps=10)) == 1
+    for wait in (0.0, 0.15, 0.01, 0.2) * 4:
+        assert advice_of(adviser, wait, steps=10) == [], "it was said"
+    (other,) = advice_of(adviser, 2.5, steps=10)
+    assert "no stage of the loader limits" in other
+
+
+def test_short_epochs_are_named_where_no_stage_limits() -> None:
+    asleep = window(wait=2.5, work=stage_work(0.1, 3, 0, workers=4))
+    short = LoaderResources(LOADERS["ffcv"], 4, 4, on_gpu=True, steps_per_epoch=5)
+    assert "an epoch has only 5 steps" in verdict(asleep, short).text
+    assert "Epochs of few steps?" in verdict(asleep, GPU).text
+
+
+def test_the_first_step_of_a_run_names_no_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [{"student": 2820.0}, {"student": 100.0}]
+    monkeypatch.setattr(Speed, "ranks", lambda self: ranks)
+    monitor = StepMonitor(8, 1, 1, torch.device("cpu"), None, GPU)
+    said = []
+    for _ in range(3):
+        monitor.add({"student": 1.0}, {})
+        said.append(monitor.compare_ranks()[1])
+    monitor.close()
+    assert said[0] == []
+    assert "rank 0 is the slowest" in said[1][0]
+    assert said[2] == [], "said already"

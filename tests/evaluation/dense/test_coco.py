@@ -1,0 +1,144 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from ibeton.evaluation.dense.coco_data import CocoPhotos, batched, cropped, resized, training_view
+from ibeton.evaluation.dense.coco_metrics import average_precisions, pasted, results, to_photo
+
+
+@pytest.fixture
+def broken(coco, tmp_path):
+    return shutil.copytree(coco, tmp_path / "coco")
+
+
+def test_truth_fed_as_predictions_scores_100(coco):
+    photos, records = CocoPhotos(coco, "val"), []
+    for index in range(len(photos)):
+        truth = photos.truth(index)
+        records += results(photos, index, {**truth, "scores": torch.ones(len(truth["labels"]))})
+    scores = average_precisions(photos, records)
+    assert scores["box_ap"] == pytest.approx(100)
+    assert scores["mask_ap"] == pytest.approx(100)
+    wrong = [{**r, "category_id": 5 if r["category_id"] != 5 else 10} for r in records]
+    assert average_precisions(photos, wrong)["box_ap"] == 0
+    assert average_precisions(photos, [])["mask_ap50"] == 0
+
+
+def test_boxes_half_as_large_score_by_their_overlap_alone(coco):
+    """IoU 0.6 with the truth: right at the thresholds 0.5, 0.55 and 0.6 of ten."""
+    photos, records = CocoPhotos(coco, "val"), []
+    for index in range(len(photos)):
+        truth = photos.truth(index)
+        boxes = truth["boxes"].clone()
+        boxes[:, 2] = boxes[:, 0] + 0.601 * (boxes[:, 2] - boxes[:, 0])
+        found = {**truth, "boxes": boxes, "scores": torch.ones(len(boxes))}
+        records += results(photos, index, found)
+    scores = average_precisions(photos, records)
+    assert scores["box_ap"] == pytest.approx(30)
+    assert scores["box_ap50"] == pytest.approx(100)
+    assert scores["box_ap75"] == 0
+    assert scores["mask_ap"] == pytest.approx(100)
+
+
+def enclosing(mask):
+    rows, columns = mask.nonzero().T
+    return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+
+
+def test_boxes_stay_around_their_masks_in_every_view(coco):
+    photos, crops = CocoPhotos(coco, "train"), 0
+    for seed in range(24):
+        torch.manual_seed(seed)
+        index = seed % len(photos)
+        image, truth = training_view(photos.photo(index), photos.truth(index), (48, 64, 80), 160)
+        assert truth["masks"].shape[1:] == image.shape[1:]
+        crops += len(truth["boxes"]) < 2
+        for box, mask in zip(truth["boxes"], truth["masks"], strict=True):
+            assert (box - enclosing(mask)).abs().max() <= 4  # two resizes to the nearest
+    assert crops  # some lost an object
+
+
+def test_a_resize_and_a_crop_move_boxes_as_they_should(coco):
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    truth = {"boxes": torch.tensor([[8.0, 4, 40, 20]]), "labels": torch.tensor([1])}
+    truth["masks"] = torch.zeros(1, 40, 80, dtype=torch.uint8)
+    large, moved = resized(image, truth, 60, 200)
+    assert large.shape == (3, 60, 120)
+    assert moved["boxes"].tolist() == [[12, 6, 60, 30]]
+    torch.manual_seed(0)
+    part, moved = cropped(image, truth, 20, 30)
+    assert 20 <= part.shape[1] <= 30
+    assert 20 <= part.shape[2] <= 30
+    assert moved["masks"].shape[1:] == part.shape[1:]
+
+
+def test_images_of_several_sizes_share_a_batch_of_whole_cells():
+    images, sizes = batched([torch.ones(3, 40, 70), torch.ones(3, 64, 33)])
+    assert images.shape == (2, 3, 64, 96)
+    assert sizes == [(40, 70), (64, 33)]
+    assert images[0, :, 40:].abs().sum() == 0
+    assert images.sum() == 3 * (40 * 70 + 64 * 33)
+
+
+def test_detections_return_to_the_photos_own_pixels():
+    found = {"boxes": torch.tensor([[10.0, 10, 30, 50]]), "masks": torch.ones(1, 28, 28)}
+    back = to_photo(found, (100, 100), (50, 200))
+    assert back["boxes"].tolist() == [[20, 5, 60, 25]]
+    mask = back["masks"][0]
+    assert mask.shape == (50, 200)
+    assert mask[6:24, 21:59].all()
+    assert not mask[:4].any()
+    assert torch.equal(mask, pasted(torch.ones(1, 28, 28), back["boxes"], (50, 200))[0])
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("categories"), "is not in COCO's format: .*categories"),
+        (lambda c: c["annotations"][0].update(image_id=77), "object 1 is of image 77"),
+        (lambda c: c["annotations"][1].update(category_id=3), "object 2 has category 3"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2]), "object 2 needs a bbox"),
+        (lambda c: c.update(images=[], annotations=[]), "lists no photos"),
+    ],
+)
+def test_a_bad_json_is_named_with_its_object(broken, change, message):
+    path = broken / "annotations/instances_train2017.json"
+    edit(path, change)
+    with pytest.raises(ValueError, match=rf"instances_train2017\.json.*{message}"):
+        CocoPhotos(broken, "train")
+
+
+def test_a_bad_photo_a_wrong_size_and_what_is_no_json_are_named(broken):
+    path = broken / "annotations/instances_train2017.json"
+    edit(path, lambda c: c["images"][0].update(width=99))
+    with pytest.raises(ValueError, match=r"000000000000\.jpg has 64 x 48 .* 99 x 48"):
+        CocoPhotos(broken, "train").photo(0)
+    (broken / "train2017/000000000001.jpg").write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"000000000001\.jpg cannot be read"):
+        CocoPhotos(broken, "train").photo(1)
+    path.write_text("{]")
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is not JSON"):
+        CocoPhotos(broken, "train")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json is missing"):
+        CocoPhotos(broken, "train")
+
+
+def test_crowds_are_not_learned_from_and_photos_with_nothing_else_are_left_out(broken):
+    def crowd(content):
+        for one in content["annotations"]:
+            one["iscrowd"] = int(one["image_id"] == 0 or one["id"] % 2 == 0)
+
+    edit(broken / "annotations/instances_train2017.json", crowd)
+    photos = CocoPhotos(broken, "train", with_objects=True)
+    assert len(photos) == 5
+    assert len(photos.truth(0)["boxes"]) == 1
+    assert len(CocoPhotos(broken, "train").truth(0)["boxes"]) == 0

@@ -1,0 +1,135 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from photo_folders import small_vit
+from PIL import Image
+
+from ibeton.evaluation.dense.segmentation_data import IGNORED
+from ibeton.evaluation.dense.segmenter import Segmenter, pixel_loss, starts
+from ibeton.evaluation.segment import main
+from ibeton.model.checkpoint import load_backbone, load_checkpoint
+
+SMALL = "--batch-size 4 --crop-size 32 --short-side 32 --warmup-steps 2 --workers 0 --device cpu"
+
+
+def segment(checkpoint, scenes, folder, *options):
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        str(scenes),
+        "--output-dir",
+        str(folder),
+    ]
+    return main([*arguments, *SMALL.split(), *options])
+
+
+def losses(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+LINEAR = ("--head", "linear", "--lr", "0.01", "--steps", "30", "--log-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def unbroken(checkpoint, scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert segment(checkpoint, scenes, folder, *LINEAR, "--pictures", "2") == 0
+    return folder
+
+
+def test_a_linear_head_learns_and_leaves_the_backbone_as_it_was(unbroken, checkpoint):
+    scores = json.loads((unbroken / "scores.json").read_text())["scores"]
+    assert scores["miou"] > 1.5 * scores["majority_miou"]
+    by_step = losses(unbroken)
+    assert sum(by_step[i] for i in range(25, 30)) < 0.8 * sum(by_step[i] for i in range(5))
+    before, after = load_backbone(checkpoint)[0], load_backbone(unbroken / "checkpoint.pt")[0]
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]), name
+
+
+def test_pictures_show_photo_truth_and_prediction_side_by_side(unbroken, scenes):
+    pictures = sorted((unbroken / "pictures").iterdir())
+    assert len(pictures) == 2
+    picture = np.array(Image.open(pictures[0]))
+    photo = np.array(Image.open(scenes / f"images/val/{pictures[0].stem}.jpg"))
+    assert picture.shape == (photo.shape[0], 3 * photo.shape[1], 3)
+    assert np.array_equal(picture[:, : photo.shape[1]], photo)
+    truth = np.array(Image.open(scenes / f"annotations/val/{pictures[0].stem}.png"))
+    drawn = picture[:, photo.shape[1] : 2 * photo.shape[1]]
+    assert (drawn[truth == 0] == 0).all()
+    assert len(np.unique(drawn[truth == 1], axis=0)) == 1
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(unbroken, checkpoint, scenes, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert segment(checkpoint, scenes, folder, *LINEAR, "--max-hours", "1e-9") == 85
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == 1
+    assert segment(checkpoint, scenes, folder, *LINEAR) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    again = ("--resume", "auto")
+    assert segment(checkpoint, scenes, folder, *LINEAR, *again, "--lr", "0.02") == 2
+    assert "--lr 0.01 (now 0.02)" in capsys.readouterr().err
+    assert segment(checkpoint, scenes, folder, *LINEAR, *again) == 0
+    assert losses(folder) == losses(unbroken)
+    ended, expected = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, unbroken))
+    assert all(torch.equal(ended[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--crop-size", "40"), "--crop-size 40 is not a multiple of 32"),
+        (("--precision", "fp16"), "--precision fp16 needs a GPU"),
+        (("--checkpoint", "none.pt"), "none.pt does not exist"),
+        (("--data", "nowhere"), "nowhere"),
+        (("--batch-size", "1", "--head", "upernet"), "--batch-size 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_folder(
+    checkpoint, scenes, tmp_path, capsys, options, message
+):
+    with_status = []
+    try:
+        with_status.append(
+            segment(checkpoint, scenes, tmp_path / "run", "--head", "linear", *options)
+        )
+    except SystemExit as error:
+        with_status.append(error.code)
+    said = capsys.readouterr().err.strip()
+    assert with_status == [2]
+    assert said.startswith("error: ")
+    assert message in said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_windows_cover_a_side_and_end_flush():
+    assert starts(512, 512, 341) == [0]
+    assert starts(683, 512, 341) == [0, 171]
+    assert starts(1365, 512, 341) == [0, 341, 682, 853]
+
+
+def test_one_window_is_the_prediction_itself_and_several_are_averaged():
+    model = Segmenter(small_vit(depth=4, patch_size=16, image_size=32), 3, "linear").eval()
+    image = torch.randn(3, 32, 48)
+    one = model.slide(image[..., :32], 32, 16)
+    assert torch.allclose(one, model.predict(image[None, ..., :32])[0], atol=1e-6)
+    left, right = (model.predict(image[None, ..., at : at + 32])[0] for at in (0, 16))
+    expected = torch.zeros(3, 32, 48)
+    expected[..., :32] += left
+    expected[..., 16:] += right
+    expected[..., 16:32] /= 2
+    assert torch.allclose(model.slide(image, 32, 16), expected, atol=1e-6)
+    small = model.slide(image[:, :20, :24], 32, 16)
+    assert small.shape == (3, 20, 24)
+
+
+def test_unlabeled_pixels_count_as_no_loss_in_a_mean_over_all():
+    logits, labels = torch.randn(1, 4, 8, 8), torch.full((1, 8, 8), IGNORED)
+    labels[0, 0, 0] = 2
+    expected = -logits[0, :, 0, 0].log_softmax(0)[2] / 64
+    assert torch.allclose(pixel_loss(logits, labels), expected)
