@@ -40,7 +40,7 @@ def asked(process: Process, number: signal.Signals) -> int:
     return process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     number: signal.Signals, start: Start, tmp_path: Path
 ) -> None:
