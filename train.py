@@ -21,6 +21,7 @@ from ibeton.evaluation.frozen.quick import quick_scores
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import Step
 from ibeton.pipeline import Batch, build_loader
 from ibeton.training.checkpoints import NEWEST
 from ibeton.training.config import Config, parse
@@ -102,15 +103,9 @@ def use_graphs(run: Run) -> None:
         if run.device.type == "cuda" and why:
             run.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
         return
-    run.graphed_step = GraphedStep(
-        run.ibot,
-        run.optimizer,
-        run.scaler,
-        clip_grad=options.clip_grad,
-        freeze_last_layer=options.freeze_last_layer,
-        autocast_dtype=DTYPES[run.precision],
-        required=wanted == "on",
-    )
+    settings = (options.clip_grad, options.freeze_last_layer, DTYPES[run.precision])
+    step = Step(run.ibot, run.optimizer, run.scaler, *settings)
+    run.graphed_step = GraphedStep(step, required=wanted == "on")
 
 
 def is_due(run: Run, last: int) -> bool:

@@ -122,7 +122,7 @@ def test_steps_on_static_inputs_are_eager_steps_bit_for_bit(micro_steps):
     graphed, scalers = copy.deepcopy(eager), [growing_scaler(), growing_scaler()]
     optimizers = [build_optimizer(eager.student), build_optimizer(graphed.student)]
     plain = Step(eager, optimizers[0], scalers[0], padded=True)
-    replayed = GraphedStep(graphed, optimizers[1], scalers[1])
+    replayed = GraphedStep(Step(graphed, optimizers[1], scalers[1]))
     saved, finite = None, []
     for step in range(14):
         batch = batch_of(step % 5, share=0.0 if step < 3 else 0.3)
@@ -151,7 +151,7 @@ def test_steps_on_static_inputs_are_eager_steps_bit_for_bit(micro_steps):
 
 def test_shapes_and_frozen_prototypes_have_graphs_of_their_own():
     ibot = small_model()
-    step = GraphedStep(ibot, build_optimizer(ibot.student), None, freeze_last_layer=1)
+    step = GraphedStep(Step(ibot, build_optimizer(ibot.student), None))
     ran = []
     for i, (share, epoch, images) in enumerate(
         [
@@ -334,7 +334,7 @@ def _rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     ibot = small_model(drop_path=0.0)
-    step = GraphedStep(ibot, build_optimizer(ibot.student), None)
+    step = GraphedStep(Step(ibot, build_optimizer(ibot.student), None))
     for i in range(5):
         crops = [tensor[:, 4 * rank : 4 * rank + 4] for tensor in batch_of(i)]
         metrics = step(*crops, **{**rates_of(0), "epoch": 1})
@@ -383,7 +383,7 @@ def test_graphs_are_eager_steps_bit_for_bit_on_a_gpu(precision):
         scalers = [torch.amp.GradScaler("cuda", 2.0**20, growth_interval=3) for _ in range(2)]
     optimizers = [build_optimizer(ibot.student) for ibot in (eager, graphed)]
     settings = {"autocast_dtype": dtype}
-    replayed = GraphedStep(graphed, optimizers[1], scalers[1], **settings, required=True)
+    replayed = GraphedStep(Step(graphed, optimizers[1], scalers[1], **settings), required=True)
     for step in range(20):
         global_crops, _, masks = batch_of(step % 4)
         crops = [global_crops, global_crops[:1].repeat(3, 1, 1, 1, 1)]
