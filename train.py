@@ -25,7 +25,6 @@ from ibeton.pipeline import Batch, build_loader
 from ibeton.training.checkpoints import NEWEST
 from ibeton.training.config import Config, parse
 from ibeton.training.curves import plot_curves
-from ibeton.training.forecast import FirstSteps, preflight
 from ibeton.training.health.collapse import PROBED, spread
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import (
@@ -42,6 +41,7 @@ from ibeton.training.run import Run, lock_run_folder, rates, resume, save, seed_
 from ibeton.training.run_folder import RunFolder
 from ibeton.training.run_log import RunLog
 from ibeton.training.timing.bottleneck import LoaderResources
+from ibeton.training.timing.forecast import FirstSteps, preflight
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
 from ibeton.training.trackers import Trackers

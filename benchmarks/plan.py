@@ -40,7 +40,7 @@ from ibeton.model.config import SWINS
 from ibeton.options import Parser
 from ibeton.pipeline.loaders import choose_crops
 from ibeton.training.config import Config, from_values, parse
-from ibeton.training.forecast import checkpoint_bytes, duration, gib, number
+from ibeton.training.timing.forecast import checkpoint_bytes, duration, gib, number
 
 UNKNOWN = "photos that are not there yet"
 

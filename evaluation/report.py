@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ibeton.atomic import write_text
 from ibeton.command import run_command
 from ibeton.evaluation.published import published, task_of
 from ibeton.model.checkpoint import load_checkpoint
@@ -198,16 +199,6 @@ def _explanation() -> str:
     )
 
 
-def write(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 2 where there is nothing to report, with a sentence."""
     parser = Parser(prog="python -m evaluation.report", description="figures on one page")
@@ -221,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         backbones, pictures = find(args.runs)
         text = markdown(backbones, pictures, args.output.parent)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write(args.output, text)
-        write(args.output.with_suffix(".html"), page(backbones, pictures))
+        write_text(args.output, text)
+        write_text(args.output.with_suffix(".html"), page(backbones, pictures))
         print(text.split("### All scores")[0].rstrip())
         print(f"\n{args.output} and {args.output.with_suffix('.html')} written")
         return 0

@@ -10,8 +10,8 @@ from ibeton.pipeline.batch import Batch, BatchPlan, Crops, DeviceCrops, normaliz
 from ibeton.pipeline.config import PipelineConfig
 from ibeton.pipeline.loaders.choice import choose_crops, choose_loader
 from ibeton.pipeline.loaders.context import LoaderContext
-from ibeton.pipeline.loaders.memory import keep_freed_memory
 from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
 from ibeton.pipeline.sampling.order import epoch_order, rank_batches, steps_per_epoch
 from ibeton.pipeline.store.photos import open_photos

@@ -20,9 +20,10 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.backbones.blocks import Kept, Shapes
-from ibeton.model.kernels.launch import counting
+from ibeton.model.kernels.launch import Launch, counting
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import StepInputs
 
 MASKED_SHARE = 0.15  # mean share of masked patches in the published recipe
 SPLIT_K = 8  # a product whose inner dimension is so many times the outer ones runs in two kernels
@@ -75,6 +76,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launches] = []
+        self.kernels: list[Launch] = []  # those of Triton
         self.stage = "other"
 
     def __torch_dispatch__(
@@ -108,9 +110,10 @@ class Recorder(TorchDispatchMode):
             flops = _attention_flops(name, read)
         self.add(category, name, kernels, _bytes(read) + _bytes(written), flops)
 
-    def kernel(self, name: str, tensors: list[Tensor]) -> None:
+    def kernel(self, launch: Launch) -> None:
         """A Triton kernel of ours, which reads or writes each tensor once."""
-        self.add(FUSED, name, 1, _bytes(tensors), 0)
+        self.kernels.append(launch)
+        self.add(FUSED, launch.name, 1, _bytes(launch.tensors()), 0)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
         self.launches.append(Launches(self.stage, category, name, kernels, moved, flops))
@@ -139,6 +142,11 @@ class Settings(NamedTuple):
 
 def step_launches(settings: Settings) -> list[Launches]:
     """The launches of one training step, in order."""
+    return record_step(settings).launches
+
+
+def record_step(settings: Settings) -> Recorder:
+    """What `step_launches` sees, with the launches of Triton kernels as they are made."""
     recorder, model = Recorder(), settings.model
     with _fake_gpu(settings, recorder) as stage:
         ibot = build(model)
@@ -165,7 +173,7 @@ def step_launches(settings: Settings) -> list[Launches]:
                 epoch=0, lr=1e-3, weight_decay=0.1, momentum=0.99, freeze_last_layer=0,
                 autocast_dtype=settings.dtype,
             )  # fmt: skip
-    return recorder.launches
+    return recorder
 
 
 @contextmanager
@@ -187,7 +195,8 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
 
     def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, difference = torch.empty(len(student)), torch.empty_like(student)
-        recorder.kernel("_row_kernel", [student, arguments[0], difference])
+        moved = _bytes([student, arguments[0], difference])
+        recorder.add(FUSED, "_row_kernel", 1, moved, 0)
         return loss, difference
 
     @contextmanager
@@ -196,8 +205,14 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         yield
         recorder.stage = before
 
+    rates = torch.ones(5, dtype=torch.float64)  # no fake: the host reads them
+
+    def on(inputs: StepInputs, *_: Any) -> StepInputs:
+        return inputs._replace(rates=rates)
+
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mock.patch("ibeton.model.steps.StepInputs.on", on))
         patch = mock.patch
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
         stack.enter_context(patch("ibeton.model.steps.masked_patches", patches))

@@ -124,7 +124,7 @@ def _start_log(run: FinetuneRun) -> RunLog:
         f" {run.loader.steps_per_epoch} steps per epoch, {run.here.world_size} process(es) on"
         f" {run.here.device}, {run.precision}, {run.loader.threads} threads each"
     )
-    for note in run.notes:
+    for note in (*run.sets.train.notes, *run.sets.val.notes, *run.notes):
         log.say(note)
     return log
 

@@ -1,7 +1,8 @@
 """timm's RandAugment with its random numbers from (seed, epoch, photo) instead of global state.
 
 Operations, strengths and their meaning are timm's. Its own call draws from Python's and NumPy's
-global generators, so what a photo gets there depends on which thread comes first.
+global generators: what a photo gets there depends on which thread comes first, and so does what
+random erasing draws meanwhile. Nothing here touches those generators once it is built.
 """
 
 from typing import Any
@@ -38,6 +39,14 @@ class RandAugment:
         if policy.choice_weights is not None:
             raise ValueError(f"--augment {spec}: weighted choices (-w) are not supported")
         self._operations, self._layers = policy.ops, policy.num_layers
+        # Per level, as these grow in proportion; timm's own functions would toss a global coin.
+        self._slopes = {
+            operation.name: abs(operation.level_fn(_MAX_LEVEL, operation.hparams)[0] - rest)
+            / _MAX_LEVEL
+            for operation in self._operations
+            for names, rest in ((_AROUND_0, 0.0), (_AROUND_1, 1.0))
+            if operation.name in names
+        }
 
     def draw(self, rng: np.random.Generator) -> list[tuple[Any, tuple[Any, ...]]]:
         """The operations to apply, each with its arguments."""
@@ -48,8 +57,7 @@ class RandAugment:
                 drawn.append((operation, self._arguments(operation, rng)))
         return drawn
 
-    @staticmethod
-    def _arguments(operation: Any, rng: np.random.Generator) -> tuple[Any, ...]:
+    def _arguments(self, operation: Any, rng: np.random.Generator) -> tuple[Any, ...]:
         level, spread = float(operation.magnitude), operation.magnitude_std
         if spread == float("inf"):
             level = rng.uniform(0, level)
@@ -58,12 +66,10 @@ class RandAugment:
         level = max(0.0, min(level, operation.magnitude_max or _MAX_LEVEL))
         if operation.level_fn is None:
             return ()
+        if operation.name in self._slopes:
+            change = self._slopes[operation.name] * level * (1 if rng.random() < 0.5 else -1)
+            return (change if operation.name in _AROUND_0 else max(0.1, 1.0 + change),)
         arguments = operation.level_fn(level, operation.hparams)
-        sign = 1 if rng.random() < 0.5 else -1
-        if operation.name in _AROUND_0:
-            return (sign * abs(arguments[0]),)
-        if operation.name in _AROUND_1:
-            return (max(0.1, 1.0 + sign * abs(arguments[0] - 1.0)),)
         if operation.name.startswith("Posterize"):
             return (max(1, arguments[0]),)  # Pillow refuses 0 bits, which timm asks for at level 10
         return arguments

@@ -21,6 +21,7 @@ class ListedPhotos:
             raise ValueError(f"{root / names[0]} does not exist, which the lists in {root} name")
         self._root, self._names = root, names
         self.labels, self.classes = labels.astype(np.int64), classes
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._names)
@@ -47,6 +48,7 @@ class ArrayPhotos:
         check_labels(path, labels, len(classes))
         self._path, self._images = path, images
         self.labels, self.classes = labels.astype(np.int64), classes
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._images)
@@ -68,7 +70,7 @@ class SomePhotos:
         self, photos: Photos, rows: np.ndarray, labels: np.ndarray, classes: list[str]
     ) -> None:
         self._photos, self._rows = photos, rows
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.notes = labels, classes, photos.notes
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
 
     def _normed(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
         """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens."""
-        if not kernels_run_on(x):
+        if not kernels_run_on(x) or self._hooked():
             return self.norm(self._blocks(x, shapes, rows))
         x, branch = self._fused_blocks(x, shapes, rows)
         if isinstance(self.norm, nn.Identity):
@@ -216,6 +216,11 @@ class VisionTransformer(nn.Module):
                 x, branch = fused_block(*arguments)
         assert branch is not None
         return x, branch
+
+    def _hooked(self) -> bool:
+        """Whether a module inside the blocks has a hook, which the kernels would not call."""
+        modules = self.blocks.modules()
+        return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
     def _recomputes(self, x: Tensor) -> bool:
         """Whether norms and GELUs of packed tokens x [T, C] are computed again in the backward."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,24 @@ try:
 except ImportError:  # builds of PyTorch without CUDA come without it
     triton = None
 
-# name of the kernel, tensors that it reads or writes
-Observer = Callable[[str, list[Tensor]], None]
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]  # and options of the compiler
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def tensors(self) -> list[Tensor]:
+        """What the kernel reads or writes."""
+        return [a for a in self.arguments if isinstance(a, Tensor)]
+
+
+Observer = Callable[[Launch], None]
 _observers: list[Observer] = []
 
 
@@ -39,15 +55,14 @@ def kernels_run_on(x: Tensor) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing."""
     if _observers:
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
-        _observers[-1](kernel.fn.__name__, tensors)
+        _observers[-1](Launch(kernel, arguments, constants))
     elif all(grid):
         kernel[grid](*arguments, **constants)
 
 
 @contextmanager
 def counting(observer: Observer) -> Iterator[None]:
-    """Inside, kernels do not run: `observer` gets the name and the tensors of each."""
+    """Inside, kernels do not run: `observer` gets each launch."""
     _observers.append(observer)
     try:
         yield

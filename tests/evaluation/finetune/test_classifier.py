@@ -13,6 +13,7 @@ from ibeton.evaluation.finetune.classifier import (
 )
 from ibeton.evaluation.finetune.config import FinetuneConfig, recipe
 from ibeton.evaluation.finetune.steps import build_optimizer, build_schedule
+from ibeton.model import ModelConfig
 from ibeton.model.backbones.swin import SwinTransformer
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.checkpoint import load_backbone, load_checkpoint, save_checkpoint
@@ -42,8 +43,13 @@ def rates_by_name(classifier: Classifier, config: FinetuneConfig) -> dict[str, t
     }
 
 
+def small_vit(depth, **options):
+    sizes = {"embed_dim": 16, "num_heads": 2, "patch_size": 8, "image_size": 32}
+    return VisionTransformer(ModelConfig(depth=depth, **sizes, **options), is_student=False)
+
+
 def test_every_parameter_of_a_vit_learns_at_decay_to_the_power_of_its_depth():
-    vit = VisionTransformer(16, 5, 2, patch_size=8, image_size=32, layer_scale=0.1)
+    vit = small_vit(5, layer_scale=0.1)
     config = FinetuneConfig(layer_decay=DECAY, batch_size=512)
     rates = rates_by_name(Classifier(vit, 3, hidden=8), config)
     assert len(rates) == len(dict(Classifier(vit, 3, hidden=8).named_parameters()))
@@ -54,10 +60,12 @@ def test_every_parameter_of_a_vit_learns_at_decay_to_the_power_of_its_depth():
 
 
 def test_every_block_of_a_swin_is_a_layer_and_merging_follows_its_stage():
-    swin = SwinTransformer(8, (1, 2), (1, 2), window=2, image_size=32)
+    config = ModelConfig(arch="swin_t7", embed_dim=64, image_size=32)
+    swin = SwinTransformer(config, False, (1, 2, 1, 1), (1, 2, 2, 4))
     rates = rates_by_name(Classifier(swin, 3), FinetuneConfig(layer_decay=0.5))
     order = ("patch_embed", "layers.0.blocks.0", "layers.0.downsample", "layers.1.blocks.0",
-             "layers.1.blocks.1")  # fmt: skip
+             "layers.1.blocks.1", "layers.1.downsample", "layers.2.blocks.0",
+             "layers.2.downsample", "layers.3.blocks.0")  # fmt: skip
     for behind, part in enumerate(reversed(order), start=1):
         own = [lr for name, (lr, _) in rates.items() if name.startswith(f"backbone.{part}.")]
         assert own
@@ -67,13 +75,13 @@ def test_every_block_of_a_swin_is_a_layer_and_merging_follows_its_stage():
 
 
 def test_without_layer_decay_all_learn_at_one_rate():
-    vit = VisionTransformer(16, 2, 2, patch_size=8, image_size=32)
+    vit = small_vit(2)
     rates = rates_by_name(Classifier(vit, 3), FinetuneConfig(layer_decay=1.0))
     assert {lr for lr, _ in rates.values()} == {1e-3}
 
 
 def test_the_rate_warms_up_from_its_start_and_falls_to_its_end_on_a_cosine():
-    classifier = Classifier(VisionTransformer(16, 1, 2, patch_size=8, image_size=32), 3)
+    classifier = Classifier(small_vit(1), 3)
     config = FinetuneConfig(layer_decay=1.0, epochs=10, warmup_epochs=2)
     optimizer = build_optimizer(classifier, config)
     schedule = build_schedule(optimizer, config, per_epoch=10)
@@ -91,7 +99,7 @@ def test_the_rate_warms_up_from_its_start_and_falls_to_its_end_on_a_cosine():
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_logits_come_from_the_class_token_of_the_whole_network(hidden):
     torch.manual_seed(0)
-    vit = VisionTransformer(16, 3, 2, patch_size=8, image_size=32)
+    vit = small_vit(3)
     classifier = Classifier(vit, 3, hidden=hidden).eval()
     images = torch.randn(4, 3, 32, 32)
     token = vit(images)[:, 0]
@@ -102,7 +110,9 @@ def test_logits_come_from_the_class_token_of_the_whole_network(hidden):
 
 def test_a_swin_is_judged_by_the_mean_of_its_tokens():
     torch.manual_seed(0)
-    swin = SwinTransformer(8, (1, 1), (1, 2), window=2, image_size=32)
+    swin = SwinTransformer(
+        ModelConfig(arch="swin_t7", embed_dim=64, image_size=32), False, (1, 1, 1, 1), (1, 2, 2, 4)
+    )
     classifier, images = Classifier(swin, 3).eval(), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(classifier(images), classifier.head(swin(images)[:, 1:].mean(1)))
 

@@ -131,6 +131,16 @@ def test_randaugment_applies_timms_operations_at_timms_rates_and_strengths():
         assert own.std() == pytest.approx(expected.std(), rel=0.15, abs=0.05)
 
 
+def test_global_generators_are_left_alone():
+    ours, view = RandAugment(SPEC, 24, MEAN), np.zeros((3, 24, 24), np.uint8)
+    rng, python = np.random.default_rng(0), random.getstate()
+    numpy = np.random.get_state()[1].copy()  # noqa: NPY002
+    for _ in range(300):
+        ours.apply(view, rng)
+    assert random.getstate() == python
+    assert np.array_equal(np.random.get_state()[1], numpy)  # noqa: NPY002 - timm's own
+
+
 @pytest.mark.parametrize("spec", ["augmix-m5", "rand-m9-n2-w0-inc1", "nothing"])
 def test_another_augmentation_is_refused(spec):
     with pytest.raises(ValueError, match="--augment"):

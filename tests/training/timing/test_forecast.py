@@ -9,7 +9,7 @@ from small_runs import Start, records
 
 from ibeton.model import ModelConfig, build
 from ibeton.model.checkpoint import model_state
-from ibeton.training.forecast import (
+from ibeton.training.timing.forecast import (
     FirstSteps,
     cache_line,
     checkpoint_bytes,
