@@ -70,6 +70,11 @@ class Parser(argparse.ArgumentParser):
         """Parse; unknown options are errors."""
         found, unknown = self.parse_known_args(args, namespace)
         known = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known += [
+                    name for sub in action.choices.values() for name in sub._option_string_actions
+                ]
         options = [word for word in unknown if word.startswith("-")]
         self._problems += [nearest_option(word, known) for word in options or unknown]
         self._report()
