@@ -38,7 +38,7 @@ from ibeton.command import run_command
 from ibeton.model import IBOT, build
 from ibeton.model.config import SWINS
 from ibeton.options import Parser
-from ibeton.pipeline.loaders import choose_crops
+from ibeton.pipeline.loaders import LOADERS, choose_crops
 from ibeton.training.config import Config, from_values, parse
 from ibeton.training.timing.forecast import checkpoint_bytes, duration, gib, number
 
@@ -171,7 +171,7 @@ def loader_kind(config: Config) -> str:
     if name == "dali":
         raise ValueError("--loader dali: its rate on a GPU is not known; plan with ffcv or pil")
     name = "ffcv" if name == "auto" else name
-    where = choose_crops(config.pipeline, name, torch.device("cuda"))
+    where = choose_crops(config.pipeline, LOADERS[name], torch.device("cuda"))
     return "ffcv on cpu" if (name, where) == ("ffcv", "cpu") else name
 
 
