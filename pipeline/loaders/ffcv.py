@@ -128,9 +128,10 @@ class _Threads:
     """The file, and the threads that work on its photos."""
 
     def __init__(self, context: LoaderContext) -> None:
-        self.reader = context.photos
-        if not isinstance(self.reader, BetonReader):
+        reader = context.photos
+        if not isinstance(reader, BetonReader):
             raise ValueError(f"{context.data}: the ffcv loader reads .beton files")
+        self.reader: BetonReader = reader
         # One is with the consumer, and one is being finished while the next is begun.
         self.slots = context.batches_ahead + 2
         self._context = context

@@ -19,7 +19,7 @@ class Photos(Protocol):
 
     def __len__(self) -> int: ...
 
-    def photo_bytes(self, index: int) -> bytes | memoryview:
+    def photo_bytes(self, index: int) -> bytes:
         """The photo as it is stored; raises UnreadablePhoto."""
 
     def pixels(self, index: int) -> np.ndarray:
