@@ -112,8 +112,8 @@ def _prepare(
         config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
     )
     run.notes += config.notes
-    resume(run)
     use_graphs(run)
+    resume(run)
     if world_size > 1 and run.graphed_step is None:
         ibot.wrap_ddp(device)
     return run
