@@ -47,6 +47,11 @@ def evaluation_view(
     return _planes(resized.crop((left, top, left + size, top + size)))
 
 
+def bilinear_view(image: Image.Image, size: int) -> Tensor:
+    """The evaluation view, resized bilinearly, uint8 [3, size, size]."""
+    return evaluation_view(image, size, Image.Resampling.BILINEAR)
+
+
 def center_view(image: Image.Image, size: int) -> Tensor:
     """The center of a photo as it is, not resized, uint8 [3, size, size]; black where it ends
     before (torchvision's CenterCrop)."""

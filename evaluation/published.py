@@ -40,6 +40,20 @@ FIGURES = (
     _of("DAVIS-2017, J&F", "davis", "jf_mean", 61.8, None),
     _of("DAVIS-2017, J", "davis", "j_mean", 60.4, None),
     _of("DAVIS-2017, F", "davis", "f_mean", 63.2, None),
+    _of("revisited Oxford, medium mAP", "roxford5k", "medium_map", 36.6, None),
+    _of("revisited Oxford, hard mAP", "roxford5k", "hard_map", 13.0, None),
+    _of("revisited Paris, medium mAP", "rparis6k", "medium_map", 61.5, None),
+    _of("revisited Paris, hard mAP", "rparis6k", "hard_map", 34.1, None),
+    _of("ImageNet-A, top-1", "imagenet_a", "top1", 13.8, None),
+    _of("ImageNet-C, mean error", "imagenet_c", "mean_error", 48.1, None),
+    _of("backgrounds: original, top-1", "in9", "original", 96.8, None),
+    _of("backgrounds: only foreground, top-1", "in9", "only_fg", 90.9, None),
+    _of("backgrounds: mixed same, top-1", "in9", "mixed_same", 89.7, None),
+    _of("backgrounds: mixed random, top-1", "in9", "mixed_rand", 81.7, None),
+    _of("backgrounds: mixed next, top-1", "in9", "mixed_next", 80.3, None),
+    _of("backgrounds: no foreground, top-1", "in9", "no_fg", 53.5, None),
+    _of("backgrounds: only background, black box, top-1", "in9", "only_bg_b", 22.7, None),
+    _of("backgrounds: only background, tiled, top-1", "in9", "only_bg_t", 17.4, None),
 )
 
 

@@ -21,7 +21,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
     "segment": ("evaluation.segment", (), "train and score segmentation (ADE20K)"),
     "detect": ("evaluation.detect", (), "train and score detection (COCO)"),
-    "robustness": ("evaluation.robustness.command", (), "ImageNet-A, -R, -C, occlusion, shuffling"),
+    "robustness": (
+        "evaluation.robustness.__main__",
+        (),
+        "ImageNet-A, -R, -C, occlusion, ...",
+    ),
     "davis": ("evaluation.matching.davis", (), "video object segmentation by label propagation"),
     "retrieve": ("evaluation.matching.landmarks", (), "landmarks of revisited Oxford and Paris"),
     "copies": ("evaluation.matching.copies", (), "copy detection on Copydays"),

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import Extraction, evaluating, normalized
-from ibeton.evaluation.photos import PhotoSet, center_view, view_batches
+from ibeton.evaluation.photos import (
+    PhotoSet,
+    View,
+    center_view,
+    evaluation_view,
+    view_batches,
+)
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
 from ibeton.progress import progress
 
@@ -104,11 +110,11 @@ def variant_candidates(
 
 
 def read_variant(
-    name: str, path: Path, size: int, classes: list[str]
+    name: str, path: Path, size: int, classes: list[str], view: View = evaluation_view
 ) -> tuple[PhotoSet, list[int]]:
     """The photos of ImageNet-"a" or "r", and the classes to choose from."""
     own = PhotoSet(path, size).classes
-    photos = PhotoSet(path, size, classes)
+    photos = PhotoSet(path, size, classes, view)
     return photos, variant_candidates(name, photos, own, classes)
 
 

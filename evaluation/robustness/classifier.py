@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibeton.evaluation.finetune.classifier import load_classifier as load_finetuned
 from ibeton.evaluation.frozen.features import tokens_of
 from ibeton.evaluation.networks import weights_digest
+from ibeton.evaluation.photos import View, bilinear_view, evaluation_view
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
 from ibeton.model.checkpoint.files import read_file
 
 IMAGENET = 1000  # classes
+VIEWS: dict[str, View] = {"bicubic": evaluation_view, "bilinear": bilinear_view}
 
 
 class ProbedBackbone(nn.Module):
@@ -44,6 +47,7 @@ class Classifier:
     num_classes: int
     size: int  # side of a view in pixels
     config: dict[str, Any]  # of the backbone
+    view: View = evaluation_view  # how photos of any size are cut
 
 
 def load_classifier(checkpoint: Path, head: Path | None, network: str) -> Classifier:
@@ -76,11 +80,10 @@ def _finetuned(checkpoint: Path, content: dict[str, Any]) -> Classifier:
             f"{checkpoint} holds a backbone without a classifier: give --head FILE, which"
             " ibeton linear --save-head FILE writes, or a checkpoint of ibeton finetune"
         )
-    from ibeton.evaluation.finetune.classifier import load_classifier as load_finetuned
-
     model, classes, settings = load_finetuned(checkpoint)
-    names = class_names(classes, len(classes))
-    return Classifier(model, names, len(classes), settings["image_size"], content["config"])
+    names, size = class_names(classes, len(classes)), settings["image_size"]
+    view = VIEWS[settings["test_interpolation"]]
+    return Classifier(model, names, len(classes), size, content["config"], view)
 
 
 def class_names(names: list[str], count: int) -> list[str]:

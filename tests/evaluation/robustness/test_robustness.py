@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 
 from ibeton.__main__ import main as ibeton
+from ibeton.evaluation.finetune.classifier import build_classifier, classifier_state
 from ibeton.evaluation.frozen.features import Extraction, normalized
-from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.photos import PhotoSet, bilinear_view
 from ibeton.evaluation.robustness.classifier import load_classifier
 from ibeton.evaluation.robustness.curves import Saliency, curve_scores, measure
+from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 
 FAST = ("--epochs", "30", "--lr", "0.1", "0.5", "--device", "cpu")
 
@@ -150,3 +152,25 @@ def test_a_head_is_kept_only_where_its_folder_is(checkpoint, folders, tmp_path, 
         ibeton([str(p) for p in ("linear", *sets, "--save-head", tmp_path / "no" / "head.pt")])
     assert stopped.value.code == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_a_fine_tuned_classifier_needs_no_head(checkpoint, folders, tmp_path):
+    content = load_checkpoint(checkpoint)
+    torch.manual_seed(0)
+    model = build_classifier(checkpoint, "teacher", 3)
+    saved = {
+        **classifier_state(model),
+        "ema": None,
+        "config": content["config"],
+        "finetune": {"image_size": 32, "test_interpolation": "bilinear"},
+        "classes": ["blue", "green", "red"],
+    }
+    save_checkpoint(tmp_path / "best.pt", saved)
+    assert ibeton(call(tmp_path / "best.pt", "--imagenet-r", folders[1])) == 0
+    report = json.loads((tmp_path / "best.robustness.imagenet_r.json").read_text())
+    photos = PhotoSet(folders[1], 32, view=bilinear_view)
+    images = normalized(torch.stack([photos[i][0] for i in range(len(photos))]), "cpu")
+    with torch.no_grad():
+        right = model.eval()(images).argmax(dim=1).numpy() == photos.labels
+    top1 = report["scores"]["teacher"]["imagenet_r"]["top1"]
+    assert top1 == pytest.approx(100 * right.mean())

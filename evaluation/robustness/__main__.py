@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _variant_job(judged: Classifier, name: str, path: Path, how: Extraction) -> Job:
-    photos, candidates = read_variant(name, path, judged.size, judged.classes)
+    photos, candidates = read_variant(name, path, judged.size, judged.classes, judged.view)
     key = f"imagenet_{name}"
 
     def job() -> dict[str, Scores]:
@@ -150,7 +150,7 @@ def _background_job(judged: Classifier, args: argparse.Namespace, how: Extractio
 def _damage_job(
     judged: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
 ) -> Job:
-    photos = PhotoSet(args.val, judged.size, judged.classes)
+    photos = PhotoSet(args.val, judged.size, judged.classes, judged.view)
     saliency = _saliency(judged, args, how, left_out)
     patch = judged.config["patch_size"]
 
