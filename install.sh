@@ -61,7 +61,7 @@ if [ ! -x "$VENV/bin/pip" ]; then
 fi
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install -q uv
 if [ "${1:-all}" = all ]; then
-    say "installing torch and the rest into $VENV (about 4 GB, a minute or more)"
+    say "installing torch and the rest into $VENV (about 9 GB, most of it CUDA libraries; a minute or more)"
     packages -e '.[dali,export,dense,dev]'
 fi
 install_ffcv

@@ -1,4 +1,4 @@
-"""Installation: `make setup` does it all; `pip install -e .[dali,export,dense,dev]` by hand.
+"""Installation: `make setup`, or by hand `pip install -e .[dali,export,dense,dev]`.
 
 Ranges stand here, the tested versions in constraints.txt. torch 2.10 is the newest PyPI release
 that carries V100 (sm_70) kernels, so constraints.txt pins it; newer ones work on newer GPUs.
@@ -36,8 +36,14 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
         # Weights for Hugging Face; timm brings what its own need.
         "export": ["transformers>=5"],
+        # Trackers that --log-to names.
+        "trackers": ["wandb>=0.19", "mlflow-skinny>=2.20"],
         # UperNet's head, and COCO's average precision.
         "dense": ["transformers>=5", "faster-coco-eval>=1.7"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11"],
+        # vos-benchmark: what J&F of videos is held against.
+        "dev": [
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11"),
+            "vos-benchmark>=0.1",
+        ],
     },
 )

@@ -33,10 +33,8 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
-from ibeton.pipeline.convert.converter import ConvertOptions, convert
-from ibeton.pipeline.store.beton import BetonReader
-from ibeton.pipeline.store.jpeg_walk import whole_jpeg_size
-from ibeton.pipeline.store.sources import Photo, open_source, read_bytes
+from ibeton.pipeline.convert import ConvertOptions, convert
+from ibeton.pipeline.store import BetonReader, Photo, open_source, read_bytes, whole_jpeg_size
 
 OURS, RAW, JPG, COPY = "ibeton, keep", "FFCV, raw (default)", "FFCV, jpg", "copy (floor)"
 

@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.optim import build_optimizer
 from ibeton.pipeline import PipelineConfig
-from ibeton.pipeline.batch import Decoded, DeviceCrops
-from ibeton.pipeline.crops.gpu import GpuCropper
-from ibeton.pipeline.loaders.gpu_stream import GpuFeed
-from ibeton.pipeline.sampling.draws import draw_batch, spec_table
-from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
-from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
+from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.gpu_stream import GpuCrops
+from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.sampling import MaskConfig, draw_batch, draw_masks, spec_table
+from ibeton.pipeline.store import BetonReader
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 8  # of a turn
@@ -53,16 +53,18 @@ class StoredPhotos:
         sizes = np.array([photo.nbytes for photo in photos])
         pixels = torch.from_numpy(np.concatenate([photo.reshape(-1) for photo in photos]))
         self.decoded = Decoded(
-            pixels=pixels.pin_memory() if pinned else pixels,
+            parts=[pixels.pin_memory() if pinned else pixels],
             offsets=np.cumsum(sizes) - sizes,
             heights=np.array([photo.shape[0] for photo in photos]),
             widths=np.array([photo.shape[1] for photo in photos]),
             indices=torch.arange(count),
         )
 
-    def photos(self, batches: np.ndarray) -> Iterator[Decoded]:
-        for _ in batches:
-            yield self.decoded
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
+        for plan in plans:
+            yield plan, self.decoded
 
     def close(self) -> None:
         pass
@@ -79,13 +81,25 @@ class Bench:
         self.steps = 1 if args.interpreted else STEPS
         self.reader = BetonReader(data)
         self.source = StoredPhotos(self.reader, args.batch_size, pinned=on_gpu)
-        look = (config.mean, config.std, self.device, torch.float32)
-        self.cropper = GpuCropper(config.views(), config.global_crops_number, *look)
-        feed = (self.source, config.views(), config.seed, self.cropper, self.device)
-        self.feed = GpuFeed(*feed)  # type: ignore[arg-type]  # anything that hands out photos
-        self.batches = np.arange(args.batch_size)[None].repeat(self.steps, axis=0)
+        context = LoaderContext(
+            data=data,
+            photos=self.reader,
+            views=config.views(),
+            global_views=config.global_crops_number,
+            batch_size=args.batch_size,
+            workers=1,
+            batches_ahead=config.batches_ahead,
+            seed=config.seed,
+            replacements=Replacements(self.reader, config.views(), config.seed),
+            device=self.device,
+            mean=config.mean,
+            std=config.std,
+        )
+        self.feed = GpuCrops(context, self.source)
+        self.cropper = self.feed.cropper
+        self.indices = np.arange(args.batch_size)
         self.model(args.arch)
-        self.resident = self.source.decoded.pixels.to(self.device)
+        self.resident = self.source.decoded.parts[0].to(self.device)
 
     def model(self, arch: str) -> None:
         config = self.config
@@ -106,7 +120,7 @@ class Bench:
         self.masks = torch.from_numpy(
             draw_masks(MaskConfig(), 0, 0, indices, views, (cells, cells))
         )
-        self.crops = next(iter(self.feed.batches(0, self.batches[:1])))
+        _, self.crops = next(self.feed.stream(iter([BatchPlan(0, self.indices)])))
 
     def step(self, crops: DeviceCrops) -> None:
         training_step(
@@ -125,27 +139,31 @@ class Bench:
 
     def copy(self) -> None:
         for _ in range(self.steps):
-            self.source.decoded.pixels.to(self.device, non_blocking=True)
+            self.source.decoded.parts[0].to(self.device, non_blocking=True)
 
     def cut(self) -> None:
         config, photos = self.config, self.source.decoded
         for number in range(self.steps):
             shapes = photos.heights, photos.widths
             draws = draw_batch(
-                spec_table(config.views()), config.seed, number, self.batches[0], *shapes
+                spec_table(config.views()), config.seed, number, self.indices, *shapes
             )
             self.cropper.cut(self.resident, photos.offsets, *shapes, draws)
 
     def feed_alone(self) -> None:
-        for _ in self.feed.batches(1, self.batches):
+        for _ in self.fed():
             pass
+
+    def fed(self) -> Iterator[DeviceCrops]:
+        plans = iter([BatchPlan(1, self.indices)] * self.steps)
+        return (crops for _, crops in self.feed.stream(plans))
 
     def step_alone(self) -> None:
         for _ in range(self.steps):
             self.step(self.crops)
 
     def both(self) -> None:
-        for crops in self.feed.batches(1, self.batches):
+        for crops in self.fed():
             self.step(crops)
 
     def nvjpeg(self) -> None:
@@ -255,7 +273,7 @@ def main() -> None:
     about = machine("torch", "triton", "torchvision")
     if not args.interpreted:
         about["processor"] = torch.cuda.get_device_name()
-    report(times, args.batch_size, bench.source.decoded.pixels.numel() / 1e9, console)
+    report(times, args.batch_size, bench.source.decoded.parts[0].numel() / 1e9, console)
     console.print(f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, in turns")
     if args.interpreted:
         console.print("by Triton's interpreter: these times say nothing about a GPU")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
-from ibeton.pipeline.sampling.masks import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
+from ibeton.pipeline.sampling import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
 
 VIEWS = 2
 # name, shape, patches of one side, ratio, ratio_var

@@ -6,7 +6,7 @@
 The baseline is `model.reference`, which the tests hold equal to the fast path. Both sides have the
 same weights, batch and precision; their rounds take turns in one process, so that a busy machine
 slows both. Memory is the peak above the idle process, on a CPU of a fresh process for each side.
-The last table takes one change away at a time. With --compile a third side has the blocks compiled.
+The last table takes one change away at a time.
 """
 
 import argparse
@@ -29,11 +29,9 @@ from ibeton.benchmarks.harness.measure import in_words, machine, spread
 from ibeton.benchmarks.harness.model_changes import CHANGES, without
 from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Clock, Side, Times
 from ibeton.model import ModelConfig
-from ibeton.model.ibot import compile_blocks
 from ibeton.training.timing.flops import flop_counter
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-WARM_UP = 3  # steps in which blocks are compiled, for each kind of shape
 
 
 def flops(side: Side, batch: Batch) -> float:
@@ -98,11 +96,7 @@ def model_config(args: argparse.Namespace) -> ModelConfig:
 
 def make_side(name: str, args: argparse.Namespace) -> Side:
     kind = Baseline if name == "baseline" else Side
-    side = kind(model_config(args), args.device, DTYPES[args.precision])
-    if name == "compiled":
-        compile_blocks(side.ibot.student.backbone)
-        compile_blocks(side.ibot.teacher.backbone)
-    return side
+    return kind(model_config(args), args.device, DTYPES[args.precision])
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
@@ -137,10 +131,6 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     steps: dict[str, Callable[[], Times]] = {
         name: functools.partial(side.step, batch) for name, side in sides.items()
     }
-    if args.compile:
-        steps["compiled"] = functools.partial(make_side("compiled", args).step, batch)
-        for _ in range(WARM_UP):
-            steps["compiled"]()
     dtype = DTYPES[args.precision]
     steps["peak"] = lambda: {"flops": peak_flops(args.device, dtype)}
     times = rounds(steps, args.rounds)
@@ -176,11 +166,6 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"ours: {share:.2f} of it",
     )
     console.print(table)
-    if args.compile:
-        gain, of_ours = ratio(ours, total(times["compiled"])), memory["compiled"] / memory["ours"]
-        console.print(
-            f"compiled: {spread(gain)} times as fast as ours, {of_ours:.2f} of its memory"
-        )
     return {"times": times, "flops": counts, "peak_flops": peak, "memory": memory}
 
 
@@ -226,7 +211,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--checkpoint-blocks", action="store_true", help="ours: less memory")
-    parser.add_argument("--compile", action="store_true", help="a third side: blocks compiled")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: torch's choice)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")

@@ -37,15 +37,12 @@ from ibeton.benchmarks.harness.measure import (
 )
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.pipeline import PipelineConfig, build_loader
-from ibeton.pipeline.batch import normalized
-from ibeton.pipeline.crops.cpu import cut_views
-from ibeton.pipeline.crops.reference import cut_views_reference
-from ibeton.pipeline.loader import dali_problem, ffcv_problem
-from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.sampling.draws import draw_views, stack_shape
-from ibeton.pipeline.sampling.order import epoch_order, rank_batches
-from ibeton.pipeline.store.beton import BetonReader
-from ibeton.pipeline.store.decode import decode_photo
+from ibeton.pipeline.batch import BatchPlan, normalized
+from ibeton.pipeline.crops import cut_views, cut_views_reference
+from ibeton.pipeline.loaders import LOADERS
+from ibeton.pipeline.sampling import draw_views, epoch_order, rank_batches, stack_shape
+from ibeton.pipeline.store import BetonReader, Decoder, decode_photo, is_beton
+from ibeton.workers import end_with_parent
 
 BATCH = 32  # of fewer, threads would wait for the one with the largest photos
 RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
@@ -76,13 +73,9 @@ class Bench:
         return self.images * 8 if total else 0
 
     def decode(self) -> int:
-        from ffcv.libffcv import imdecode
-
         for index in self.some(self.images):
-            height, width = int(self.reader.heights[index]), int(self.reader.widths[index])
-            out = np.empty((height, width, 3), np.uint8)
-            data = np.frombuffer(self.reader.photo_bytes(index), np.uint8)
-            imdecode(data, out, height, width, height, width, 0, 0, 1, 1, False, False)
+            sides = int(self.reader.heights[index]), int(self.reader.widths[index])
+            self.decoder.decode(self.reader.photo_bytes(index), *sides)
         return self.images
 
     def recipe(self) -> int:
@@ -112,40 +105,56 @@ class Bench:
         epochs = count()
 
         def side() -> int:
-            # An epoch of a few steps: nothing is made ready in the turns of the others.
             first_step = max(0, loader.steps_per_epoch - self.images * 4 // BATCH)
-            return sum(len(batch.indices) for batch in loader.epoch(next(epochs), first_step))
+            done = sum(len(batch.indices) for batch in loader.epoch(next(epochs), first_step))
+            loader.discard_ahead()  # or it would work in the turns of the others
+            return done
 
         return side
 
     def pixels_only(self) -> Side:
         """Packed pixels for croppers on a GPU."""
-        from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
+        from ibeton.pipeline.loaders.context import LoaderContext
+        from ibeton.pipeline.loaders.ffcv import FfcvPixels
+        from ibeton.pipeline.loaders.replacements import Replacements
 
         config = self.config
-        replacements = Replacements(self.reader, self.views, 0)
-        room = (BATCH, config.workers, config.batches_ahead)
-        source = FfcvPixels(config.data, *room, replacements, pinned=False)
-        self.stack.callback(source.close)
-        epochs = count()
+        context = LoaderContext(
+            data=config.data,
+            photos=self.reader,
+            views=self.views,
+            global_views=config.global_crops_number,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            batches_ahead=config.batches_ahead,
+            seed=config.seed,
+            replacements=Replacements(self.reader, self.views, config.seed),
+            device=torch.device("cpu"),
+            mean=config.mean,
+            std=config.std,
+        )
+        source, epochs = FfcvPixels(context, pinned=False), count()
 
         def side() -> int:
-            order = epoch_order(len(self.reader), 0, next(epochs))
+            epoch = next(epochs)
+            order = epoch_order(len(self.reader), config.seed, epoch)
             batches = rank_batches(order, BATCH, 0, 1)[: self.images * 4 // BATCH]
-            return sum(len(photos.offsets) for photos in source.photos(batches))
+            plans = (BatchPlan(epoch, indices) for indices in batches)
+            return sum(len(photos.offsets) for _, photos in source.stream(plans))
 
         return side
 
     def sides(self) -> dict[str, Side]:
         self.decoded = [self.reader.pixels(i) for i in range(min(64, len(self.reader)))]
         sides: dict[str, Side] = {"read bytes": self.read}
-        if not ffcv_problem():
+        if not LOADERS["ffcv"].problem():
+            self.decoder = Decoder()
             sides[LIMIT] = self.decode
         sides |= {RECIPE: self.recipe, "our crops of decoded photos": self.crops}
-        if not ffcv_problem():
+        if not LOADERS["ffcv"].problem():
             sides["ffcv: pixels for a GPU"] = self.pixels_only()
             sides["ffcv loader, crops on the CPU"] = self.loader("ffcv")
-        if not dali_problem():
+        if not LOADERS["dali"].problem():
             sides["dali loader, crops on the CPU"] = self.loader("dali")
         return sides
 
@@ -164,7 +173,7 @@ def measure(data: str, cores: list[int], images: int, rounds: int) -> dict[str, 
 
 def measured_apart(*arguments: Any) -> dict[str, list[float]]:
     """The same in a process of its own: thread pools keep the size that they began with."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
         return process.submit(measure, *arguments).result()
 
 
@@ -202,6 +211,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="write a bar chart to this PNG file")
     args = parser.parse_args()
+    if args.data and not is_beton(args.data):
+        parser.error(
+            f"--data {args.data} is not a .beton file; make one: python -m pipeline.convert"
+            f" {args.data} photos.beton"
+        )
     if args.images < BATCH or args.rounds < 2:
         parser.error(f"--images must be at least {BATCH} and --rounds at least 2")
 

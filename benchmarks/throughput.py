@@ -1,4 +1,4 @@
-"""How fast is it, where does the time go, what limits, what to change.
+"""Measures how fast training is, where the time goes, what limits it and what to change.
 
     python benchmarks/throughput.py                                    # works anywhere, in minutes
     python benchmarks/throughput.py --arch vit_s --data imagenet.beton   # or any option of train.py
@@ -7,9 +7,9 @@
     python benchmarks/throughput.py --compare before.json after.json
 
 Measures the loader alone, the model alone and both together, with the functions and the clock of
-train.py, in rounds that take turns; then the machine's own limits. Leaves throughput.json, .png and
-.html, which opens offline. Without --data it draws photos, and takes a ViT that suits the machine.
-Of several processes the figures are those of rank 0, and beside them a line a rank.
+train.py, in alternating rounds; then the machine's own limits. Writes throughput.json, .png and
+.html, which opens offline. Without --data it generates photos and takes a ViT that suits the
+machine. With several processes, the figures are rank 0's, with one line per rank below.
 """
 
 import argparse
@@ -47,12 +47,12 @@ from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdic
 from ibeton.training.timing.speed import Window, cores_a_process
 from ibeton.workers import cores
 
-# What is measured where nothing is asked for: on a CPU a small ViT, to be done in minutes.
+# Defaults without options: a small ViT on a CPU, so that it takes minutes.
 DEFAULTS = {
     "cpu": ["--arch", "vit_t", "--batch-size", "2"],
     "cuda": ["--arch", "vit_s", "--batch-size", "64"],
 }
-PHOTOS = {"cpu": 10, "cuda": 320}  # drawn of each of ten classes
+PHOTOS = {"cpu": 10, "cuda": 320}  # synthetic ones per class, of ten classes
 
 
 def measure(arguments: list[str], rounds: int, steps: int, baseline: bool) -> dict[str, Any] | None:
@@ -87,8 +87,8 @@ def leave(run: Run) -> None:
 
 
 def of_ranks(bench: Bench) -> list[dict[str, float]]:
-    """Milliseconds a step of every part, loader and model together, by rank; empty for one process.
-    All ranks must ask."""
+    """Milliseconds per step of every part, loader and model together, by rank; empty for one
+    process. All ranks must ask."""
     if bench.run.world_size == 1:
         return []
     windows = bench.windows[BOTH]
@@ -106,7 +106,8 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
     run, windows = bench.run, bench.windows
     config = run.config.pipeline
     workers, at_hand = config.workers or cores(), cores_a_process(cores())
-    room = LoaderResources(run.loader.kind, workers, at_hand, run.device.type == "cuda")
+    on_gpu, per_epoch = run.device.type == "cuda", run.loader.steps_per_epoch
+    room = LoaderResources(run.loader.kind, workers, at_hand, on_gpu, per_epoch)
     ranks = of_ranks(bench)
     best = Peaks(*map(max, zip(*map(dataclasses.astuple, peaks), strict=True)))
     lowest = floors(demand, best, room.workers)
@@ -119,7 +120,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
             "arch": run.config.model.arch,
             "device": run.device.type,
             "precision": run.precision,
-            "loader": run.loader.kind,
+            "loader": run.loader.kind.name,
             "batch_size": bench.images,
             "processes": run.world_size,
             "workers": room.workers,
@@ -143,6 +144,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
             }
             for name, work_done in windows[LOADER][0].stage_work.items()
         },
+        "middle_round": middle_round(windows[BOTH]),
         "ranks": ranks,
         "floor_ms": {name: 1000 * seconds for name, seconds in lowest.items()},
         "peaks": dataclasses.asdict(best),
@@ -170,12 +172,20 @@ def clock_cost(bench: Bench) -> dict[str, Any]:
     return {"us_a_stage": 1e6 * seconds, "share_of_step": share}
 
 
+def middle_round(windows: list[Window]) -> int:
+    """The round with the median rate. Its stages add up to its step, so table and verdict speak of
+    it and agree."""
+    order = sorted(range(len(windows)), key=lambda i: windows[i].images_per_s)
+    return order[len(order) // 2]
+
+
 def sentences(
     windows: dict[str, list[Window]], room: LoaderResources, lowest: dict[str, float]
 ) -> list[str]:
     """What limits, what changing it would bring, and how far from the best the two together are."""
     rate = {name: statistics.median(w.images_per_s for w in side) for name, side in windows.items()}
-    middle = sorted(windows[BOTH], key=lambda window: window.images_per_s)[len(windows[BOTH]) // 2]
+    middle = windows[BOTH][middle_round(windows[BOTH])]
+    rate[BOTH] = middle.images_per_s
     least = min((LOADER, MODEL), key=lambda name: rate[name])
     said = [sentence(verdict(middle, room, lowest).text)]
     said.append(
@@ -186,8 +196,8 @@ def sentences(
     if not room.on_gpu:
         shared = 1 / (1 / rate[LOADER] + 1 / rate[MODEL])
         said.append(
-            "Loader and model share the cores of this machine; one after the other they would give"
-            f" {shared:.4g}."
+            "Loader and model share the cores of this machine; run one after the other they would"
+            f" give {shared:.4g}."
         )
     return said
 
@@ -196,7 +206,7 @@ def rank_sentences(windows: dict[str, list[Window]], ranks: list[dict[str, float
     """What all ranks do together, and which of them the others wait for."""
     if not ranks:
         return []
-    together = len(ranks) * statistics.median(w.images_per_s for w in windows[BOTH])
+    together = len(ranks) * windows[BOTH][middle_round(windows[BOTH])].images_per_s
     line = rank_line(ranks) or "no rank is slower than the others"
     return [
         f"That is rank 0; {len(ranks)} processes give {together:.4g} images/s.",
@@ -217,11 +227,13 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         epilog="All other options are those of train.py, see `python train.py --help`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=0, help="steps of a turn (0: 1, on GPUs 20)")
-    parser.add_argument("--baseline", action="store_true", help="published loader, plain model too")
+    parser.add_argument("--rounds", type=int, default=5, help="turns per side")
+    parser.add_argument("--steps", type=int, default=0, help="steps per turn (0: 1, on GPUs 20)")
+    parser.add_argument(
+        "--baseline", action="store_true", help="also the published loader and the plain model"
+    )
     parser.add_argument("--report", type=Path, default=Path("runs/throughput"), help="folder")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="measure nothing")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="compare two reports")
     own, rest = parser.parse_known_args(given)
     if own.rounds < 1 or own.steps < 0:
         parser.error("--rounds must be at least 1 and --steps not negative")
@@ -231,7 +243,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(given: list[str] | None = None) -> int:
     """0, 2 for bad input, 1 for a failure on the way."""
     own, rest = arguments(given)
-    console = Console(width=110, highlight=False)
+    console = Console(highlight=False, markup=False)
 
     def act() -> int:
         if own.compare:

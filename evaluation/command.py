@@ -6,9 +6,7 @@ features together; rank 0 does the rest.
 """
 
 import argparse
-import datetime
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ibeton.atomic import write_text
+from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import PRECISIONS, Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained
 from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.score_format import score_text
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser
 
@@ -43,6 +44,7 @@ class Task:
     how: Extraction
     backbone: nn.Module
     train_photos: PhotoSet
+    network: str = "teacher"  # or "student", or "untrained"
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,23 @@ class Protocol:
 def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
     parser = Parser(prog=f"python -m evaluation.{name}", description=about)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="checkpoint that train.py wrote")
+    add_checkpoint_options(parser)
+    add("--batch-size", type=int, default=128, help="images at a time")
     add("--train", required=True, help="labelled photos to learn from: folder, tar or .beton")
     add("--val", required=True, help="labelled photos to be judged by: folder, tar or .beton")
-    add("--network", choices=("teacher", "student"), default="teacher")
     add("--untrained", action="store_true", help="also the same network before any training")
     add("--image-size", type=int, help="side of a view (default: as the model was built for)")
-    add("--batch-size", type=int, default=128, help="images at a time")
+    add("--cache", type=Path, help="folder for features (default: features beside the checkpoint)")
+    for add_options in dict.fromkeys(one for protocol in protocols for one in protocol.options):
+        add_options(parser)
+    return parser
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """What every command on a backbone asks: which network, how to compute, where scores go."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="checkpoint that train.py wrote")
+    add("--network", choices=("teacher", "student"), default="teacher")
     add("--workers", type=int, default=0, help="threads that decode (0: one a core)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add(
@@ -76,22 +88,28 @@ def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
         default="auto",
         help="of the forward pass; auto: fp16 on a GPU, fp32 on a CPU",
     )
-    add("--cache", type=Path, help="folder for features (default: features beside the checkpoint)")
     add("--json", type=Path, help="file for the scores (default: beside the checkpoint)")
-    for add_options in dict.fromkeys(one for protocol in protocols for one in protocol.options):
-        add_options(parser)
-    return parser
+
+
+def extraction_of(args: argparse.Namespace) -> Extraction:
+    """How the command line wants features computed; under torchrun the group is joined. Raises
+    ValueError, naming the option, for values that cannot work."""
+    device = join_processes(args.device)[0]
+    batch_size = getattr(args, "batch_size", 1)  # what takes images one by one has no such option
+    if batch_size < 1 or args.workers < 0:
+        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+    how = Extraction(device, batch_size, args.workers, args.precision)
+    how.dtype()  # refuses a precision that the device lacks
+    if args.json is not None and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: there is no folder {args.json.parent}")
+    return how
 
 
 def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, Any]:
     """Everything that the command line asks for; "scores" holds {network: {protocol: scores}},
     which are there on rank 0 alone. Of several protocols, one that does not fit the network is
     left out, and "left_out" says why. Raises ValueError or OSError with a sentence for the user."""
-    device = join_processes(args.device)
-    if args.batch_size < 1 or args.workers < 0:
-        raise ValueError("--batch-size must be at least 1 and --workers at least 0")
-    how = Extraction(device, args.batch_size, args.workers, args.precision)
-    how.dtype()  # what cannot be is refused before anything is read
+    how = extraction_of(args)
     for check in dict.fromkeys(one for protocol in protocols for one in protocol.checks):
         check(args)
     backbone, head, config = load_with_head(args.checkpoint, args.network)
@@ -101,11 +119,16 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     size = args.image_size or config["image_size"]
     train = PhotoSet(args.train, size)
     val = PhotoSet(args.val, size, train.classes)
+    if max(train.num_classes, val.num_classes) < 2:
+        raise ValueError(
+            f"--train {args.train} and --val {args.val} have one class, of which every prediction"
+            " is right: give photos of two classes or more"
+        )
     names, left_out = _needs(protocols, config)
     fitting = [protocol for protocol in protocols if protocol.name not in left_out]
     # All features come first: no rank waits for the arithmetic of rank 0.
     tasks = {
-        column: _task(args, how, config, parts, (train, val), names)
+        column: _task(args, how, config, column, parts, (train, val), names)
         for column, parts in networks.items()
     }
     scores: dict[str, dict[str, Scores]] = {}
@@ -115,7 +138,8 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     given: dict[str, Any] = {
         name: str(getattr(args, name)) for name in ("checkpoint", "train", "val", "precision")
     }
-    given |= {"network": args.network, "image_size": size, "left_out": left_out}
+    given |= {"network": args.network, "arch": config["arch"], "image_size": size}
+    given |= {"left_out": left_out}
     return {**given, "scores": scores}
 
 
@@ -139,6 +163,7 @@ def _task(
     args: argparse.Namespace,
     how: Extraction,
     config: dict[str, Any],
+    network: str,
     parts: tuple[nn.Module, IBOTHead | None],
     photos: tuple[PhotoSet, PhotoSet],
     names: set[str],
@@ -153,22 +178,7 @@ def _task(
         cached_features(folder, backbone, config, one, sorted(names), how, head) for one in photos
     )
     classes = max(one.num_classes for one in photos)
-    return Task(train, val, classes, args, config, how, backbone, photos[0])
-
-
-def join_processes(name: str) -> torch.device:
-    """The device of that name; under torchrun this rank's, and the group is joined."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is usable here; give --device cpu")
-    device = torch.device(name)
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # Ranks wait for each other at the end of an extraction only.
-        patience = datetime.timedelta(hours=2)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return device
+    return Task(train, val, classes, args, config, how, backbone, photos[0], network)
 
 
 def command(
@@ -187,9 +197,11 @@ def command(
         if report["scores"]:
             path = args.json or args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
             write_json(report, path)
-            console = Console(width=None if sys.stdout.isatty() else 100)
-            console.print(table(report, name))
-            print(markdown(report, protocols))
+            fitting = [one for one in protocols if one.name not in report["left_out"]]
+            headlines = [(one.name, score) for one in fitting for score in one.headlines]
+            show_scores(
+                report["scores"], f"{name}: {report['val']} by {report['train']}", headlines
+            )
             for protocol, reason in report["left_out"].items():
                 print(f"left out: {protocol}: {reason}")
     except (ValueError, OSError) as error:
@@ -202,18 +214,23 @@ def command(
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write the file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
-def table(report: dict[str, Any], name: str) -> Table:
-    """One row a score, one column a network."""
-    columns = report["scores"]
-    out = Table(title=f"{name}: {report['val']} by {report['train']}")
+Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
+
+
+def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]]) -> None:
+    """Print all scores as a table, then the headlines (protocol, score) as Markdown."""
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    print(title)  # not the table's own title, which would be wrapped to its width
+    console.print(table(scores))
+    print(markdown(scores, headlines))
+
+
+def table(columns: Columns) -> Table:
+    """One row per score, one column per network."""
+    out = Table()
     for heading in ("protocol", "score"):
         out.add_column(heading)
     for column in columns:
@@ -221,17 +238,14 @@ def table(report: dict[str, Any], name: str) -> Table:
     first = next(iter(columns.values()))
     for protocol, scores in first.items():
         for score in scores:
-            values = [f"{of[protocol][score]:.4g}" for of in columns.values()]
+            values = [score_text(score, of[protocol][score]) for of in columns.values()]
             out.add_row(protocol, score, *values)
         out.add_section()
     return out
 
 
-def markdown(report: dict[str, Any], protocols: Sequence[Protocol]) -> str:
-    """A table for a README: the headlines of each protocol, a line for each network."""
-    columns = report["scores"]
-    fitting = [protocol for protocol in protocols if protocol.name not in report["left_out"]]
-    headlines = [(protocol.name, score) for protocol in fitting for score in protocol.headlines]
+def markdown(columns: Columns, headlines: Sequence[tuple[str, str]]) -> str:
+    """A table for a README: the headlines (protocol, score), a line for each network."""
     headings = [f"{name} {score}" for name, score in headlines]
     lines = [f"| network | {' | '.join(headings)} |", "| --- " * (1 + len(headings)) + "|"]
     for column, by_protocol in columns.items():

@@ -1,5 +1,6 @@
 """The networks that an evaluation compares: a checkpoint's, and the same before any training."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,12 @@ def untrained(config: dict[str, Any], seed: int = 0) -> tuple[nn.Module, IBOTHea
         torch.manual_seed(seed)
         network = build_network(fill(ModelConfig, config), is_student=False).eval()
     return network.backbone, network.head
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Sixteen hexadecimal digits that tell a module's weights from any others, on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

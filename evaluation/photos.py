@@ -11,28 +11,31 @@ and to send every view through a pipe.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import open_photos
+from ibeton.pipeline.store import UnreadablePhoto, open_photos
 from ibeton.workers import cores
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
 _JOB = 8  # photos that a thread takes at a time
 _AHEAD = 3  # batches that are being decoded or ready
 
+View = Callable[[Image.Image, int], Tensor]  # photo, side -> uint8 [3, side, side]
 Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
 
 
-def evaluation_view(image: Image.Image, size: int) -> Tensor:
+def evaluation_view(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Tensor:
     """The published evaluation view scaled to `size`: shorter side to 256, center 224 at size 224.
 
     uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
@@ -41,8 +44,25 @@ def evaluation_view(image: Image.Image, size: int) -> Tensor:
     shorter = round(size * 256 / 224)
     sides = [shorter * side // min(image.size) for side in image.size]  # width, height
     left, top = (round((side - size) / 2) for side in sides)
-    resized = image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    resized = image.resize((sides[0], sides[1]), resample)
     return _planes(resized.crop((left, top, left + size, top + size)))
+
+
+def bilinear_view(image: Image.Image, size: int) -> Tensor:
+    """The evaluation view, resized bilinearly, uint8 [3, size, size]."""
+    return evaluation_view(image, size, Image.Resampling.BILINEAR)
+
+
+def center_view(image: Image.Image, size: int) -> Tensor:
+    """The center of a photo as it is, not resized, uint8 [3, size, size]; black where it ends
+    before (torchvision's CenterCrop)."""
+    left, top = (round((side - size) / 2) for side in image.size)
+    return _planes(image.crop((left, top, left + size, top + size)))
+
+
+def square_view(image: Image.Image, size: int) -> Tensor:
+    """The whole photo, squeezed to a square, uint8 [3, size, size]."""
+    return _planes(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def random_view(image: Image.Image, size: int, epoch: int, index: int) -> Tensor:
@@ -65,25 +85,34 @@ def _planes(image: Image.Image) -> Tensor:
 
 
 class PhotoSet:
-    """The labelled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views.
+    """The labelled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views,
+    or as `view` cuts them.
 
     `classes`: number the labels by these names (the training set's) instead of the set's own order.
     Sets that carry no names go by number. An unreadable photo is an item without image.
+    `labelled` False: photos need no class.
 
     Raises ValueError for a set without photos, with unlabelled photos, or with classes that
     `classes` lacks; FileNotFoundError for a missing path.
     """
 
-    def __init__(self, path: str | Path, size: int = 224, classes: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        size: int = 224,
+        classes: list[str] | None = None,
+        view: View = evaluation_view,
+        labelled: bool = True,
+    ) -> None:
         if size < 1:
             raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
-        self.path, self.size = Path(path), size
+        self.path, self.size, self.view = Path(path), size, view
         self._photos = open_photos(path)
         self.classes = list(self._photos.classes)
         self.labels = np.asarray(self._photos.labels, dtype=np.int64)
         if not len(self.labels):
             raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
-        if self.labels.min() < 0:
+        if labelled and self.labels.min() < 0:
             raise ValueError(
                 f"{path} holds {(self.labels < 0).sum()} photos without a class; "
                 "sort them into one folder a class"
@@ -120,8 +149,12 @@ class PhotoSet:
         except UnreadablePhoto as reason:
             return None, label, f"{self._photos.name(index)}: {reason}"
         if epoch is None:
-            return evaluation_view(image, self.size), label, ""
+            return self.view(image, self.size), label, ""
         return random_view(image, self.size, epoch, index), label, ""
+
+    def name(self, index: int) -> str:
+        """What to call a photo: its path below the set."""
+        return self._photos.name(index)
 
     def fingerprint(self) -> str:
         """A name for the photos' contents and order that changes with every write to any of them.
@@ -129,7 +162,7 @@ class PhotoSet:
         It is made of names, sizes, inodes and times. The time of the last change (ctime) is the
         kernel's own and cannot be set back, so that no byte has to be read.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.view.__name__.encode())
         if self.path.is_file():
             digest.update(_state_of(str(self.path)))
             return digest.hexdigest()
@@ -157,8 +190,16 @@ class ViewBatch:
     unreadable: list[str]  # the names of those left out, with reasons
 
 
+class Views(Protocol):
+    """What `view_batches` decodes: views of one size by the photo's number."""
+
+    size: int
+
+    def sample(self, index: int, epoch: int | None = None) -> Sample: ...
+
+
 def view_batches(
-    photos: PhotoSet,
+    photos: Views,
     indices: Sequence[int] | np.ndarray,
     batch_size: int,
     threads: int = 0,

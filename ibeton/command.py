@@ -1,11 +1,12 @@
-"""How the commands of this package end: one sentence and an exit status, whatever happens."""
+"""How commands end: one sentence and an exit status, whatever happens."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any, TextIO
 
-# What a user can put right by another option or file. FileExistsError and the like are OSErrors,
-# of which the others are failures on the way.
+# What a user can fix with another option or file. Other OSErrors are failures during the work.
 _BAD_INPUT = (
     ValueError,
     FileNotFoundError,
@@ -15,15 +16,20 @@ _BAD_INPUT = (
 )
 
 
+class Failure(RuntimeError):
+    """Work cannot continue, for a reason that its message explains in a sentence."""
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def run_command(action: Callable[[], int], writes: bool = True) -> int:
-    """Run `action` and return its exit status, or 2 for bad input, 1 for a failure on the way and
-    130 for an interrupt (SIGTERM counts as one). `writes`: what `action` raises adds that nothing
-    was written; one that keeps a part speaks for itself."""
+    """Run `action` and return its exit status, or 2 for bad input, 1 for a failure during the work
+    and 130 for an interrupt (SIGTERM included). `writes`: add to failures that nothing was written;
+    give False for actions that keep a part."""
     signal.signal(signal.SIGTERM, _interrupt)
+    protect_output()
     try:
         return action()
     except _BAD_INPUT as error:
@@ -35,3 +41,45 @@ def run_command(action: Callable[[], int], writes: bool = True) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def protect_output() -> None:
+    """Let nothing that stdout or stderr cannot take end a command: characters that their encoding
+    lacks are escaped, and after a failed write (full disk, closed pipe) the rest is dropped. What
+    was done decides the exit status, not what was printed of it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Protected(stream))
+
+
+class _Protected:
+    """A text stream whose writes do not raise OSError."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        """Send what is still buffered, and all that follows, nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if not isinstance(error, BrokenPipeError) and self._stream is sys.__stdout__:
+            print(f"output is lost from here on: {error}", file=sys.stderr)

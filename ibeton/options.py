@@ -1,23 +1,32 @@
 """Settings as dataclasses, and the command line that is made from them.
 
 Each folder keeps its settings in one dataclass whose fields carry their own help, so help, defaults
-and the saved configuration cannot disagree. A name that stands in two dataclasses (patch_size, say)
+and the saved configuration cannot disagree. A name that occurs in two dataclasses (patch_size, say)
 is one option with one value.
 """
 
 import argparse
 import dataclasses
+import math
+import os
 import sys
 import typing
+from collections.abc import Iterable
 from dataclasses import field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from ibeton.published_names import nearest_option, nearest_value
+
 Settings = TypeVar("Settings")
+_SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that carries its help text and, where it has them, its choices."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, path: bool = False
+) -> Any:
+    """A dataclass field with its help text, its choices if any, and whether it names a path."""
+    return field(default=default, metadata={"help": help, "choices": choices, "path": path})
 
 
 def flag(name: str) -> str:
@@ -25,22 +34,98 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def expand(path: str) -> str:
+    """`path` with a leading ~ or ~user replaced by the home folder."""
+    return os.path.expanduser(path)
+
+
+def finite(text: str) -> float:
+    """A float that is neither infinite nor NaN."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, with exit status 2. Run as a subcommand of
-    `ibeton`, it calls itself by that."""
+    """An argument parser that reports every mistake of a command line at once, one sentence each,
+    with exit status 2, and suggests the nearest option or value. Options are not abbreviated, `~`
+    is expanded in paths (`type=Path` or `type=expand`), and floats must be finite. As a subcommand
+    of `ibeton` it goes by that name."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         if sys.argv[0].startswith("ibeton "):
             settings["prog"] = sys.argv[0]
+        settings.setdefault("allow_abbrev", False)
         super().__init__(*args, **settings)
+        self.register("type", Path, lambda text: Path(text).expanduser())
+        self.register("type", float, finite)
+        self.register("type", None, expand)
+        self._problems: list[str] = []
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, f"error: {message}\n")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; unknown options are errors."""
+        found, unknown = self.parse_known_args(args, namespace)
+        known = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known += [
+                    name for sub in action.choices.values() for name in sub._option_string_actions
+                ]
+        options = [word for word in unknown if word.startswith("-")]
+        self._problems += [nearest_option(word, known) for word in options or unknown]
+        self._report()
+        return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; unknown options are returned."""
+        words = self._plain_switches(list(sys.argv[1:] if args is None else args))
+        found = super().parse_known_args(words, namespace)
+        self._report()
+        return found
+
+    def _plain_switches(self, words: list[str]) -> list[str]:
+        """`--name true` and `--name false`, as the published trainers have them, as `--name` and
+        `--no-name`."""
+        plain: list[str] = []
+        for word in words:
+            before = plain[-1] if plain else ""
+            switch = isinstance(
+                self._option_string_actions.get(before), argparse.BooleanOptionalAction
+            )
+            if not switch or before.startswith("--no-") or word.lower() not in _SWITCH:
+                plain.append(word)
+            elif not _SWITCH[word.lower()]:
+                plain[-1] = f"--no-{before[2:]}"
+        return plain
+
+    def _report(self) -> None:
+        problems, self._problems = self._problems, []
+        if problems:
+            self.error("\nerror: ".join(problems))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            if action.nargs in (argparse.PARSER, argparse.REMAINDER):
+                raise
+            name = action.option_strings[0] if action.option_strings else action.dest
+            self._problems.append(f"{name}: {error.message}")
+            return None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, nearest_value(str(value), choices))
+
 
 def add_options(parser: argparse.ArgumentParser, *settings: type) -> None:
-    """Add one option a field. What is not given on the command line stays out of the namespace, so
-    that a preset can come between the defaults and the user."""
+    """Add one option per field. What is not given on the command line stays out of the namespace,
+    so that a preset can come between the defaults and the user."""
     seen: set[str] = set()
     for cls in settings:
         group = parser.add_argument_group((cls.__doc__ or cls.__name__).split(".")[0])
@@ -67,12 +152,12 @@ def _add_option(group: Any, item: dataclasses.Field, hint: Any) -> None:
         hint = kinds[0]
     if item.metadata.get("choices"):
         arguments["choices"] = item.metadata["choices"]
-    group.add_argument(*names, type=hint, **arguments)
+    group.add_argument(*names, type=expand if item.metadata["path"] else hint, **arguments)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(str(v) for v in value)
+        return " ".join(str(v) for v in value) or "none"
     return "none" if value == "" else str(value)
 
 
@@ -82,3 +167,46 @@ def fill(cls: type[Settings], values: dict[str, Any]) -> Settings:
     return cls(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
     )
+
+
+def wrong_types(values: dict[str, Any], *settings: type) -> list[str]:
+    """A sentence for each of `values` whose type is not its field's, or that is not finite. An
+    integer counts as a float."""
+    found = {}
+    for cls in settings:
+        hints = typing.get_type_hints(cls)
+        for name in set(values) & set(hints):
+            if not _is_of(values[name], hints[name]):
+                found[name] = f"{flag(name)} {values[name]!r}: expected {_in_words(hints[name])}"
+    return [found[name] for name in values if name in found]
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, list | tuple):
+            return False
+        return all(_is_of(v, kinds[0]) for v in value) and (
+            kinds[-1] is Ellipsis or len(value) == len(kinds)
+        )
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return type(value) is hint
+
+
+def _in_words(hint: Any) -> str:
+    if typing.get_origin(hint) is not tuple:
+        return {float: "a finite number", int: "an integer", bool: "true or false"}.get(
+            hint, "a string"
+        )
+    kinds = typing.get_args(hint)
+    kind = {float: "finite numbers", int: "integers"}.get(kinds[0], "strings")
+    return kind if kinds[-1] is Ellipsis else f"{len(kinds)} {kind}"
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise one ValueError for all of `problems`, if there are any. Printed after "error: ", it is
+    one line per problem."""
+    if problems := list(dict.fromkeys(problems)):
+        raise ValueError("\nerror: ".join(problems))

@@ -1,5 +1,6 @@
-"""How far, how fast, how long still: a bar on a terminal, a plain line now and then elsewhere."""
+"""What a command is doing: a line at start-up, then a bar on a terminal, lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,18 +9,25 @@ from contextlib import contextmanager
 _LINE_EVERY_S = 30.0
 
 
+def announce(what: str) -> None:
+    """Say what is being done, on the first process of a group; not where only help is wanted."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" and not {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress over `total` photos on stderr; yields `advance(count)`."""
+def progress(what: str, total: int, unit: str = "photos") -> Iterator[Callable[[int], None]]:
+    """Show progress over `total` photos, or other units, on stderr; yields `advance(count)`."""
     if sys.stderr.isatty():
-        with _bar(what, total) as advance:
+        with _bar(what, total, unit) as advance:
             yield advance
     else:
-        yield _lines(what, total)
+        yield _lines(what, total, unit)
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -34,7 +42,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:.0f} photos/s")
+            return Text(f"{task.speed or 0:.0f} {unit}/s")
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
@@ -42,7 +50,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: shown.advance(task, count)
 
 
-def _lines(what: str, total: int) -> Callable[[int], None]:
+def _lines(what: str, total: int, unit: str) -> Callable[[int], None]:
     started = said = time.monotonic()
     done = 0
 
@@ -54,7 +62,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
             said, rate = now, done / (now - started)
             left = (total - done) / rate
             print(
-                f"{what} {done:,} of {total:,} photos, {rate:.0f} photos/s, {left:.0f} s left",
+                f"{what} {done:,} of {total:,} {unit}, {rate:.0f} {unit}/s, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -8,6 +8,8 @@ parts add up to the step. And what the loader's threads, processes and streams p
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 STAGES = (
     *("read", "decode", "copy", "crop", "mask"),
     *("teacher", "student", "loss", "backward", "optimizer", "ema", "comm"),
+    "graph",  # the stages above from teacher to ema, replayed as a CUDA graph, as one
 )
 WAIT, OTHER = "wait", "other"  # standing still for a batch; what no stage is named for
 PARTS = (WAIT, *STAGES, OTHER)
@@ -104,6 +107,17 @@ def use(clock: StageClock | None) -> None:
     """Let `stage` report to `clock` from now on, or to none."""
     global _clock
     _clock = clock
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Inside, no stage is marked: a CUDA graph being captured cannot record marks."""
+    before = _clock
+    use(None)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 class stage:

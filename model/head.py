@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from ibeton.model.backbones.blocks import init_linear
 from ibeton.model.config import ModelConfig
+from ibeton.model.kernels.bias_gelu import bias_gelu
+from ibeton.model.kernels.half_weights import half_linear
+from ibeton.model.kernels.launch import kernels_run_on
 
 
 class WeightNormLinear(nn.Module):
@@ -65,9 +68,23 @@ class IBOTHead(nn.Module):
     def bottleneck(self, x: Tensor) -> Tensor:
         """Tokens [..., C] -> unit vectors [..., bottleneck_dim], float32 at least."""
         # Batch norm wants one long list of tokens: its statistics run over images and tokens.
-        x = self.mlp(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)
+        rows = self._fused_mlp(rows) if self._can_fuse(rows) else self.mlp(rows)
+        x = rows.unflatten(0, x.shape[:-1])
         # The squares leave the range of fp16.
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether linear layers and GELUs alternate, on a device that runs the Triton kernels."""
+        kinds = (nn.Linear, nn.GELU)
+        return kernels_run_on(x) and all(type(m) is kinds[i % 2] for i, m in enumerate(self.mlp))
+
+    def _fused_mlp(self, x: Tensor) -> Tensor:
+        """`mlp` with biases and GELUs in one pass each."""
+        *hidden, last = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
+        for layer in hidden:
+            x = bias_gelu(half_linear(x, layer.weight), layer.bias)
+        return half_linear(x, last.weight, last.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, 1 + N, C], class token first -> class [B, K] and patch logits [B, N, K2]."""

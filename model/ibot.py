@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.head import IBOTHead
+from ibeton.model.kernels.half_weights import HalfWeights
 from ibeton.model.loss import IBOTLoss
-from ibeton.model.masking import masked_patches
+from ibeton.model.masking import MaskedPatches, masked_patches
 from ibeton.model.network import Logits, Network
+from ibeton.model.optim import fused_sgd
 from ibeton.stages import rest_is, stage
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class IBOT(nn.Module):
         self.loss = loss
         self.micro_steps = micro_steps
         self.__dict__["student_call"] = student
+        self.half_weights = HalfWeights([student, teacher])
         self.teacher.requires_grad_(False)
         self.copy_student_to_teacher()
 
@@ -82,21 +85,26 @@ class IBOT(nn.Module):
         local_crops: Tensor | None,  # [L, B, 3, s, s]
         masks: Tensor,  # bool [V, B, h, w], True = masked for the student; best on the CPU
         epoch: int,
+        patches: MaskedPatches | None = None,
+        temps: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss and batch means [K + K2], see `IBOTLoss.forward`. The teacher sees
         global views, unmasked.
 
-        Nothing here waits for the device, if `masks` come on the CPU. The caller gives the means to
+        The host does not wait for the device if `masks` are on the CPU, or if `patches`, those of
+        `masks`, are given. `temps`: see `IBOTLoss.forward`. The caller gives the means to
         `loss.update_centers`, once per step.
         """
-        patches = masked_patches(masks, global_crops.device)
+        if patches is None:
+            patches = masked_patches(masks, global_crops.device)
         masks = masks.to(global_crops.device, non_blocking=True)
-        with stage("teacher"), torch.no_grad():
-            teacher = self.teacher.targets(global_crops, patches.places)
-        with stage("student"):
-            student = self.student_call(global_crops, local_crops, masks, patches.places)
+        with self.half_weights.fresh(global_crops):
+            with stage("teacher"), torch.no_grad():
+                teacher = self.teacher.targets(global_crops, patches.places)
+            with stage("student"):
+                student = self.student_call(global_crops, local_crops, masks, patches.places)
         with stage("loss"):
-            return self.loss(student, teacher, patches, epoch)
+            return self.loss(student, teacher, patches, epoch, temps)
 
     def without_reduction(self) -> AbstractContextManager[None]:
         """Gradients of what runs in it stay on this rank until the next backward outside it."""
@@ -106,27 +114,24 @@ class IBOT(nn.Module):
         return nullcontext()
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float, skipped: Tensor | None = None) -> None:
+    def update_teacher(self, momentum: float | Tensor, skipped: Tensor | None = None) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, after the optimizer's step, for
-        the parameters that both have by name; buffers stay (published code). Where `skipped`, a
-        bool on the device, is true, the teacher stays too."""
+        the parameters that both have by name; buffers stay (published code). `momentum` may be a
+        float64 scalar on the device. If `skipped`, a bool on the device, is true, nothing
+        changes."""
+        rate = 1 - momentum
         student = dict(self.student.named_parameters())
         teacher = {name: p for name, p in self.teacher.named_parameters() if name in student}
         matching: list[Tensor] = [student[name] for name in teacher]
-        # A step of SGD with "gradient" teacher - student: the one update of lists that can be told
-        # on the device not to happen. Its numbers are `torch.lerp`'s.
-        torch._fused_sgd_(
+        # A step of SGD with gradient teacher - student: the one update of lists that can be skipped
+        # on the device. Its results are those of `torch.lerp`.
+        fused_sgd(
             list(teacher.values()),
-            matching,  # negated by `maximize`
-            [],
-            weight_decay=1.0,
-            momentum=0.0,
-            lr=1 - momentum,
-            dampening=0.0,
-            nesterov=False,
+            matching,
+            rate.float() if isinstance(rate, Tensor) else rate,
+            None if skipped is None else skipped.float(),
+            decay=1.0,
             maximize=True,
-            is_first_step=False,
-            found_inf=None if skipped is None else skipped.float(),
         )
 
 
@@ -154,27 +159,10 @@ def build_network(config: ModelConfig, is_student: bool) -> Network:
     return Network(build_backbone(config, is_student), IBOTHead(config, is_student))
 
 
-def compile_blocks(backbone: nn.Module, backend: str = "inductor") -> None:
-    """Have torch.compile make code of each block of a ViT at its first call. Names and weights stay
-    as they are. Blocks share that code, so there are as many compilations as kinds of call (with
-    gradient or without, all tokens or the wanted ones), whatever the depth. On a CPU the backend
-    wants a C++ compiler."""
-    import torch._dynamo  # only here: takes seconds
-
-    # DDP's own cuts, made for whole networks, refuse autograd functions. A block is cut enough.
-    torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = 32  # above it, of 8, new kinds of call stay uncompiled
-    for block in cast(VisionTransformer, backbone).blocks:
-        block.compile(backend=backend)
-
-
 def build(config: ModelConfig) -> IBOT:
     """The whole model on the CPU (or torch's default device), freshly initialized from torch's
     random state. Raises ValueError, naming the option, for settings that cannot work."""
     config.check()
     loss = IBOTLoss(config)
     student, teacher = build_network(config, True), build_network(config, False)
-    if config.compile_blocks:
-        compile_blocks(student.backbone)
-        compile_blocks(teacher.backbone)
     return IBOT(student, teacher, loss, config.micro_steps)

@@ -55,7 +55,12 @@ class IBOTLoss(nn.Module):
         self.register_buffer("center2", torch.zeros(1, 1, config.patch_prototypes()))
 
     def forward(
-        self, student: Logits, teacher: Targets, patches: MaskedPatches, epoch: int
+        self,
+        student: Logits,
+        teacher: Targets,
+        patches: MaskedPatches,
+        epoch: int,
+        temps: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Class logits of student and teacher, and their logits [M, K2] of the masked `patches`
         -> terms of the loss, and the batch means that `update_centers` takes.
@@ -65,14 +70,15 @@ class IBOTLoss(nn.Module):
         teacher view and second student view agree on the likeliest prototype). The means [K + K2]
         are those of the teacher's class and patch logits, float32 at least.
 
-        Computes in float32 at least, whatever the dtype of the logits. Raises ValueError for
-        shapes that do not match or an epoch beyond the schedule.
+        `temps` [2] replaces the teacher temperatures of `epoch`, for class and patches. Computes in
+        float32 at least, whatever the dtype of the logits. Raises ValueError for shapes that do not
+        match or an epoch beyond the schedule.
         """
-        self._check(student, teacher, patches, epoch)
+        self._check(student, teacher, patches)
         cls_logits, patch_logits, local_cls = student
         if local_cls is not None:
             cls_logits = torch.cat([cls_logits, local_cls])
-        temp, patch_temp = float(self.teacher_temps[epoch]), float(self.teacher_patch_temps[epoch])
+        temp, patch_temp = self.temperatures(epoch) if temps is None else temps.unbind()
         cls = self.lambda1 * self._across_views(cls_logits, teacher.cls, temp)
         patch = self.lambda2 * cross_entropy(
             patch_logits,
@@ -99,14 +105,23 @@ class IBOTLoss(nn.Module):
         }
         return terms, batch_means
 
-    def _across_views(self, student: Tensor, teacher: Tensor, temp: float) -> Tensor:
+    def temperatures(self, epoch: int) -> tuple[float, float]:
+        """Of the teacher's class token and patches. Raises ValueError for an epoch beyond the
+        schedule."""
+        if not 0 <= epoch < len(self.teacher_temps):
+            raise ValueError(
+                f"epoch {epoch} is outside the schedule of --epochs {len(self.teacher_temps)}"
+            )
+        return float(self.teacher_temps[epoch]), float(self.teacher_patch_temps[epoch])
+
+    def _across_views(self, student: Tensor, teacher: Tensor, temp: float | Tensor) -> Tensor:
         """Mean cross-entropy over images and over pairs of a teacher view and another student view.
         student [(V + L) * B, K], teacher [V * B, K]."""
         views, batch = self.global_views + self.local_views, len(teacher) // self.global_views
         student_view = torch.arange(views, device=student.device)[:, None, None]
         teacher_view = torch.arange(self.global_views, device=student.device)
         rows = teacher_view * batch + torch.arange(batch, device=student.device)[:, None]  # [B, V]
-        pairs = torch.where(student_view == teacher_view, -1, rows)  # [V + L, B, V]
+        pairs = rows.expand(views, -1, -1).masked_fill(student_view == teacher_view, -1)
         weight = torch.full(
             (len(student),),
             1 / (batch * self.global_views * (views - 1)),
@@ -119,23 +134,20 @@ class IBOTLoss(nn.Module):
         )
 
     @torch.no_grad()
-    def update_centers(self, batch_means: list[Tensor]) -> None:
+    def update_centers(self, batch_means: list[Tensor], reduced: bool = False) -> None:
         """Move the centers towards the mean of the `batch_means`, each [K + K2], and over all
-        ranks, which hold equally many images each. Call once per step, after its backward."""
+        ranks, which hold equally many images each. Call once per step, after its backward.
+        `reduced`: they are the same on all ranks already."""
         mean = torch.stack(batch_means).mean(dim=0)
-        if dist.is_available() and dist.is_initialized():
+        if not reduced and dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         cls_mean, patch_mean = mean.split([self.center.shape[-1], self.center2.shape[-1]])
         self.center.lerp_(cls_mean.view_as(self.center), 1 - self.center_momentum)
         self.center2.lerp_(patch_mean.view_as(self.center2), 1 - self.center_momentum2)
 
-    def _check(self, student: Logits, teacher: Targets, patches: MaskedPatches, epoch: int) -> None:
+    def _check(self, student: Logits, teacher: Targets, patches: MaskedPatches) -> None:
         cls, patch, local_cls = student
-        if not 0 <= epoch < len(self.teacher_temps):
-            raise ValueError(
-                f"epoch {epoch} is outside the schedule of --epochs {len(self.teacher_temps)}"
-            )
         if len(cls) % self.global_views:
             raise ValueError(
                 f"{len(cls)} class logits are not {self.global_views} views of one batch"

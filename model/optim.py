@@ -1,4 +1,4 @@
-"""Optimizers over the published parameter groups, and what happens to gradients before a step."""
+"""Optimizers on the published parameter groups, and clipping and freezing of gradients."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -12,10 +12,11 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: decayed, and not (biases and all 1-D tensors).
+    """Two groups of the trainable parameters: with weight decay, and without (biases and all 1-D
+    tensors).
 
-    Tokens, position table and the prototypes' g have more than one dimension, so they decay
-    (published code, `get_params_groups`). Only the first group follows the schedule of decay.
+    Tokens, the position table, and the prototypes' g have more than one dimension, so they decay
+    (published code, `get_params_groups`). Only the first group follows the decay schedule.
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
@@ -26,22 +27,89 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
-def build_optimizer(student: nn.Module, name: str = "adamw", sharded: bool = False) -> Optimizer:
-    """Optimizer of the student. Learning rate and decay are 0 until `training_step` sets them.
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, whose weight decay may be a scalar on the device, as its learning rate may.
 
-    AdamW runs fused, where the parameters are on a CPU or CUDA device: one pass over memory, and
-    under a GradScaler it skips an overflown step on the device, without asking the host. `sharded`
-    divides state and update among the ranks (ZeRO, Rajbhandari et al. 2020, stage 1), which then
-    send each other the weights; it needs the process group, and under a GradScaler it does ask the
-    host. Raises ValueError for an unknown name.
+    Both are then float32, and a CUDA graph of the step follows them. `found_inf`, the attribute by
+    which a GradScaler tells fused optimizers to skip a step, skips the decay too. State dicts are
+    those of PyTorch's AdamW.
+    """
+
+    found_inf: Tensor | None = None
+
+    def _cuda_graph_capture_health_check(self) -> None:
+        """Fused steps can be captured: only the other ones need `capturable`."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; parameters without a gradient do not change."""
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            if isinstance(group["weight_decay"], Tensor):
+                self._decay(group)
+                group["weight_decay"] = 0.0
+        loss = super().step(closure)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        return loss
+
+    def _decay(self, group: dict[str, Any]) -> None:
+        """weights -= lr * weight_decay * weights, as a step of SGD whose gradient is the weights:
+        a fused update that takes its rate, and whether to skip, from the device."""
+        weights = [p for p in group["params"] if p.grad is not None]
+        if weights:
+            fused_sgd(weights, weights, group["lr"] * group["weight_decay"], self.found_inf)
+
+
+def fused_sgd(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    lr: float | Tensor,  # a tensor is a float32 scalar on the device
+    found_inf: Tensor | None,  # float32 scalar; not 0: nothing changes
+    decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """weights -= lr * (gradients + decay * weights), in place, in one pass over all lists. With
+    `maximize` the gradients are negated."""
+    torch._fused_sgd_(
+        weights,
+        gradients,
+        [],
+        weight_decay=decay,
+        momentum=0.0,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=maximize,
+        is_first_step=False,
+        found_inf=found_inf,
+    )
+
+
+def build_optimizer(
+    student: nn.Module, name: str = "adamw", sharded: bool = False, beta2: float = 0.999
+) -> Optimizer:
+    """The student's optimizer. Learning rate and decay are 0 until `training_step` sets them.
+
+    AdamW is fused if the parameters are on a CPU or CUDA device: one pass over memory, and steps
+    are skipped on the device, without waiting for the host. `sharded` divides state and update
+    among the ranks (ZeRO, Rajbhandari et al. 2020, stage 1), which then exchange the weights; it
+    needs the process group, and skipping a step makes the host wait. `beta2` is AdamW's. Raises
+    ValueError for an unknown name.
     """
     groups = parameter_groups(student)
     kind: type[Optimizer]
     settings: dict[str, Any]
     if name == "adamw":
         fused = all(p.device.type in ("cpu", "cuda") for p in student.parameters())
-        kind, settings = torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "fused": fused}
-        settings["weight_decay"] = 0.0
+        kind = torch.optim.AdamW if sharded or not fused else AdamW
+        settings = {"betas": (0.9, beta2), "eps": 1e-8, "fused": fused, "weight_decay": 0.0}
     elif name == "sgd":
         kind, settings = torch.optim.SGD, {"momentum": 0.9}
     elif name == "lars":
@@ -56,13 +124,13 @@ def build_optimizer(student: nn.Module, name: str = "adamw", sharded: bool = Fal
 
 
 def is_sharded(optimizer: Optimizer) -> bool:
-    """Whether this rank holds a part of the state only."""
+    """Whether each rank holds only a part of the state."""
     return hasattr(optimizer, "consolidate_state_dict")
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
-    """The state dict for a checkpoint. That of a sharded optimizer, for which all ranks must ask,
-    is an unsharded one's on rank 0, and None on the others."""
+    """The state dict for a checkpoint. All ranks must ask for that of a sharded optimizer: it is an
+    unsharded one's on rank 0, and None on the others."""
     if not is_sharded(optimizer):
         return optimizer.state_dict()
     sharded: Any = optimizer
@@ -75,7 +143,10 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Go on from what `optimizer_state` gave, sharded or not, on any number of ranks."""
+    """Continue from what `optimizer_state` gave, sharded or not, on any number of ranks. AdamW's
+    betas stay the optimizer's own: they are settings, not state."""
+    own = {name: v for name, v in optimizer.param_groups[0].items() if name == "betas"}
+    state = {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
     if not is_sharded(optimizer):
         optimizer.load_state_dict(state)
         return
@@ -88,7 +159,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose step is scaled, tensor by tensor, to `eta` times the weights' norm
+    """SGD with momentum that scales the step of each tensor to `eta` times the norm of its weights
     (You et al. 2017, algorithm 1). 1-D tensors are neither decayed nor scaled (published code)."""
 
     def __init__(
@@ -110,7 +181,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without gradient are left alone."""
+        """One step; parameters without a gradient do not change."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,7 +199,7 @@ class LARS(Optimizer):
             update = update.add(parameter, alpha=group["weight_decay"])
             weight_norm, update_norm = parameter.norm(), update.norm()
             trust = group["eta"] * weight_norm / update_norm
-            # A zero tensor or a zero gradient has no ratio: the step is then taken as it is.
+            # Zero weights or gradients have no ratio: their step is not scaled.
             update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0)
         state = self.state[parameter]
         if "mu" not in state:
@@ -139,10 +210,11 @@ class LARS(Optimizer):
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale each gradient, by itself, to an L2 norm of at most `max_norm`; 0 only measures.
+    """Scale each gradient on its own to an L2 norm of at most `max_norm`; 0 only measures.
 
-    Returns the norms before clipping, [number of gradients], in the order given, on the device:
-    nothing waits for it. There is no global norm (published code, `clip_gradients`).
+    Returns the norms before clipping, [number of gradients], in the order of the parameters, on
+    the device. There is no global norm (published code, `clip_gradients`). Raises ValueError if no
+    parameter has a gradient.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -155,10 +227,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def cancel_last_layer_gradients(student: nn.Module, epoch: int, freeze_epochs: int) -> None:
-    """In the first `freeze_epochs` epochs, drop the gradients of both last layers, g and v.
+    """In the first `freeze_epochs` epochs, remove the gradients of both last layers, g and v.
 
-    Dropped is None, not zero: the optimizer then skips them wholly, decay, moments and step count
-    included (published code, `cancel_gradients_last_layer`).
+    They become None, not zero, so the optimizer skips these parameters: no decay, and moments and
+    step count do not change (published code, `cancel_gradients_last_layer`).
     """
     if epoch < freeze_epochs:
         for name, parameter in student.named_parameters():

@@ -134,9 +134,14 @@ def loss_reference(
 
 
 def forward_reference(
-    ibot: IBOT, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, epoch: int
+    ibot: IBOT,
+    global_crops: Tensor,
+    local_crops: Tensor | None,
+    masks: Tensor,
+    epoch: int,
+    *derived: object,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`IBOT.forward` on one rank."""
+    """`IBOT.forward` on one rank. What is `derived` from masks and epoch, it derives itself."""
     with torch.no_grad():
         teacher_cls, teacher_patch, _ = network_reference(ibot.teacher, global_crops)
     student = network_reference(ibot.student, global_crops, local_crops, masks)

@@ -1,6 +1,8 @@
 """Photos -> a batch of crops and masks, on the device, before it is asked for."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ibeton.lazy import exports
 
 if TYPE_CHECKING:
     from ibeton.pipeline.batch import Batch
@@ -9,12 +11,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Loader", "PipelineConfig", "build_loader"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import on demand: the doctor must run where torch is missing, and the converter's worker
-    processes have no use for it."""
-    if name not in __all__:
-        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    from ibeton.pipeline import batch, config, loader
-
-    return next(getattr(m, name) for m in (batch, config, loader) if hasattr(m, name))
+__getattr__ = exports(
+    __name__,
+    {
+        "batch": ("Batch",),
+        "config": ("PipelineConfig",),
+        "loader": (
+            "Loader",
+            "build_loader",
+        ),
+    },
+)

@@ -1,6 +1,7 @@
 """What a loader hands to the model."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ class Batch:
     masks: Tensor  # bool [V, B, S / patch, S / patch], True = masked for the student; on the CPU
     labels: Tensor  # int64 [B], -1 where the photo has none; on the CPU
     indices: Tensor  # int64 [B], place of the photo in the data set; on the CPU
+
+
+class BatchPlan(NamedTuple):
+    """Which photos a batch is made of, before any of them is read."""
+
+    epoch: int
+    indices: np.ndarray  # int64 [B], samples of the data set
 
 
 @dataclass
@@ -47,13 +55,13 @@ class DeviceCrops:
 
 @dataclass
 class Decoded:
-    """Decoded photos of one batch, photo behind photo in one buffer, on the CPU.
+    """Decoded photos of one batch.
 
-    The buffer may be a slot that the loader reuses: consume it before asking for the next batch.
+    The parts may be slots that the loader reuses: consume them before asking for the next batch.
     """
 
-    pixels: Tensor  # uint8 [bytes]; photo b is [heights[b], widths[b], 3] from offsets[b] on
-    offsets: np.ndarray  # int64 [B], bytes
+    parts: list[Tensor]  # uint8 [bytes] each, of one long row of pixels
+    offsets: np.ndarray  # int64 [B]; photo b is [heights[b], widths[b], 3] from that byte on
     heights: np.ndarray  # int64 [B]
     widths: np.ndarray  # int64 [B]
     indices: Tensor  # int64 [B]

@@ -1,21 +1,26 @@
 """Settings of the data side: one dataclass, from which the command line is made too."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ibeton.options import flag, option
+from ibeton.options import flag, option, refuse
+from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
-LOADERS = ("auto", "ffcv", "dali", "pil")
 CROPS_ON = ("auto", "gpu", "cpu")
+MASK_SHAPES = ("block", "rand")
+CHOICES = {"loader": ("auto", *LOADERS), "crops_on": CROPS_ON, "pred_shape": MASK_SHAPES}
 
 
 @dataclass
 class PipelineConfig:
     """What to read, how to cut it, what to mask. Defaults are the published ViT-S/16 recipe."""
 
-    data: str = option("", ".beton file or photo folder to train on")
+    data: str = option("", ".beton file or photo folder to train on", path=True)
     loader: str = option(
-        "auto", "ffcv (.beton only), dali, pil (the published recipe), or auto", LOADERS
+        "auto",
+        f"{', '.join(f'{kind.name} ({kind.about})' for kind in LOADERS.values())}, or auto",
+        ("auto", *LOADERS),
     )
     crops_on: str = option(
         "auto",
@@ -23,11 +28,11 @@ class PipelineConfig:
         " the GPU to the step where cores are many (auto: on the GPU, where there is one)",
         CROPS_ON,
     )
-    batch_size: int = option(64, "images a step in each process")
+    batch_size: int = option(64, "images per step in each process")
     workers: int = option(0, "loader threads or processes in each process (0: the cores at hand)")
     seed: int = option(0, "seed of order, crops, masks and weights")
-    global_crops_number: int = option(2, "global views an image")
-    local_crops_number: int = option(10, "local views an image")
+    global_crops_number: int = option(2, "global views per image")
+    local_crops_number: int = option(10, "local views per image")
     global_crops_size: int = option(224, "side of a global view in pixels")
     local_crops_size: int = option(96, "side of a local view in pixels")
     global_crops_scale: tuple[float, float] = option((0.25, 1.0), "area of global views, from to")
@@ -38,8 +43,8 @@ class PipelineConfig:
     )
     gray_p: float = option(0.2, "share of views turned gray")
     patch_size: int = option(16, "side of a patch in pixels")
-    pred_shape: str = option("block", "shape of the masks", ("block", "rand"))
-    pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen a view")
+    pred_shape: str = option("block", "shape of the masks", MASK_SHAPES)
+    pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen per view")
     pred_ratio_var: tuple[float, ...] = option((0.0, 0.2), "half-width of the range of each ratio")
     pred_start_epoch: int = option(0, "epoch from which views are masked")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "channel means on 0..1")
@@ -47,7 +52,7 @@ class PipelineConfig:
     batches_ahead: int = option(2, "batches made ready before they are asked for")
 
     def views(self) -> list[ViewSpec]:
-        """The views an image is cut into, global ones first."""
+        """The views per image is cut into, global ones first."""
         brightness, contrast, saturation, hue = self.color_jitter
         views = published_views(
             self.global_crops_number,
@@ -71,13 +76,16 @@ class PipelineConfig:
         ]
 
     def check(self) -> None:
-        """Raise ValueError, naming the option, for values that cannot work."""
+        """Raise ValueError, naming every option whose value cannot work."""
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """A sentence per value that cannot work, naming the option."""
         if not self.data:
-            raise ValueError("--data is missing: give a .beton file or a folder of photos")
-        if self.loader not in LOADERS:
-            raise ValueError(f"--loader {self.loader}: expected one of {', '.join(LOADERS)}")
-        if self.crops_on not in CROPS_ON:
-            raise ValueError(f"--crops-on {self.crops_on}: expected one of {', '.join(CROPS_ON)}")
+            yield "--data is missing: give a .beton file or a folder of photos"
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                yield f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
         at_least = {
             "batch_size": 1,
             "workers": 0,
@@ -89,23 +97,30 @@ class PipelineConfig:
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{flag(name)} must be at least {least}")
+                yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
+        if self.seed >= 2**64:
+            yield f"--seed {self.seed} must be below 2^64"
         for name in ("global_crops_size", "local_crops_size"):
             size = getattr(self, name)
-            if size < self.patch_size or size % self.patch_size:
-                raise ValueError(
-                    f"{flag(name)} {size} is not a multiple of --patch-size {self.patch_size}"
-                )
+            if self.patch_size > 0 and (size < self.patch_size or size % self.patch_size):
+                yield f"{flag(name)} {size} is not a multiple of --patch-size {self.patch_size}"
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
-                raise ValueError(f"{flag(name)} {low} {high}: expected 0 < from <= to <= 1")
+                yield f"{flag(name)} {low} {high}: expected 0 < from <= to <= 1"
         low, high = self.blur_radius
         if not 0 <= low <= high:
-            raise ValueError(f"--blur-radius {low} {high}: expected 0 <= from <= to")
+            yield f"--blur-radius {low} {high}: expected 0 <= from <= to"
         if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
-            raise ValueError("--color-jitter: strengths are at least 0, that of hue at most 0.5")
+            yield "--color-jitter: strengths are at least 0, that of hue at most 0.5"
         if not 0 <= self.gray_p <= 1:
-            raise ValueError(f"--gray-p {self.gray_p}: expected a share, 0 to 1")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("--mean and --std take three values each, and --std positive ones")
+            yield f"--gray-p {self.gray_p}: expected a share, 0 to 1"
+        yield from self._normalization_problems()
+
+    def _normalization_problems(self) -> Iterator[str]:
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            yield "--mean and --std take three values each, and --std positive ones"
+        elif min(self.mean) < 0 or max(*self.mean, *self.std) > 1:
+            values = " ".join(f"{value / 255:.3f}" for value in self.mean)
+            hint = f": divide by 255, --mean {values}" if max(self.mean) > 1 else ""
+            yield f"--mean and --std are of pixels on 0 to 1{hint}"

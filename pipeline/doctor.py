@@ -1,4 +1,4 @@
-"""What is installed, what is missing, the command that mends it, and which loader will be used.
+"""What is installed, what is missing, how to install it, and which loader will be used.
 
     python -m pipeline.doctor
 
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ibeton.pipeline.loaders.kinds import INSTALL_DALI, INSTALL_TURBOJPEG, LOADERS
 from ibeton.workers import cores
 
 _REINSTALL = "make setup"
-_MEND_FFCV = "make ffcv"
-_MEND_DALI = "pip install -c constraints.txt -e '.[dali]'"
+_GET_FFCV = f"{INSTALL_TURBOJPEG}, or make ffcv"
 
 # module -> the command that installs it, and whether nothing works without it
 _PACKAGES = {
@@ -29,8 +29,7 @@ _PACKAGES = {
     "rich": (_REINSTALL, True),
     "tensorboard": (_REINSTALL, True),
     "matplotlib": (_REINSTALL, True),
-    "ffcv": (_MEND_FFCV, False),
-    "nvidia.dali": (_MEND_DALI, False),
+    "nvidia.dali": (INSTALL_DALI, False),
     "sklearn": (_REINSTALL, False),
     "pytest": (_REINSTALL, False),
 }
@@ -38,7 +37,7 @@ _PACKAGES = {
 
 @dataclass
 class Finding:
-    """One line of the report; `mend` is empty where all is well."""
+    """One line of the report; `mend` says how to install it; empty where all is well."""
 
     name: str
     state: str
@@ -55,9 +54,16 @@ def check_package(module: str) -> Finding:
     except Exception as error:  # a broken package may raise anything
         reason = "missing" if isinstance(error, ModuleNotFoundError) else f"broken ({error})"
         return Finding(module, reason, mend, fatal=needed)
-    if module == "ffcv":  # its __version__ says 0.0.3rc1 in every release
-        version = importlib.import_module("importlib.metadata").version("ffcv")
     return Finding(module, str(version))
+
+
+def check_turbojpeg() -> Finding:
+    """The library that the ffcv loader decodes with."""
+    try:
+        problem = LOADERS["ffcv"].problem()
+    except ImportError as error:  # numpy or Pillow, which have lines of their own
+        problem = f"unknown without {error.name}"
+    return Finding("libturbojpeg", "missing" if problem else "installed", problem and _GET_FFCV)
 
 
 def check_device() -> Finding:
@@ -82,11 +88,11 @@ def check_device() -> Finding:
 
 def loader_line(findings: dict[str, Finding]) -> str:
     """Which loader training will use, in one line."""
-    no_ffcv, no_dali = (bool(findings[module].mend) for module in ("ffcv", "nvidia.dali"))
+    no_ffcv, no_dali = (bool(findings[name].mend) for name in ("libturbojpeg", "nvidia.dali"))
     asked_for = "" if no_dali else "; dali for either, where asked for"
     if not no_ffcv:
         return f"ffcv for .beton files, pil for photo folders{asked_for}"
-    to_get = f"to get ffcv: {_MEND_FFCV}"
+    to_get = f"to get ffcv: {_GET_FFCV}"
     if not no_dali and findings["device"].cuda:
         return f"dali for everything; {to_get}"
     return f"pil for everything, slower{asked_for}; {to_get}"
@@ -99,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mend = "" if supported else "make setup PYTHON=python3.12 VENV=.venv312"
     findings = {"python": Finding("python", python, mend, fatal=not supported)}
     findings |= {module: check_package(module) for module in _PACKAGES}
+    findings["libturbojpeg"] = check_turbojpeg()
     findings["device"] = check_device()
     for finding in findings.values():
         mark = "-" if finding.mend else "+"

@@ -1,92 +1,24 @@
-"""The one door to the data: `build_loader` gives finished batches on the training device."""
+"""`build_loader` gives finished batches on the training device."""
 
-import importlib
-from collections.abc import Iterator
-from typing import Protocol
+import itertools
+import logging
+from collections.abc import Generator, Iterator
 
-import numpy as np
 import torch
 
-from ibeton.pipeline.batch import Batch, Crops, DeviceCrops, normalized
+from ibeton.pipeline.batch import Batch, BatchPlan, Crops, DeviceCrops, normalized
 from ibeton.pipeline.config import PipelineConfig
-from ibeton.pipeline.loaders.memory import keep_freed_memory
+from ibeton.pipeline.loaders.choice import choose_crops, choose_loader
+from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
 from ibeton.pipeline.sampling.order import epoch_order, rank_batches, steps_per_epoch
-from ibeton.pipeline.store.photos import is_beton, open_photos
+from ibeton.pipeline.store.photos import open_photos
 from ibeton.stages import stage
 from ibeton.workers import cores
 
-_INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
-
-
-def ffcv_problem() -> str:
-    """Why ffcv cannot be used here, and the cure; empty where it can."""
-    return _problem("ffcv", "ffcv", "make ffcv")
-
-
-def dali_problem() -> str:
-    """Why NVIDIA DALI cannot be used here, and the cure; empty where it can."""
-    return _problem("nvidia.dali", "nvidia-dali", _INSTALL_DALI)
-
-
-def _problem(module: str, package: str, install: str) -> str:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:  # also where a library that it was built with is gone
-        missing = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
-        state = "not installed" if missing else f"broken ({error})"
-        return (
-            f"{package} is {state}: `{install}` installs it, `python -m pipeline.doctor` explains"
-        )
-    return ""
-
-
-class Cutter(Protocol):
-    """What makes the crops: FfcvCrops, GpuFeed, DaliCrops or PilCrops."""
-
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops | DeviceCrops]: ...
-
-    def close(self) -> None: ...
-
-
-def choose_loader(config: PipelineConfig, device: torch.device) -> tuple[str, str]:
-    """The loader for `config`, 'ffcv', 'dali' or 'pil', and why, in one line.
-
-    DALI, where it is not asked for, stands in for a missing ffcv on CUDA devices.
-    Raises ValueError where --loader ffcv or dali is asked for and cannot be had.
-    """
-    if config.loader == "pil":
-        return "pil", "pil, as asked for"
-    if config.loader == "dali":
-        if problem := dali_problem():
-            raise ValueError(f"--loader dali: {problem}")
-        return "dali", "dali, as asked for: each photo is decoded once"
-    convert = f"python -m pipeline.convert {config.data} photos.beton"
-    if config.loader == "ffcv" and not is_beton(config.data):
-        raise ValueError(f"--loader ffcv reads .beton files, make one: {convert}")
-    problem = ffcv_problem()
-    if config.loader == "ffcv" and problem:
-        raise ValueError(f"--loader ffcv: {problem}")
-    if problem and device.type == "cuda" and not dali_problem():
-        by = "by nvJPEG" if choose_crops(config, "dali", device) == "gpu" else "on the CPU"
-        return "dali", f"dali: each photo is decoded once, {by}; {problem}"
-    if not is_beton(config.data):
-        return "pil", f"pil, the slow one, as the photos are in no .beton file; faster: {convert}"
-    if problem:
-        return "pil", f"pil, slower than ffcv: {problem}"
-    where = choose_crops(config, "ffcv", device).upper()
-    return "ffcv", f"ffcv: each photo is decoded once, and cut on the {where}"
-
-
-def choose_crops(config: PipelineConfig, kind: str, device: torch.device) -> str:
-    """Where loader `kind` cuts views: 'gpu' or 'cpu'. Raises ValueError where --crops-on gpu is
-    asked for and cannot be had."""
-    able = device.type == "cuda" and kind != "pil"
-    if config.crops_on == "gpu" and not able:
-        why = "the pil loader cuts on the CPU" if kind == "pil" else f"the device is {device.type}"
-        raise ValueError(f"--crops-on gpu: {why}")
-    return "gpu" if able and config.crops_on != "cpu" else "cpu"
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -108,49 +40,36 @@ class Loader:
             start_epoch=config.pred_start_epoch,
         )
         self.photos = open_photos(config.data)
+        if rank == 0:
+            for note in self.photos.notes:
+                log.warning(note)
         self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
         self.kind, self.reason = choose_loader(config, device)
         self.crops_on = choose_crops(config, self.kind, device)
-        self._config, self._device = config, device
+        self._config = config
         self._rank, self._world_size = rank, world_size
         self._mean = torch.tensor(config.mean, device=device)
         self._std = torch.tensor(config.std, device=device)
-        views = config.views()
-        self._replacements = Replacements(self.photos, views, config.seed)
-        workers = config.workers or cores()
-        shared = (config.data, views, config.global_crops_number)
-        ahead = (config.seed, config.batches_ahead, self._replacements)
-        self._cutter: Cutter
-        if self.kind == "ffcv" and self.crops_on == "gpu":
-            self._cutter = self._gpu_feed(workers)
-        elif self.kind == "ffcv":
-            from ibeton.pipeline.loaders.ffcv import FfcvCrops  # an optional package
-
-            self._cutter = FfcvCrops(*shared, config.batch_size, workers, *ahead)
-        elif self.kind == "dali":
-            from ibeton.pipeline.loaders.dali import DaliCrops  # likewise
-
-            here = (self.photos, views, config.global_crops_number)
-            decoder = device if self.crops_on == "gpu" else torch.device("cpu")
-            finish = (decoder, config.mean, config.std)
-            self._cutter = DaliCrops(*here, config.batch_size, workers, *ahead, *finish)
-        else:
-            from ibeton.pipeline.loaders.pil import PilCrops
-
-            self._cutter = PilCrops(*shared, workers, *ahead)
-
-    def _gpu_feed(self, workers: int) -> Cutter:
-        """Decoded by FFCV's threads, cut on the GPU."""
-        from ibeton.pipeline.crops.gpu import GpuCropper
-        from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
-        from ibeton.pipeline.loaders.gpu_stream import GpuFeed
-
-        config, views, device = self._config, self._config.views(), self._device
-        room = (config.batch_size, workers, config.batches_ahead)
-        source = FfcvPixels(config.data, *room, self._replacements, pinned=True)
-        look = (config.mean, config.std, device, torch.float32)
-        cropper = GpuCropper(views, config.global_crops_number, *look)
-        return GpuFeed(source, views, config.seed, cropper, device)
+        self._replacements = Replacements(self.photos, config.views(), config.seed)
+        self._cutter = self.kind.build(
+            LoaderContext(
+                data=config.data,
+                photos=self.photos,
+                views=config.views(),
+                global_views=config.global_crops_number,
+                batch_size=config.batch_size,
+                workers=config.workers or cores(),
+                batches_ahead=config.batches_ahead,
+                seed=config.seed,
+                replacements=self._replacements,
+                device=device if self.crops_on == "gpu" else torch.device("cpu"),
+                mean=config.mean,
+                std=config.std,
+            )
+        )
+        # The work under way, and the (epoch, step) that it gives next.
+        self._stream: Generator[tuple[BatchPlan, Crops | DeviceCrops], None, None] | None = None
+        self._next = (-1, -1)
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -158,14 +77,36 @@ class Loader:
         return self._replacements.unreadable
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from step `first_step` on, each on the device."""
-        config = self._config
-        order = epoch_order(len(self.photos), config.seed, epoch)
-        batches = rank_batches(order, config.batch_size, self._rank, self._world_size, first_step)
-        for wanted, crops in zip(batches, self._cutter.batches(epoch, batches.copy()), strict=True):
-            yield self._finish(epoch, wanted, crops)
+        """The batches of `epoch` from step `first_step` on, each on the device.
 
-    def _finish(self, epoch: int, wanted: np.ndarray, crops: Crops | DeviceCrops) -> Batch:
+        The first batches of the next epoch are prepared while the last ones are consumed: asked for
+        next, it begins without a wait.
+        """
+        for step in range(first_step, self.steps_per_epoch):
+            if self._stream is None or self._next != (epoch, step):
+                self.discard_ahead()
+                self._stream = self._cutter.stream(self._plans(epoch, step))
+            last = step + 1 == self.steps_per_epoch
+            self._next = (epoch + 1, 0) if last else (epoch, step + 1)
+            try:
+                plan, crops = next(self._stream)
+            except BaseException:
+                self.discard_ahead()
+                raise
+            yield self._finish(plan, crops)
+
+    def _plans(self, epoch: int, step: int) -> Iterator[BatchPlan]:
+        """All batches from (epoch, step) on, without end."""
+        for number in itertools.count(epoch):
+            order = epoch_order(len(self.photos), self._config.seed, number)
+            batches = rank_batches(
+                order, self._config.batch_size, self._rank, self._world_size, step
+            )
+            for indices in batches:
+                yield BatchPlan(number, indices)
+            step = 0
+
+    def _finish(self, plan: BatchPlan, crops: Crops | DeviceCrops) -> Batch:
         config = self._config
         global_crops, local_crops = crops.global_crops, crops.local_crops
         if isinstance(crops, Crops):
@@ -175,7 +116,12 @@ class Loader:
         cells = config.global_crops_size // config.patch_size
         with stage("mask"):
             masks = draw_masks(
-                self.masks, config.seed, epoch, wanted, config.global_crops_number, (cells, cells)
+                self.masks,
+                config.seed,
+                plan.epoch,
+                plan.indices,
+                config.global_crops_number,
+                (cells, cells),
             )
         used = crops.indices.clone()
         return Batch(
@@ -186,8 +132,15 @@ class Loader:
             indices=used,
         )
 
+    def discard_ahead(self) -> None:
+        """Stop the work on batches that were not asked for yet. The next epoch begins anew."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
     def close(self) -> None:
         """End threads and worker processes."""
+        self.discard_ahead()
         self._cutter.close()
 
 

@@ -1,45 +1,41 @@
-"""Settings of the run itself, the published recipes, and how a command line becomes both."""
+"""Settings of the run itself, and how a recipe, a config.json and a command line become all of
+them."""
 
 import argparse
 import dataclasses
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ibeton.model.config import ARCHITECTURES, SWINS, ModelConfig
-from ibeton.options import Parser, add_options, fill, flag, option
-from ibeton.pipeline.config import PipelineConfig
+from ibeton.options import (
+    Parser,
+    add_options,
+    expand,
+    fill,
+    flag,
+    option,
+    refuse,
+    wrong_types,
+)
+from ibeton.pipeline import PipelineConfig
+from ibeton.published_names import nearest_value
+from ibeton.training.recipes import RECIPES, shortened
+from ibeton.training.trackers import TRACKERS, missing_packages
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")
-
-# What differs from the defaults, which are the published ViT-S/16 recipe (README and code of the
-# public repository). Figures marked "memory" are recalled from the paper and could not be checked
-# against the released arguments: hold them against a run of yours before you lean on them.
-_VIT_B: dict[str, Any] = {
-    "arch": "vit_b",
-    "epochs": 400,  # memory
-    "global_crops_scale": (0.32, 1.0),  # memory
-    "local_crops_scale": (0.05, 0.32),  # memory
-    "warmup_teacher_temp_epochs": 50,  # memory
-    "norm_last_layer": True,  # the code's default
-    "freeze_last_layer": 3,  # second-hand, from the released arguments
-    "lr": 7.5e-4,  # memory
-    "min_lr": 2e-6,  # memory
-    "clip_grad": 0.3,  # memory
+CHOICES = {"precision": PRECISIONS, "optimizer": OPTIMIZERS}
+_HIGH_LR = 1.0  # per 256 images; AdamW's recipes have 5e-4, LARS and SGD use up to 0.3
+_AT_LEAST = {
+    ("epochs", "log_steps", "eval_k", "keep_last"): 1,
+    ("stop_after", "save_steps", "keep_every", "eval_every", "freeze_last_layer"): 0,
+    ("profile", "max_hours", "global_batch_size", "warmup_epochs", "min_lr", "clip_grad"): 0,
+    ("lost_after", "stall_after"): 5,
 }
-_VIT_L: dict[str, Any] = {**_VIT_B, "arch": "vit_l", "epochs": 250, "freeze_last_layer": 1}
-_SWIN_T: dict[str, Any] = {"patch_size": 32, "epochs": 300, "pred_start_epoch": 50}
-RECIPES: dict[str, dict[str, Any]] = {
-    "vit_t": {"arch": "vit_t"},  # not published: ViT-S's recipe on a smaller backbone
-    "vit_s": {"arch": "vit_s"},
-    "vit_b": _VIT_B,
-    "vit_l": _VIT_L,
-    "swin_t7": {**_SWIN_T, "arch": "swin_t7"},  # epochs and start of masking: memory
-    "swin_t14": {**_SWIN_T, "arch": "swin_t14"},  # published with a global batch of 1040
-    # ImageNet-22K: the lengths are from memory, all else is the 1K recipe.
-    "vit_b_22k": {**_VIT_B, "epochs": 80},
-    "vit_l_22k": {**_VIT_L, "epochs": 50},
-}
+_RETIRED = {"in_chans": 3}  # settings of older runs, with the one value that still holds
 
 
 @dataclass
@@ -47,20 +43,26 @@ class RunConfig:
     """The run: optimization, output, evaluation. Defaults are the published ViT-S/16 recipe."""
 
     recipe: str = option("", "preset to start from (default: the one of --arch)", tuple(RECIPES))
-    output_dir: str = option("", "run folder (default: runs/ARCH)")
-    resume: str = option("no", "no, auto (go on if the run folder has a checkpoint), or a file")
+    output_dir: str = option("", "run folder (default: runs/ARCH)", path=True)
+    resume: str = option(
+        "no", "no, auto (continue if the run folder has a checkpoint), or a file", path=True
+    )
     init_from: str = option(
-        "", "start student and teacher from the backbone of this file (own, iBOT, DINO or timm)"
+        "",
+        "start student and teacher from the backbone of this file (own, iBOT, DINO or timm)",
+        path=True,
     )
     epochs: int = option(800, "length of the run, and of every schedule, in epochs")
-    stop_after: int = option(0, "end after so many steps; schedules stay those of --epochs (0: no)")
-    max_hours: float = option(0.0, "save and stop after so many hours, with status 85 (0: no)")
-    global_batch_size: int = option(
-        0, "images a step over all processes, in equal parts (0: --batch-size in each)"
+    stop_after: int = option(
+        0, "stop after this many steps; schedules stay those of --epochs (0: never)"
     )
-    shard_optimizer: bool = option(False, "each process keeps its part of the optimizer's state")
-    lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
-    stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
+    max_hours: float = option(0.0, "save and stop after this many hours, with status 85 (0: never)")
+    global_batch_size: int = option(
+        0, "images per step over all processes, split equally (0: --batch-size in each)"
+    )
+    shard_optimizer: bool = option(False, "split the optimizer's state among the processes")
+    lost_after: float = option(60.0, "seconds without a heartbeat until a process counts as lost")
+    stall_after: float = option(600.0, "seconds that a step or its batch may take")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
     precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
     optimizer: str = option("adamw", "optimizer", OPTIMIZERS)
@@ -70,59 +72,95 @@ class RunConfig:
     weight_decay: float = option(0.04, "weight decay at the start")
     weight_decay_end: float = option(0.4, "weight decay at the end of its cosine")
     momentum_teacher: float = option(0.996, "teacher momentum at the start; it ends at 1")
+    adam_beta2: float = option(
+        0.999, "AdamW's second beta; a smaller one helps when a run on much data diverges"
+    )
     clip_grad: float = option(3.0, "largest L2 norm of each gradient tensor (0: no clipping)")
-    freeze_last_layer: int = option(1, "epochs in which the prototypes stand still")
-    save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
-    keep_last: int = option(3, "keep so many of the last checkpoints")
-    keep_every: int = option(40, "keep a checkpoint of its own every so many epochs (0: none)")
+    freeze_last_layer: int = option(1, "epochs in which the prototypes are frozen")
+    save_steps: int = option(0, "also save every so many steps (0: only at the end of epochs)")
+    keep_last: int = option(3, "how many of the last checkpoints to keep")
+    keep_every: int = option(40, "epochs between checkpoints that are never removed (0: none)")
     log_steps: int = option(10, "steps between records in log.jsonl")
-    profile: int = option(0, "trace so many early steps into trace.json.gz, for Perfetto (0: no)")
-    eval_train: str = option("", "labelled photos for k-NN: the memory (.beton or folder)")
-    eval_val: str = option("", "labelled photos for k-NN: the queries (.beton or folder)")
+    log_to: tuple[str, ...] = option((), "also send the records to these trackers", TRACKERS)
+    profile: int = option(0, "early steps to trace into trace.json.gz, for Perfetto (0: none)")
+    eval_train: str = option(
+        "", "labelled photos for k-NN: training set (.beton or folder)", path=True
+    )
+    eval_val: str = option("", "labelled photos for k-NN: queries (.beton or folder)", path=True)
     eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
     eval_k: int = option(20, "neighbors in those evaluations")
 
-    def check(self) -> None:
-        """Raise ValueError, naming the option, for values that cannot work."""
-        for name in ("epochs", "log_steps", "eval_k", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1")
-        for name in (
-            *("stop_after", "save_steps", "keep_every", "eval_every", "freeze_last_layer"),
-            *("profile", "max_hours"),
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} must not be negative")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
-            )
-        if self.global_batch_size < 0:
-            raise ValueError("--global-batch-size must not be negative")
-        if self.init_from and self.resume not in ("no", "auto"):
-            raise ValueError("--init-from starts a run, --resume FILE goes on with one: give one")
-        if self.lost_after < 5 or self.stall_after < 5:
-            raise ValueError("--lost-after and --stall-after must be at least 5 seconds")
-        if self.lr <= 0 or self.min_lr < 0 or self.clip_grad < 0:
-            raise ValueError("--lr must be above 0, --min-lr and --clip-grad not below")
-        if not 0 <= self.momentum_teacher <= 1:
-            raise ValueError("--momentum-teacher must be in 0 .. 1")
+    def problems(self) -> Iterator[str]:
+        """A sentence per value that cannot work, naming the option."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                yield f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
+        for names, least in _AT_LEAST.items():
+            for name in names:
+                if getattr(self, name) < least:
+                    yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
+        if self.warmup_epochs > self.epochs:
+            yield f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
+        if not self.lr > 0:
+            yield f"--lr {self.lr} must be above 0"
+        for name in ("weight_decay", "weight_decay_end", "momentum_teacher"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{flag(name)} {getattr(self, name)} must be in 0 .. 1"
+        if not 0 < self.adam_beta2 < 1:
+            yield f"--adam-beta2 {self.adam_beta2} must be between 0 and 1"
         if self.eval_every and not (self.eval_train and self.eval_val):
-            raise ValueError("--eval-every needs --eval-train and --eval-val, two labelled sets")
+            yield "--eval-every needs --eval-train and --eval-val, two labelled sets"
+        yield from self._start_problems()
+        yield from missing_packages(self.log_to)
+
+    def _start_problems(self) -> Iterator[str]:
+        if self.init_from and self.resume not in ("no", "auto"):
+            yield "--init-from starts a run, --resume FILE continues one: give one of them"
+        if self.resume not in ("no", "auto") and Path(self.resume).is_dir():
+            yield (
+                f"--resume {self.resume} is a folder: give a checkpoint file in it, or"
+                f" --output-dir {self.resume} --resume auto to continue its run"
+            )
+        if (
+            self.output_dir
+            and Path(self.output_dir).exists()
+            and not Path(self.output_dir).is_dir()
+        ):
+            yield f"--output-dir {self.output_dir} is a file: give a folder"
 
 
 @dataclass
 class Config:
-    """All settings of a run."""
+    """All settings of a run. `notes`: what to tell the user about them."""
 
     run: RunConfig
     pipeline: PipelineConfig
     model: ModelConfig
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def problems(self, batch_given: bool = False) -> Iterator[str]:
+        """A sentence per value that cannot work. `batch_given`: whether --batch-size was."""
+        for part in (self.run, self.pipeline, self.model):
+            yield from part.problems()
+        if batch_given and self.run.global_batch_size:
+            yield "--batch-size and --global-batch-size: give one of them"
 
     def resolved(self) -> dict[str, Any]:
         """Every setting by name, for the saved configuration."""
         parts = (self.run, self.pipeline, self.model)
         return {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
+
+    def summary(self) -> str:
+        """What differs from the recipe, in one line; config.json in the run folder has the rest."""
+        name = self.run.recipe or self.model.arch
+        recipe = {**_defaults(), **RECIPES[name]}
+        changed = [
+            f"{flag(key)} {_in_words(value)}"
+            for key, value in self.resolved().items()
+            if key not in ("recipe", "arch", "image_size") and value != recipe[key]
+        ]
+        where = f"all settings: {self.run.output_dir}/config.json"
+        return f"recipe {name} with {', '.join(changed)}; {where}"
 
     def share_batch(self, world_size: int) -> None:
         """Give each of `world_size` processes its part of --global-batch-size, if that is given.
@@ -143,40 +181,97 @@ class Config:
             )
 
 
-def from_values(values: dict[str, Any]) -> Config:
-    """Defaults <- the recipe of values['recipe'] or values['arch'] <- `values`; checked.
+_PARTS = (RunConfig, PipelineConfig, ModelConfig)
 
-    Raises ValueError, naming the option.
+
+def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) -> Config:
+    """Defaults <- the recipe of values["recipe"] or values["arch"] <- `preset` <- `values`.
+
+    In a run that is too short for the recipe's warm-ups, those that `values` does not hold are
+    shortened, with a note. Raises ValueError, naming every option whose value cannot work.
     """
-    name = values.get("recipe") or values.get("arch", "vit_s")
+    refuse(wrong_types({**(preset or {}), **values}, RunConfig, PipelineConfig, ModelConfig))
+    base = preset or {}
+    name = values.get("recipe") or values.get("arch") or base.get("arch", "vit_s")
     if name not in RECIPES:
-        raise ValueError(f"--arch {name}: expected one of {', '.join((*ARCHITECTURES, *SWINS))}")
-    merged = {**RECIPES[name], **values}
+        raise ValueError(f"--arch {name}: {nearest_value(name, [*ARCHITECTURES, *SWINS])}")
+    merged = {**RECIPES[name], **base, **values}
     # The position table is made for the size of the global views.
     merged.setdefault(
         "image_size", merged.get("global_crops_size", PipelineConfig.global_crops_size)
     )
+    everything = _defaults() | merged
+    shorter = {k: v for k, v in shortened(everything).items() if k not in values}
+    notes = [_shortening(everything, shorter)] if shorter else []
+    merged |= shorter
+    if (lr := merged.get("lr", RunConfig.lr)) > _HIGH_LR:
+        notes.append(f"--lr {lr:g} is far above any published rate (5e-4): expect divergence")
     config = Config(
-        fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged)
+        fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged), notes
     )
     config.run.output_dir = config.run.output_dir or f"runs/{name}"
-    config.run.check()
-    config.pipeline.check()
-    config.model.check()
-    if config.run.global_batch_size:
-        if "batch_size" in values:
-            raise ValueError("--batch-size and --global-batch-size: give one of them")
-    else:
+    refuse(config.problems("batch_size" in values))
+    if not config.run.global_batch_size:
         config.share_batch(world_size=1)
     return config
 
 
+def _defaults() -> dict[str, Any]:
+    return {f.name: f.default for part in _PARTS for f in dataclasses.fields(part)}
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _shortening(values: dict[str, Any], shorter: dict[str, int]) -> str:
+    words = ", ".join(f"{flag(name)} {values[name]} to {new}" for name, new in shorter.items())
+    return f"--epochs {values['epochs']} is shorter than the recipe's warm-ups: shortened {words}"
+
+
+def read_preset(path: str) -> dict[str, Any]:
+    """The settings of a config.json, or of the run folder that holds one, to start another run
+    from. Where it wrote, and whether it resumed, is left out. Raises FileNotFoundError, or
+    ValueError naming the file and its unknown settings."""
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"--config {file} does not exist: give the config.json of a run")
+    try:
+        values = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {file} is no config.json of a run ({error})") from error
+    values = {k: v for k, v in values.items() if (k, v) not in _RETIRED.items()}
+    if unknown := [name for name in values if name not in _defaults()]:
+        raise ValueError(f"--config {file}: unknown setting {', '.join(unknown)}")
+    for name in ("output_dir", "resume", "recipe"):
+        values.pop(name, None)
+    return values
+
+
 def parse(arguments: list[str] | None = None) -> Config:
-    """The command line as settings. Raises ValueError, naming the option."""
+    """The command line as settings. Raises ValueError, naming the options."""
     parser = Parser(
         prog="train.py",
         description="Pre-train an iBOT backbone. Values not given are the published recipe's.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_options(parser, RunConfig, PipelineConfig, ModelConfig)
-    return from_values(vars(parser.parse_args(arguments)))
+    parser.add_argument(
+        "--config", type=expand, help="start from the settings of a run: its config.json or folder"
+    )
+    add_options(parser, *_PARTS)
+    values = vars(parser.parse_args(arguments))
+    path = values.pop("config")
+    if path is None:
+        return from_values(values)
+    if "recipe" in values:
+        raise ValueError("--config and --recipe: give one of them")
+    preset = read_preset(path)
+    # A batch given one way replaces one given the other way; the position table follows the views.
+    if preset.get("global_batch_size") and "batch_size" not in values:
+        preset.pop("batch_size", None)
+    if "batch_size" in values:
+        preset.pop("global_batch_size", None)
+    if preset.get("image_size") == preset.get("global_crops_size"):
+        preset.pop("image_size", None)
+    return from_values(values, preset)

@@ -1,52 +1,95 @@
-"""The picture of a run: loss and k-NN over steps, from its log.jsonl."""
+"""Pictures of a run, or of two: loss and k-NN over steps, from log.jsonl."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-from matplotlib import pyplot as plt
-
+from ibeton.atomic import replacing
 from ibeton.training.run_log import read_records
 
 _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
+_LINES = ("-", "--")  # of the first run and of the second
+_ROOM = 1.12  # of the k-NN axis beyond the last epoch, for its label
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draw curves.png in the run folder; None where the log has nothing to draw yet."""
-    records = read_records(folder / "log.jsonl")
-    losses = [r for r in records if r.get("loss") is not None]
+    """Draw curves.png in the run folder; None if the log has no losses yet."""
+    return _draw([folder], folder / "curves.png")
+
+
+def compare_curves(folders: Sequence[Path], path: Path) -> Path | None:
+    """Draw the curves of two runs over each other as a PNG; None if neither has any."""
+    return _draw(folders, path)
+
+
+def model_facts(folder: Path, step: int, per_epoch: int) -> dict[str, str]:
+    """What a model card says of a run: steps, epochs, and the last loss and k-NN of its log."""
+    records = [r for r in read_records(folder / "log.jsonl") if r["step"] <= step]
+    facts = {"trained for": f"{step:,} steps, {step / per_epoch:.4g} epochs"}
+    losses = [r["loss"] for r in records if r.get("loss") is not None]
     scores = [r for r in records if "knn_top1" in r]
-    if not losses:
-        return None
-    figure, axes = plt.subplots(
-        1, 2 if scores else 1, figsize=(11 if scores else 6, 4), squeeze=False
-    )
-    left = axes[0][0]
-    steps = [r["step"] for r in losses]
-    for name, color in (("loss", _INK), ("cls", _BLUE), ("patch", _ORANGE)):
-        left.plot(steps, [r[name] for r in losses], label=name, color=color, linewidth=1.4)
-    left.set(title="Loss", xlabel="step", ylabel="nats")
-    left.legend(frameon=False)
+    if losses:
+        facts["last loss"] = f"{losses[-1]:.4f}"
     if scores:
-        right = axes[0][1]
-        epochs = [r["epoch"] for r in scores]
-        top1 = [r["knn_top1"] for r in scores]
-        right.plot(epochs, top1, marker="o", color=_GREEN, label="teacher")
-        if epochs[0] == 0:
-            right.axhline(top1[0], color=_INK, linestyle=":", label=f"untrained {top1[0]:.1f} %")
-        right.annotate(
-            f"{top1[-1]:.1f} %", (epochs[-1], top1[-1]), (4, 4), textcoords="offset points"
-        )
-        right.set(title=f"k-NN, k = {scores[-1]['knn_k']}", xlabel="epoch", ylabel="top-1 in %")
-        right.legend(frameon=False, loc="center right")
+        facts["k-NN top-1"] = f"{scores[-1]['knn_top1']:.2f} % (k {scores[-1]['knn_k']})"
+    return facts
+
+
+def _draw(folders: Sequence[Path], path: Path) -> Path | None:
+    runs = {folder.name: read_records(folder / "log.jsonl") for folder in folders}
+    losses = {name: [r for r in log if r.get("loss") is not None] for name, log in runs.items()}
+    scores = {name: [r for r in log if "knn_top1" in r] for name, log in runs.items()}
+    if not any(losses.values()):
+        return None
+    import matplotlib  # only here: takes seconds
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
+    both = any(scores.values())
+    figure, axes = plt.subplots(1, 2 if both else 1, figsize=(11 if both else 6, 4), squeeze=False)
+    several = len(runs) > 1
+    for name, line in zip(runs, _LINES, strict=False):
+        _draw_losses(axes[0][0], losses[name], f" {name}" if several else "", line)
+        if scores[name]:
+            _draw_scores(axes[0][1], scores[name], name if several else "teacher", line)
+    axes[0][0].set(title="Loss", xlabel="step", ylabel="nats")
+    axes[0][0].legend(frameon=False)
+    if both:
+        _finish_scores(axes[0][1], [r for log in scores.values() for r in log])
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.tight_layout()
-    path = folder / "curves.png"
-    partial = folder / ".curves.partial.png"
-    figure.savefig(partial, dpi=120)
+    with replacing(path, suffix=".png") as partial:
+        figure.savefig(partial, dpi=120)
     plt.close(figure)
-    partial.replace(path)
     return path
+
+
+def _draw_losses(axis: Any, records: list[dict[str, Any]], of: str, line: str) -> None:
+    steps = [r["step"] for r in records]
+    for name, color in (("loss", _INK), ("cls", _BLUE), ("patch", _ORANGE)):
+        values = [r[name] for r in records]
+        axis.plot(steps, values, line, label=f"{name}{of}", color=color, linewidth=1.4)
+
+
+def _draw_scores(axis: Any, records: list[dict[str, Any]], label: str, line: str) -> None:
+    epochs, top1 = [r["epoch"] for r in records], [r["knn_top1"] for r in records]
+    axis.plot(epochs, top1, line, marker="o", color=_GREEN, label=label)
+    if epochs[0] == 0:
+        untrained = f"untrained {top1[0]:.1f} %"
+        axis.axhline(top1[0], color=_INK, linestyle=":", linewidth=1, label=untrained)
+    axis.annotate(f"{top1[-1]:.1f} %", (epochs[-1], top1[-1]), (5, 0), va="center",
+                  textcoords="offset points")  # fmt: skip
+
+
+def _finish_scores(axis: Any, records: list[dict[str, Any]]) -> None:
+    """Whole epochs on the axis, and room at its end for the last label."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set(title=f"k-NN, k = {records[-1]['knn_k']}", xlabel="epoch", ylabel="top-1 in %")
+    last = max(max(r["epoch"] for r in records), 1)
+    axis.set_xlim(-0.03 * last, _ROOM * last)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False, loc="best")

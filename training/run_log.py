@@ -1,8 +1,7 @@
-"""What a run leaves and shows: log.jsonl, TensorBoard scalars, a progress line."""
+"""What a run writes and shows: log.jsonl, TensorBoard scalars, a progress line."""
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,13 +9,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
+
+from ibeton.atomic import write_text
+from ibeton.training.progress_line import place_fields, progress_line, step_fields
+from ibeton.training.trackers import Trackers
 
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
+_BAR = 10  # columns of the progress bar
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a log.jsonl; a last line cut short by a kill is left out."""
+    """The records of a log.jsonl, without a last line that a kill cut short."""
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -32,58 +35,60 @@ def _not_finite(value: Any) -> bool:
 
 
 def _done(record: dict[str, Any]) -> int:
-    """Steps done when `record` was written: a score stands between steps, a loss is of a step."""
+    """Steps done when `record` was written: scores belong between steps, losses to a step."""
     return record["step"] + ("loss" in record)
 
 
 class RunLog:
-    """Writes records with a "step" as they come; on resume, forgets those from that step on.
+    """Writes records with a "step"; on resume, drops those from that step on.
 
-    So the log of a run that was killed and went on reads like that of an unbroken one.
+    The log of a run that was killed and resumed reads like that of an unbroken one.
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
-        self.console = Console(stderr=False, highlight=False)
+        self.console = Console(highlight=False, markup=False)  # a path may look like markup
+        self.trackers: Trackers | None = None
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
         self._open(first_step)
-        self._last_plain = time.monotonic()
+        self._last_plain, self._unsaid = -_PLAIN_EVERY_S, ""  # the first step is shown at once
         self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} [bold]{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
+            BarColumn(bar_width=_BAR),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=total_steps, epoch=0, text="")
+        self._task = self._progress.add_task("", total=total_steps, text="")
         self._progress.start()
 
     def _open(self, first_step: int) -> None:
-        """Keep what was written up to `first_step`, and write on from there."""
+        """Keep the records up to `first_step`, and append from there."""
+        from torch.utils.tensorboard import SummaryWriter  # only here: takes seconds
+
         kept = [r for r in read_records(self._path) if _done(r) <= first_step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(partial, self._path)
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
         board = self._path.with_name("tensorboard")
         self._board = SummaryWriter(str(board), purge_step=first_step)
         self._started, self._first = time.monotonic(), first_step
 
     def roll_back(self, step: int) -> None:
-        """Forget all from `step` on: the run goes on from there."""
+        """Drop all records from `step` on: the run continues from there."""
         self._file.close()
         self._board.close()
         self._open(step)
 
     def say(self, text: str) -> None:
-        """One line for the person watching, above the progress line."""
+        """Print a line above the progress line."""
         self.console.print(text, soft_wrap=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one JSON line; numbers also go to TensorBoard, those of a dict as dict/name. What
-        is not finite is written as null: JSON has no word for it."""
+        """Append a JSON line; numbers also go to TensorBoard, those of a dict as dict/name. NaN and
+        infinity, which JSON lacks, become null."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
+        if self.trackers is not None:
+            self.trackers.record(record)
         for name, value in record.items():
             if isinstance(value, dict):
                 for part, number in value.items():
@@ -92,25 +97,30 @@ class RunLog:
                 self._board.add_scalar(name, value, record["step"])
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
-        """Show where the run stands after `step` steps, with the numbers of the step before."""
-        self.show(
-            step,
-            f"loss {numbers['loss']:.3f} (cls {numbers['cls']:.3f} patch {numbers['patch']:.3f})"
-            f"  {numbers['images_per_s']:.1f} images/s  data wait {numbers['data_wait']:.0%}"
-            + (f"  {numbers['peak_share']:.0%} of peak" if "peak_share" in numbers else "")
-            + f"  {numbers['memory_gib']:.1f} GiB",
-        )
+        """Show the progress after `step` steps, with the numbers of the last one."""
+        self._show(step, step_fields(numbers))
 
     def show(self, step: int, text: str) -> None:
-        """Show `text` and the time left after `step` steps."""
+        """Show `text` and the time left; less often if the output is not a terminal."""
+        self._show(step, {"loss": text})
+
+    def _show(self, step: int, fields: dict[str, str]) -> None:
         left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
-        text += f"  ETA {_clock(left)}"
-        epoch = (step - 1) // self._per_epoch + 1
+        fields = {**fields, **place_fields(step, self._total, self._per_epoch, left)}
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=step, epoch=epoch, text=text)
-        elif time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
+            text = progress_line(fields, self.console.width - _BAR - 1)
+            self._progress.update(self._task, completed=step, text=text)
+            return
+        self._unsaid = progress_line(fields, 1000)
+        if time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
+            self._say_progress()
+
+    def _say_progress(self) -> None:
+        """Print the last progress line, where there is no terminal, unless that was done."""
+        if self._unsaid:
             self._last_plain = time.monotonic()
-            self.say(f"epoch {epoch}  step {step}/{self._total}  {text}")
+            self.say(self._unsaid)
+            self._unsaid = ""
             sys.stdout.flush()
 
     def scores(self) -> dict[int, float]:
@@ -120,12 +130,9 @@ class RunLog:
 
     def close(self) -> None:
         """End the progress line and flush everything."""
+        self._say_progress()
         self._progress.stop()
+        if self.trackers is not None:
+            self.trackers.close()
         self._file.close()
         self._board.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours < 48 else f"{hours / 24:.1f} days"

@@ -1,17 +1,21 @@
-"""Lists runs: python -m training.runs [FOLDER]
+"""Lists and compares runs.
 
-A line for each run folder in FOLDER (default: runs), or for FOLDER itself: architecture, epochs
-done, last loss, last k-NN top-1 in %, images/s, and state. A run that says it is running, and that
-no process holds, was killed.
+    ibeton runs [FOLDER]                    a line per run folder in FOLDER (default: runs)
+    ibeton runs compare A B [--png FILE]    settings that differ, curves over each other
+
+A line has the architecture, epochs done, last loss, last k-NN top-1 in percent, images/s and state.
+A run that says it is running although no process holds its folder was killed.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_command
-from ibeton.options import Parser
+from ibeton.options import Parser, flag
+from ibeton.training.curves import compare_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
@@ -20,9 +24,17 @@ _TAIL = 1 << 16  # bytes of a log in which its last records stand
 
 def main(arguments: list[str] | None = None) -> int:
     """0; 2 where there is no run, with a sentence."""
-    parser = Parser(prog="python -m training.runs", description="List runs and their state.")
-    parser.add_argument("folder", nargs="?", default="runs", help="of runs, or of one run")
-    folder = Path(parser.parse_args(arguments).folder)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["compare"]:
+        return _compare_command(given[1:])
+    parser = Parser(
+        prog="python -m training.runs",
+        description="List runs and their state; `compare A B` shows what differs between two.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), help="of runs, or of one run"
+    )
+    folder = Path(parser.parse_args(given).folder)
 
     def show() -> int:
         print_table([_HEADS, *(_row(run) for run in run_folders(folder))])
@@ -31,8 +43,54 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(show, writes=False)
 
 
+def _compare_command(given: list[str]) -> int:
+    parser = Parser(prog="python -m training.runs compare", description="Compare two runs.")
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--png", type=Path, default=Path("compare.png"), help="picture to write")
+    args = parser.parse_args(given)
+
+    def show() -> int:
+        compare(args.runs[0], args.runs[1], args.png)
+        return 0
+
+    return run_command(show, writes=False)
+
+
+def compare(first: Path, second: Path, png: Path) -> None:
+    """Print the settings and last figures that differ between two runs, and draw their curves over
+    each other in `png`. Raises FileNotFoundError for what is no run folder."""
+    for folder in (first, second):
+        if not (folder / CONFIG).exists():
+            raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}")
+    configs = [read_config(folder) for folder in (first, second)]
+    names = [
+        n for n in dict.fromkeys([*configs[0], *configs[1]]) if n not in ("output_dir", "resume")
+    ]
+    rows = [
+        (flag(name), *(_setting(config, name) for config in configs))
+        for name in names
+        if configs[0].get(name) != configs[1].get(name)
+    ]
+    figures = zip(_HEADS[2:6], _row(first)[2:6], _row(second)[2:6], strict=True)
+    print_table([("", *_titles(first, second)), *rows, *figures])
+    picture = compare_curves([first, second], png)
+    print(f"curves: {picture}" if picture else "no curves: neither run has logged a step")
+
+
+def _titles(first: Path, second: Path) -> tuple[str, str]:
+    """Names that tell the two folders apart."""
+    if first.name != second.name:
+        return first.name, second.name
+    return str(first), str(second)
+
+
+def _setting(config: dict[str, Any], name: str) -> str:
+    value = config.get(name, "-")
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def run_folders(folder: Path) -> list[Path]:
-    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError where there is
+    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError if there is
     none."""
     if (folder / CONFIG).exists():
         return [folder]
@@ -43,8 +101,8 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a run has come to: "arch", "done" of "epochs", and of its last records "loss",
-    "images_per_s" and "knn_top1", None where there is none; "state" and "since"."""
+    """The progress of a run: "arch", "done" of "epochs", the last "loss", "images_per_s" and
+    "knn_top1" (None if it has none), "state" and "since"."""
     config, run = read_config(folder), read_run(folder)
     state = run.get("state", "?")
     if state == "running" and not is_held(folder):
@@ -80,7 +138,10 @@ def _last(log: Path, holds: bytes, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _row(folder: Path) -> tuple[str, ...]:
-    run = summary(folder)
+    try:
+        run = summary(folder)
+    except (ValueError, KeyError, OSError) as error:  # one damaged run does not hide the others
+        return (folder.name, *["-"] * 5, f"unreadable: {error}", "-")
 
     def number(name: str, form: str) -> str:
         return "-" if run[name] is None else format(run[name], form)
@@ -109,7 +170,7 @@ def _ago(since: str) -> str:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Rows in columns, plain, as they may go to a file."""
+    """Rows in plain columns, which may go to a file."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

@@ -10,10 +10,8 @@ import torch
 
 from ibeton.model.masking import masked_patches
 from ibeton.pipeline import Batch
-from ibeton.pipeline.loader import ffcv_problem
-from ibeton.pipeline.store.beton import JPG, BetonReader
-from ibeton.pipeline.store.decode import decode_photo
-from ibeton.pipeline.store.photos import Photos
+from ibeton.pipeline.loaders import LoaderKind
+from ibeton.pipeline.store import JPG, BetonReader, Photos
 from ibeton.train import DTYPES, Run, train_step
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 
@@ -37,11 +35,11 @@ def measure_peaks(run: Run) -> Peaks:
     memory = _copy_rate(run.device, run.device)
     link = _copy_rate(torch.device("cpu"), run.device) / 2 if run.device.type == "cuda" else memory
     flops = matrix_rate(run.device, DTYPES[run.precision])
-    return Peaks(flops, memory, link, _decode_rate(run.loader.photos))
+    return Peaks(flops, memory, link, _decode_rate(run.loader.photos, run.loader.kind))
 
 
 def _copy_rate(source: torch.device, target: torch.device) -> float:
-    """Bytes read and written a second, the best of a few passes over 128 MiB: of a copy, or of a
+    """Bytes read and written per second, the best of a few passes over 128 MiB: of a copy, or of a
     product in place where it is one memory."""
     apart = source.type != target.type
     a = torch.ones(2**25, device=source, pin_memory=apart)
@@ -59,22 +57,17 @@ def _copy_rate(source: torch.device, target: torch.device) -> float:
     return 2 * a.nbytes / best
 
 
-def _decode_rate(photos: Photos) -> float:
-    """Photos/s of libjpeg-turbo in one thread, as FFCV calls it; Pillow's where that is missing or
-    the photos are in no .beton. Each photo counts with the best of its passes."""
+def _decode_rate(photos: Photos, kind: LoaderKind) -> float:
+    """Photos/s of a loader's decoder in one thread. Each photo counts with the best of its
+    passes."""
     some = _sample(photos)
     if isinstance(photos, BetonReader):
         some = [i for i in some if photos.modes[i] == JPG]
-    fast = isinstance(photos, BetonReader) and not ffcv_problem()
-    data = [np.frombuffer(photos.photo_bytes(i), np.uint8).copy() for i in some]
     best = np.full(len(some), np.inf)
     for _ in range(3):
-        for i, (index, jpeg) in enumerate(zip(some, data, strict=True)):
+        for i, index in enumerate(some):
             begin = time.perf_counter()
-            if fast and isinstance(photos, BetonReader):
-                _decode_turbo(jpeg, int(photos.heights[index]), int(photos.widths[index]))
-            else:
-                decode_photo(jpeg.data)
+            kind.decode(photos, index)
             best[i] = min(best[i], time.perf_counter() - begin)
     return len(some) / float(best.sum()) if some else float("inf")
 
@@ -82,13 +75,6 @@ def _decode_rate(photos: Photos) -> float:
 def _sample(photos: Photos) -> list[int]:
     """Some photos from all over the set, as classes may differ."""
     return np.linspace(0, len(photos) - 1, min(_PHOTOS, len(photos))).astype(int).tolist()
-
-
-def _decode_turbo(jpeg: np.ndarray, height: int, width: int) -> None:
-    from ffcv.libffcv import imdecode
-
-    out = np.empty((height, width, 3), np.uint8)
-    imdecode(jpeg, out, height, width, height, width, 0, 0, 1, 1, False, False)
 
 
 @dataclass(frozen=True)
@@ -105,7 +91,7 @@ class Demand:
 def demand_of(run: Run, batch: Batch, rates: dict[str, float]) -> Demand:
     """Counted over one step with `batch`, which is taken."""
     photos, loader = batch.global_crops.shape[1], run.loader
-    cut_here = loader.kind != "ffcv" or loader.crops_on == "cpu"
+    cut_here = loader.crops_on == "cpu"
     pixels = photos * float(
         np.mean([_pixels(run.loader.photos, i) for i in _sample(run.loader.photos)])
     )

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -24,44 +25,46 @@ _ROUNDS_TO_TELL = 4  # fewer rounds may lie apart by chance
 # Legends stand below the axes, where no bar and no line can reach.
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
 _BELOW |= {"frameon": False, "fontsize": 9}
-_RANKS = "milliseconds a step by rank; comm is waiting for others"
-HEADINGS = ("stage", "ms a step", "images/s", "% of step", "floor ms", "x floor")
+_RANKS = "milliseconds per step by rank; comm is waiting for others"
+HEADINGS = ("stage", "ms per step", "images/s", "% of step", "floor ms", "x floor")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A stage: its milliseconds a step by round, on the step's critical path or in the loader
+    """A stage: its milliseconds per step by round, on the step's critical path or in the loader
     beside it, where all workers work at once."""
 
     name: str
     beside: bool
     ms: list[float]
+    middle: float  # of `ms`: the step's in its middle round, so that stages add up to it
     share: float | None  # of the step; None for what runs beside it
     floor_ms: float | None
     images: int
 
     def cells(self) -> list[str]:
         """For the columns of HEADINGS."""
-        middle = quartiles(self.ms)[0]
+        middle, (_, low, high) = self.middle, quartiles(self.ms)
         ceiling = number(1000 * self.images / middle) if middle else ""
         floor = "" if self.floor_ms is None else number(self.floor_ms)
         times = number(middle / self.floor_ms) if self.floor_ms else ""
         share = "beside" if self.share is None else f"{self.share:.1%}"
-        return [self.name, spread(self.ms), ceiling, share, floor, times]
+        return [self.name, _ranged(middle, low, high), ceiling, share, floor, times]
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
     """Stages of the loader, then those of the step in the order of a step."""
     images, floor = result["run"]["batch_size"], result["floor_ms"]
-    whole = sum(quartiles(ms)[0] for ms in result["step_ms"].values())
+    middle = result["middle_round"]
+    whole = sum(ms[middle] for ms in result["step_ms"].values())
     found = [
-        Row(name, True, stage["ms"], None, floor.get(name), images)
+        Row(name, True, stage["ms"], quartiles(stage["ms"])[0], None, floor.get(name), images)
         for name, stage in result["loader_ms"].items()
     ]
     for name, ms in result["step_ms"].items():
         beside = name in result["loader_ms"]  # the floor is then that of the work beside
         lowest = None if beside else floor.get(name)
-        found.append(Row(name, False, ms, quartiles(ms)[0] / whole, lowest, images))
+        found.append(Row(name, False, ms, ms[middle], ms[middle] / whole, lowest, images))
     return found
 
 
@@ -72,8 +75,8 @@ def conditions(result: dict[str, Any]) -> str:
     return (
         f"{run['arch']} in {run['precision']} on {run['device']}, batch {run['batch_size']},"
         f" {run['loader']} loader with {run['workers']} worker(s), {run['photos']:,} photos;"
-        f"{processes} medians (quartiles) of {run['rounds']} rounds of {run['steps']} steps, taken"
-        " in turns."
+        f"{processes} the middle round (quartiles) of {run['rounds']} rounds of {run['steps']}"
+        " steps, taken in turns."
         f" Machine's best: {peaks['flops'] / 1e9:.4g} GFLOP/s, {peaks['memory'] / 1e9:.3g} GB/s,"
         f" {peaks['decode']:.4g} JPEGs/s a thread. {in_words(result['machine'])}"
     )
@@ -84,14 +87,15 @@ def clock_line(result: dict[str, Any]) -> str:
     rates, cost = result["images_per_s"], result["clock"]
     pairs = zip(rates["model, clock off"], rates["model"], strict=True)
     return (
-        f"The clock: {cost['us_a_stage']:.2g} us a stage, {cost['share_of_step']:.3%} of a step;"
+        f"The clock: {cost['us_a_stage']:.2g} us per stage, {cost['share_of_step']:.3%} of a step;"
         f" model without it / with it: {spread([off / on for off, on in pairs])}."
     )
 
 
 def print_report(result: dict[str, Any], console: Console) -> None:
     """Tables of stages and of sides, then the verdict."""
-    table = Table(title="where a step goes: loader stages beside it, then its own")
+    console.print("where a step goes: loader stages beside it, then its own")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     before = None
@@ -103,7 +107,7 @@ def print_report(result: dict[str, Any], console: Console) -> None:
     table.add_section()
     table.add_row("step", *_step_cells(result))
     console.print(table)
-    sides = Table(title="images/s")
+    sides = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     sides.add_column("side")
     sides.add_column("images/s", justify="right")
     for name, rates in result["images_per_s"].items():
@@ -111,7 +115,8 @@ def print_report(result: dict[str, Any], console: Console) -> None:
     console.print(sides)
     if result["ranks"]:
         heads, *body = rank_rows(result["ranks"])
-        ranks = Table(*heads, title=_RANKS)
+        console.print(_RANKS, soft_wrap=True)
+        ranks = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for cells in body:
             ranks.add_row(*cells)
         console.print(ranks)
@@ -120,7 +125,7 @@ def print_report(result: dict[str, Any], console: Console) -> None:
 
 
 def rank_rows(ranks: list[dict[str, float]]) -> list[list[str]]:
-    """Milliseconds a step by rank, a row each under one of the parts' names."""
+    """Milliseconds per step by rank, a row each under one of the parts' names."""
     names = [name for name in PARTS if any(name in parts for parts in ranks)]
     numbers = [[number(parts.get(name, 0.0)) for name in names] for parts in ranks]
     return [["rank", *names], *([str(rank), *row] for rank, row in enumerate(numbers))]
@@ -129,7 +134,17 @@ def rank_rows(ranks: list[dict[str, float]]) -> list[list[str]]:
 def _step_cells(result: dict[str, Any]) -> list[str]:
     rates = result["images_per_s"]["both"]
     ms = [1000 * result["run"]["batch_size"] / rate for rate in rates]
-    return [spread(ms), number(quartiles(rates)[0]), "100%", "", ""]
+    middle, (_, low, high) = result["middle_round"], quartiles(ms)
+    return [_ranged(ms[middle], low, high), number(rates[middle]), "100%", "", ""]
+
+
+def _ranged(middle: float, low: float, high: float) -> str:
+    """Milliseconds (quartiles), in few characters: a stage below a microsecond is 0.001."""
+    return "{} ({} - {})".format(*(_ms(value) for value in (middle, low, high)))
+
+
+def _ms(value: float) -> str:
+    return number(value) if value >= 0.1 else f"{value:.3f}"
 
 
 def write_png(result: dict[str, Any], path: Path) -> Path:
@@ -140,7 +155,7 @@ def write_png(result: dict[str, Any], path: Path) -> Path:
         1, 2, figsize=(12, height), width_ratios=(3, 2), layout="constrained"
     )
     for place, row in enumerate(found):
-        middle, low, high = quartiles(row.ms)
+        middle, (_, low, high) = row.middle, quartiles(row.ms)
         color = _LOADER if row.beside else _WAIT if row.name in WAITING else _STEP
         left.barh(place, middle, color=color, height=0.7)
         left.plot([low, high], [place, place], color="#999999", linewidth=2)
@@ -151,8 +166,8 @@ def write_png(result: dict[str, Any], path: Path) -> Path:
     left.set_yticks(
         range(len(found)), [f"{r.name}{' (loader)' if r.beside else ''}" for r in found]
     )
-    left.set_xlim(0, 1.15 * max(quartiles(row.ms)[2] for row in found))
-    left.set(xlabel="milliseconds a step", title="stages")
+    left.set_xlim(0, 1.15 * max(max(row.middle, quartiles(row.ms)[2]) for row in found))
+    left.set(xlabel="milliseconds per step", title="stages")
     legend = {"loader, beside the step": _LOADER, "step: waits": _WAIT, "step: model": _STEP}
     handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=color) for color in legend.values()]
     handles.append(plt.Line2D([], [], color=_FLOOR, linewidth=2.5))
@@ -186,6 +201,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; } img { max-width: 100%; }
 td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child { text-align: left; } tr.beside { color: #2f855a; }
+div.wide { overflow-x: auto; }
 p.verdict { font-size: 1.1rem; } p.small { color: #555; font-size: .85rem; }
 """
 
@@ -208,12 +224,12 @@ def write_html(result: dict[str, Any], picture: Path, path: Path) -> Path:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>ibeton throughput</title>'
         f"<style>{_STYLE}</style><h1>Where a step goes</h1>{verdict}"
         f'<img alt="stages and sides" src="data:image/png;base64,{image}">'
-        f"<h2>Stages</h2><table><tr>{head}</tr>{body}</table>"
+        f'<h2>Stages</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
         "<p>Loader stages (green) run beside the step, in threads, processes or on a stream of"
-        " their own: milliseconds a step with all of them at work, measured with the loader alone."
+        " their own: milliseconds per step with all of them busy, measured with the loader alone."
         " images/s is the ceiling that a stage sets by itself.</p>"
-        "<h2>Sides</h2><table><tr><th>side</th><th>images/s</th></tr>"
-        f"{sides}</table>{_ranks_html(result['ranks'])}<p>{html.escape(clock_line(result))}</p>"
+        '<h2>Sides</h2><div class="wide"><table><tr><th>side</th><th>images/s</th></tr>'
+        f"{sides}</table></div>{_ranks_html(result['ranks'])}<p>{html.escape(clock_line(result))}</p>"
         f'<p class="small">{html.escape(conditions(result))}</p>'
         f"<details><summary>Settings</summary><pre>{settings}</pre></details></html>",
         encoding="utf-8",
@@ -223,7 +239,8 @@ def write_html(result: dict[str, Any], picture: Path, path: Path) -> Path:
 
 def _ranks_html(ranks: list[dict[str, float]]) -> str:
     table = "".join(f"<tr>{_tds(row)}</tr>" for row in rank_rows(ranks))
-    return f"<h2>Ranks</h2><p>{_RANKS}.</p><table>{table}</table>" if ranks else ""
+    wide = f'<div class="wide"><table>{table}</table></div>'
+    return f"<h2>Ranks</h2><p>{_RANKS}.</p>{wide}" if ranks else ""
 
 
 def _tds(cells: list[str]) -> str:
@@ -234,7 +251,9 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
     """Show what of two JSON files differs beyond noise: where every round of one lies above every
     round of the other. Returns the names of these. Raises FileNotFoundError and ValueError."""
     before, after = _load(first), _load(second)
-    table = Table(title=f"{first.name} -> {second.name}")
+    console.print(f"before: {first}", soft_wrap=True)
+    console.print(f"after:  {second}", soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("", "before", "after", "after / before", ""):
         table.add_column(heading, justify="right" if heading else "left")
     changed = []

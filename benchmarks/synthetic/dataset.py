@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
-from ibeton.pipeline.convert.converter import ConvertOptions, convert
+from ibeton.pipeline.convert import ConvertOptions, convert
 
 
 def synthetic_beton(folder: Path, images_per_class: int = 12) -> str:

@@ -144,7 +144,7 @@ def load_trunk(config: DenseConfig) -> tuple[nn.Module, dict[str, Any]]:
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
     """AdamW's groups under timm's layer decay: embeddings first, then blocks, then all else,
-    which no pattern matches, at the full rate. 1-D tensors, biases and norms, are not decayed."""
+    which no pattern matches, at the full rate. Biases, norms and other vectors do not decay."""
     stem = r"^pyramid\.backbone\.(?:cls_token|pos_embed|patch_embed)"
     blocks = [
         (r"^pyramid\.backbone\.blocks\.(\d+)", None),

@@ -6,9 +6,10 @@ One forward pass gives all of these, as far as they are asked for by name:
     blocks      class tokens of the last four blocks, one behind the other, [4 C] (Swin: the width
                 of each block's stage)
     patch_mean  mean of the last block's patch tokens, [C]
+    gem         generalized mean (power 4) of the last block's patch tokens, [C]
     patches     patch tokens of the last block, [N, C]
-    parts       means of the 1, 4, 16 and 64 patch tokens that the class token attends to most in
-                the last block, [4, C]; ViT only
+    parts       means of the 1, 7, 14, 56, 112 and 196 patch tokens that the class token attends to
+                most in the last block, [6, C]; ViT only
     prototype   number of the prototype that the head gives the class token, int64 []
 
 Tokens are those after the final norm, as published. Swin has no class token: the mean of its tokens
@@ -32,9 +33,11 @@ log = logging.getLogger(__name__)
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of pixels on the 0..1 scale
 STD = (0.229, 0.224, 0.225)
-NAMES = ("cls", "blocks", "patch_mean", "patches", "parts", "prototype")
+NAMES = ("cls", "blocks", "patch_mean", "gem", "patches", "parts", "prototype")
 BLOCKS = 4
-PARTS = (1, 4, 16, 64)
+GEM_POWER = 4.0
+GEM_LEAST = 1e-6  # what tokens are raised to before the power
+PARTS = (1, 7, 14, 56, 112, 196)  # published k; 196 is all patches at 224 pixels
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -119,6 +122,9 @@ def tokens_of(
             found[name] = torch.cat([output[:, 0] for output in outputs], dim=1)
         elif name == "patch_mean":
             found[name] = patches.mean(dim=1)
+        elif name == "gem":
+            raised = patches.float().clamp(min=GEM_LEAST).pow(GEM_POWER)
+            found[name] = raised.mean(dim=1).pow(1 / GEM_POWER)
         elif name == "patches":
             found[name] = patches
         elif name == "parts":
@@ -165,7 +171,7 @@ def _last_attention(backbone: Any) -> Iterator[list[Tensor]]:
 
 def most_attended(patches: Tensor, attention: Tensor) -> Tensor:
     """Means of the k patches [B, N, C] with the highest attention [B, N], for k in PARTS (all
-    patches where there are fewer): [B, 4, C]."""
+    patches where there are fewer): [B, 6, C]."""
     order = attention.argsort(dim=1, descending=True, stable=True)  # [B, N]
     ranked = patches.take_along_dim(order.unsqueeze(2), dim=1)
     return torch.stack([ranked[:, :k].mean(dim=1) for k in PARTS], dim=1)

@@ -222,17 +222,18 @@ def check_options(args: argparse.Namespace) -> None:
 
 def knn_scores(task: Task, train: Features | None = None) -> Scores:
     """Top-1 and top-5 in percent for each k, by the photos of `train` (all of the training set's);
-    before them the best top-1 of all k.
+    before them the best top-1 of all k. A k above the number of photos is that number.
 
     With --pixels those of centered raw pixels, too.
     """
     train = train or task.train
+    ks = sorted({min(k, len(train.labels)) for k in task.args.k})
     by_k = classify_by_k(
         F.normalize(train["cls"], dim=1),
         train.labels,
         F.normalize(task.val["cls"], dim=1),
         task.val.labels,
-        task.args.k,
+        ks,
         task.args.temperature,
         task.num_classes,
         task.how.device,
@@ -242,9 +243,7 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
     if task.args.pixels and train is task.train:
         sets = (task.args.train, task.args.val, min(PIXELS, task.train_photos.size))
         how = (task.args.temperature, task.how.batch_size, task.how.threads)
-        scores |= _named(
-            "pixels_", evaluate_knn(RawPixels(), *sets, task.args.k, *how, centered=True)
-        )
+        scores |= _named("pixels_", evaluate_knn(RawPixels(), *sets, ks, *how, centered=True))
     return scores
 
 

@@ -10,11 +10,15 @@ token of the last block. They are those of the evaluation views, computed once. 
 published way: every epoch computes those of new random crops and flips, one forward pass for all
 learning rates.
 
+`--save-head` keeps the layer of the rate that is best after the last epoch, for
+`evaluation.robustness`.
+
     python -m evaluation.frozen.linear --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +27,16 @@ from torch import Tensor, nn
 
 from ibeton.evaluation.command import Protocol, Scores, Task, command
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
-from ibeton.evaluation.frozen.heads import RATES, Batches, LinearSettings, train_heads
+from ibeton.evaluation.frozen.heads import (
+    RATES,
+    Batches,
+    LinearHeads,
+    LinearSettings,
+    train_heads,
+)
+from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
+from ibeton.model.checkpoint import save_checkpoint
 
 
 def shuffled(
@@ -91,6 +103,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_head_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--save-head", type=Path, help="file to keep the linear layer in")
+
+
+def check_head_option(args: argparse.Namespace) -> None:
+    """Raise FileNotFoundError for a file in a folder that does not exist."""
+    if args.save_head is not None and not args.save_head.parent.is_dir():
+        raise FileNotFoundError(
+            f"--save-head {args.save_head}: there is no folder {args.save_head.parent}"
+        )
+
+
 def settings_of(args: argparse.Namespace) -> LinearSettings:
     settings = LinearSettings(args.epochs, args.sgd_batch, tuple(args.lr))
     settings.check()
@@ -110,8 +134,31 @@ def linear_scores(task: Task, rows: Tensor | None = None) -> Scores:
         batches = shuffled(features, labels, settings)
     val = joined(task.val.arrays, names)
     sets = (batches, val, task.val.labels, task.num_classes)
-    accuracies = train_heads(*sets, settings, task.how.device)[1]
+    heads, accuracies = train_heads(*sets, settings, task.how.device)
+    path = getattr(task.args, "save_head", None)
+    if path is not None and rows is None and task.network == task.args.network:
+        save_checkpoint(path, head_content(task, heads, accuracies[-1], settings))
     return best_scores(accuracies, settings)
+
+
+def head_content(
+    task: Task,
+    heads: LinearHeads,
+    accuracies: np.ndarray,  # [H], after the last epoch
+    settings: LinearSettings,
+) -> dict[str, Any]:
+    """What `--save-head` writes: the best layer after the last epoch, and what it belongs to."""
+    best = int(accuracies.argmax())
+    return {
+        "weight": heads.weight[:, best].cpu().clone(),  # [K, C]
+        "bias": heads.bias[:, best].cpu().clone(),  # [K]
+        "features": list(feature_names(task.config)),
+        "classes": task.train_photos.classes,
+        "image_size": task.train_photos.size,
+        "backbone": weights_digest(task.backbone),
+        "lr": settings.rates[best],
+        "top1": float(accuracies[best]),
+    }
 
 
 def best_scores(accuracies: np.ndarray, settings: LinearSettings) -> Scores:
@@ -131,8 +178,8 @@ PROTOCOL = Protocol(
     feature_names,
     linear_scores,
     ("top1",),
-    (add_options,),
-    (settings_of,),
+    (add_options, add_head_option),
+    (settings_of, check_head_option),
 )
 
 

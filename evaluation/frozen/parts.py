@@ -1,9 +1,9 @@
 """Part-wise linear probing: how much of a photo's class do its most attended patches tell?
 
 The last block's patch tokens are ranked by the attention that the class token pays them (mean of
-the heads); the mean of the first k goes into a linear layer (iBOT, section 4.3; the settings there
-are from memory). Beside them: the mean of all patches, and the class token. The linear layers are
-those of `evaluation.frozen.linear`, on evaluation views.
+the heads); the mean of the first k = 1, 7, 14, 56, 112, 196 goes into a linear layer (iBOT, section
+4.3, and published code). Beside them: the mean of all patches, and the class token. The linear
+layers are those of `evaluation.frozen.linear`, on evaluation views.
 
     python -m evaluation.frozen.parts --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """

@@ -4,7 +4,6 @@ In shapes: B images, S their side in pixels, h x w patches of an image.
 """
 
 import copy
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ibeton.atomic import replacing
 from ibeton.evaluation.photos import PhotoSet
 
 matplotlib.use("Agg")  # no display needed
@@ -99,10 +99,8 @@ def frame(axis: Axes, color: str) -> None:
 def save(figure: Figure, path: Path, title: str) -> None:
     """Write a PNG in one step, under its title."""
     figure.suptitle(title, fontsize=10, color=INK)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.png")
     try:
-        figure.savefig(partial, dpi=DPI)
-        os.replace(partial, path)
+        with replacing(path, suffix=".png") as partial:
+            figure.savefig(partial, dpi=DPI)
     finally:
         plt.close(figure)
-        partial.unlink(missing_ok=True)

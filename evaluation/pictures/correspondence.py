@@ -3,16 +3,21 @@ the cosine of their tokens (iBOT, appendix)."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
 from torch import Tensor, nn
 
 from ibeton.evaluation.frozen.features import evaluating, normalized
+from ibeton.evaluation.matching.views import (
+    are_right,
+    cut_two,
+    draw_two,
+    middles,
+    mutual_nearest,
+)
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.canvas import (
     GREEN,
@@ -25,12 +30,9 @@ from ibeton.evaluation.pictures.canvas import (
     to_look_at,
     views_of,
 )
-from ibeton.pipeline.crops.reference import cut_view_reference
-from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
-from ibeton.pipeline.store.photos import Photos
+from ibeton.pipeline.store import Photos
 
 LINES = 12  # correspondences drawn
-VIEW_SCALE = (0.4, 1.0)  # share of the photo that a view shows: two of them then overlap
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,10 @@ def two_views(photos: PhotoSet, source: Photos, index: int, seed: int = 0) -> Pa
     `source` has its pixels."""
     views_of(photos, [index])  # refuses what cannot be read
     image = Image.fromarray(source.pixels(index))
-    spec = ViewSpec(photos.size, VIEW_SCALE, blur_p=0.0, solarize_p=0.0, gray_p=0.0)
-    draws = draw_views([spec, spec], seed, 0, index, image.height, image.width)
+    draws = draw_two(image, photos.size, index, seed)
     titles = (f"{class_name(photos, index)}, view 1", "view 2")
-    large = _cut(image, draws, to_look_at(photos).size)
-    return Pair(_cut(image, draws, photos.size), large, draws, titles)
-
-
-def _cut(image: Image.Image, draws: np.ndarray, size: int) -> Tensor:
-    """Views uint8 [2, 3, size, size]."""
-    views = [np.array(cut_view_reference(image, draw, size)) for draw in draws]
-    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    large = cut_two(image, draws, to_look_at(photos).size)
+    return Pair(cut_two(image, draws, photos.size), large, draws, titles)
 
 
 def two_photos(photos: PhotoSet, first: int, second: int) -> Pair:
@@ -66,18 +61,6 @@ def two_photos(photos: PhotoSet, first: int, second: int) -> Pair:
     both = [first, second]
     titles = (class_name(photos, first), class_name(photos, second))
     return Pair(views_of(photos, both), views_of(to_look_at(photos), both), None, titles)
-
-
-def mutual_nearest(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches [N, C] and [N, C] -> places int64 [m] in both, and cosines [m], falling, of those
-    that are each other's nearest."""
-    cosines = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T  # [N, N]
-    forth, back = cosines.argmax(dim=1), cosines.argmax(dim=0)
-    places = torch.arange(len(first))
-    mutual = places[back[forth] == places]
-    order = cosines[mutual, forth[mutual]].argsort(descending=True, stable=True)
-    mutual = mutual[order]
-    return mutual, forth[mutual], cosines[mutual, forth[mutual]]
 
 
 def scattered(places: Tensor, columns: int, count: int) -> list[int]:
@@ -94,23 +77,6 @@ def scattered(places: Tensor, columns: int, count: int) -> list[int]:
     return chosen
 
 
-def in_photo(box: Any, points: np.ndarray, size: int) -> np.ndarray:
-    """Points (x, y) [n, 2] of a view in pixels -> where they are in the photo. `box`: DRAW."""
-    x, y = points.T
-    if box["flip"]:
-        x = size - x
-    scale_x, scale_y = box["width"] / size, box["height"] / size
-    return np.stack((box["left"] + x * scale_x, box["top"] + y * scale_y), axis=1)
-
-
-def are_right(boxes: np.ndarray, points: list[np.ndarray], size: int, patch: int) -> np.ndarray:
-    """Whether each pair of points shows one place of the photo, give or take a patch of the larger
-    view: bool [n]."""
-    first, second = (in_photo(box, p, size) for box, p in zip(boxes, points, strict=True))
-    reach = patch / size * np.array((boxes["width"].max(), boxes["height"].max()))
-    return (np.abs(first - second) <= reach).all(axis=1)
-
-
 def draw_correspondence(
     backbone: nn.Module, pairs: list[Pair], patch: int, device: str, path: Path
 ) -> None:
@@ -124,7 +90,7 @@ def draw_correspondence(
         columns = size // patch
         first, second, _ = mutual_nearest(*tokens)
         chosen = scattered(first, columns, LINES)
-        points = [_middles(places[chosen], columns, patch) for places in (first, second)]
+        points = [middles(places[chosen], columns, patch) for places in (first, second)]
         note = f"{len(chosen)} of {len(first)} mutual pairs"
         if pair.boxes is not None:
             right = are_right(pair.boxes, points, size, patch)
@@ -142,9 +108,3 @@ def draw_correspondence(
             for axis, point in zip(axes[row], (start, end), strict=True):
                 axis.plot(*point, "o", color=color, markersize=3.5, markeredgecolor="white")
     save(figure, path, "Patches that are each other's nearest")
-
-
-def _middles(places: Tensor, columns: int, patch: int) -> np.ndarray:
-    """Places [n] -> the middles (x, y) of these patches in pixels, [n, 2]."""
-    numbers = places.numpy()
-    return (np.stack((numbers % columns, numbers // columns), axis=1) + 0.5) * patch

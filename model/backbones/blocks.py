@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibeton.model.config import ModelConfig
-from ibeton.model.kernels.gelu_linear import gelu_linear
-from ibeton.model.kernels.norm_linear import norm_linear
+from ibeton.model.host_inputs import from_host
+from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 
 LAYERNORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -63,23 +64,35 @@ def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[
     which the published rates would save (not measured).
     """
     samples = sum(images for images, _ in shapes)
-    kept = torch.rand(len(rates), samples) >= torch.tensor(rates).unsqueeze(1)
-    lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
     if device.type == "cpu":
+        lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
         token_of = torch.arange(samples).repeat_interleave(lengths)  # [T], the token's sample
         return [
             None if rate == 0 else _gathered(row, token_of, rate, shapes)
-            for rate, row in zip(rates, kept, strict=True)
+            for rate, row in zip(rates, _draw(rates, samples), strict=True)
         ]
-    total = int(lengths.sum())
-    factors = kept / (1 - torch.tensor(rates).unsqueeze(1))
-    spread = factors.to(device, non_blocking=True).repeat_interleave(
-        lengths.to(device, non_blocking=True), dim=1, output_size=total
+
+    def factor() -> Tensor:
+        return _draw(rates, samples) / (1 - torch.tensor(rates).unsqueeze(1))
+
+    factors = from_host(factor, device)  # [branches, samples]
+    counts = [images for images, _ in shapes]
+    spread = torch.cat(  # [branches, T]
+        [
+            part.unsqueeze(2).expand(-1, -1, tokens).flatten(1)
+            for part, (_, tokens) in zip(factors.split(counts, dim=1), shapes, strict=True)
+        ],
+        dim=1,
     )
     return [
         None if rate == 0 else Kept(None, shapes, 1 / (1 - rate), spread[i].unsqueeze(1))
         for i, rate in enumerate(rates)
     ]
+
+
+def _draw(rates: list[float], samples: int) -> Tensor:
+    """bool [branches, samples] on the CPU, True = kept."""
+    return torch.rand(len(rates), samples) >= torch.tensor(rates).unsqueeze(1)
 
 
 def _gathered(kept: Tensor, token_of: Tensor, rate: float, shapes: Shapes) -> Kept:
@@ -111,6 +124,15 @@ def add_branch(x: Tensor, branch: Branch, shapes: Shapes, kept: Kept | None) -> 
         return x + branch(x, shapes) * kept.factor
     out = branch(x.index_select(0, kept.tokens), kept.shapes)
     return x.index_add(0, kept.tokens, out.to(x.dtype), alpha=kept.scale)
+
+
+def as_factor(kept: Kept | None, tokens: int, device: torch.device) -> Kept | None:
+    """The same samples by a factor for each of `tokens` tokens rather than by the tokens kept."""
+    if kept is None or kept.tokens is None:
+        return kept
+    factor = torch.zeros(tokens, 1, device=device)
+    factor[kept.tokens] = kept.scale
+    return Kept(None, [], kept.scale, factor)
 
 
 class Attention(nn.Module):
@@ -164,6 +186,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         embed_dim, _, num_heads = config.backbone_shape()
+        self.recompute = config.recompute != "off"
         self.gamma_1: nn.Parameter | None = None
         self.gamma_2: nn.Parameter | None = None
         if config.layer_scale > 0:
@@ -175,11 +198,16 @@ class Block(nn.Module):
         self.mlp = Mlp(embed_dim, int(embed_dim * config.mlp_ratio))
 
     def attention_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
-        out = self.attn(norm_linear(x, self.norm1, self.attn.qkv), shapes)
+        normed = norm_linear if self.recompute else norm_linear_reference
+        out = self.attn(normed(x, self.norm1, self.attn.qkv), shapes)
         return out if self.gamma_1 is None else self.gamma_1 * out
 
     def mlp_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
-        out = gelu_linear(norm_linear(x, self.norm2, self.mlp.fc1), self.mlp.fc2)
+        if self.recompute:
+            out = gelu_linear(norm_linear(x, self.norm2, self.mlp.fc1), self.mlp.fc2)
+        else:
+            hidden = norm_linear_reference(x, self.norm2, self.mlp.fc1)
+            out = gelu_linear_reference(hidden, self.mlp.fc2)
         return out if self.gamma_2 is None else self.gamma_2 * out
 
     def forward(

@@ -194,7 +194,7 @@ class SwinTransformer(nn.Module):
         if is_student:
             self.masked_embed = nn.Parameter(torch.zeros(1, widths[0]))
         self.patch_embed = PatchEmbed(
-            None, EMBED_PATCH, config.in_chans, widths[0], norm_layer=LayerNorm, output_fmt="NHWC"
+            None, EMBED_PATCH, 3, widths[0], norm_layer=LayerNorm, output_fmt="NHWC"
         )
         drop_path = config.drop_path if is_student else 0.0
         # Stochastic depth grows linearly over all blocks, from 0 in the first.

@@ -19,10 +19,18 @@ from ibeton.model.backbones.blocks import (
     Kept,
     Shapes,
     among,
+    as_factor,
     draw_kept,
     init_linear,
 )
+from ibeton.model.backbones.fused_block import fused_block
 from ibeton.model.config import ModelConfig
+from ibeton.model.kernels.half_weights import half_linear, product_dtype
+from ibeton.model.kernels.launch import kernels_run_on
+from ibeton.model.kernels.residual_norm import Branch, residual_norm
+
+# Activations up to this share of a GPU's memory are kept whole where `recompute` is "auto"
+FITS = 0.6
 
 
 class PatchEmbed(nn.Module):
@@ -47,7 +55,14 @@ class PatchEmbed(nn.Module):
                 f" pixel patches: crop to a multiple of --patch-size or change it"
             )
         patches = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, in_chans, h, P, w, P]
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, h, w, in_chans, P, P]
+        if kernels_run_on(x):
+            # One kernel casts and copies.
+            rows = patches.to(product_dtype(x), memory_format=torch.contiguous_format)
+            rows = rows.flatten(3).flatten(0, 2)
+            out = half_linear(rows, self.proj.weight, self.proj.bias)
+            return out.unflatten(0, (len(x), -1))
+        patches = patches.flatten(3).flatten(1, 2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -67,13 +82,14 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.patch_size = config.patch_size
         self.checkpoint_blocks = config.checkpoint_blocks
+        self.recompute = config.recompute
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         grid = config.image_size // config.patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, embed_dim))
         self.masked_embed: nn.Parameter | None = None
         if is_student:
             self.masked_embed = nn.Parameter(torch.zeros(1, embed_dim))
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(config.patch_size, 3, embed_dim)
         # Stochastic depth grows linearly, from 0 in the first block.
         drop_path = config.drop_path if is_student else 0.0
         self.drop_path_rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
@@ -149,7 +165,7 @@ class VisionTransformer(nn.Module):
         x = _pack(embedded)
         if self.fc_norm is None and any(index is not None for index in indices):
             return self._selected(x, shapes, indices)
-        parts = self._blocks(x, shapes).split([images * tokens for images, tokens in shapes])
+        parts = self._normed(x, shapes).split([images * tokens for images, tokens in shapes])
         return [
             self._class_and_patches(part.view(images, tokens, -1), index)
             for part, (images, tokens), index in zip(parts, shapes, indices, strict=True)
@@ -160,21 +176,73 @@ class VisionTransformer(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """`forward_views` from packed tokens: the last block's MLP runs on the selected ones."""
         rows = selected_rows(shapes, indices, x.device)
-        outputs = self.norm(self._blocks(x, shapes, torch.cat(rows))).split([len(r) for r in rows])
+        outputs = self._normed(x, shapes, torch.cat(rows)).split([len(r) for r in rows])
         patches = [
             out if index is not None else out.unflatten(0, (images, -1))
             for out, index, (images, _) in zip(outputs[1::2], indices, shapes, strict=True)
         ]
         return list(zip(outputs[::2], patches, strict=True))
 
+    def _normed(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
+        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens."""
+        if not kernels_run_on(x) or self._hooked():
+            return self.norm(self._blocks(x, shapes, rows))
+        x, branch = self._fused_blocks(x, shapes, rows)
+        if isinstance(self.norm, nn.Identity):
+            return x + branch.value()
+        norm = self.norm
+        return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, x.dtype)[1]
+
+    def _fused_blocks(
+        self, x: Tensor, shapes: Shapes, rows: Tensor | None
+    ) -> tuple[Tensor, Branch]:
+        """`_blocks` by the Triton kernels; the last MLP's output is not added yet."""
+        kept = [as_factor(k, len(x), x.device) for k in self._draw_kept(x, shapes)]
+        if rows is not None and (last_kept := kept[-1]) is not None:
+            kept[-1] = among(last_kept, rows, len(x))
+        recompute = self._recomputes(x)
+        branch: Branch | None = None
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            arguments = (
+                *(block, x, branch, shapes, kept[2 * i], kept[2 * i + 1]),
+                *(rows if last else None, recompute),
+            )
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x, branch = checkpoint(
+                    fused_block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, branch = fused_block(*arguments)
+        assert branch is not None
+        return x, branch
+
+    def _hooked(self) -> bool:
+        """Whether a module inside the blocks has a hook, which the kernels would not call."""
+        modules = self.blocks.modules()
+        return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+    def _recomputes(self, x: Tensor) -> bool:
+        """Whether norms and GELUs of packed tokens x [T, C] are computed again in the backward."""
+        if self.recompute != "auto" or not x.is_cuda:
+            return self.recompute == "on"
+        block = cast(Block, self.blocks[0])
+        kept = 4 * x.numel() * len(self.blocks) * (5 + block.mlp.fc1.out_features / self.embed_dim)
+        memory = torch.cuda.get_device_properties(x.device).total_memory
+        return kept > FITS * memory
+
+    def _draw_kept(self, x: Tensor, shapes: Shapes) -> list[Kept | None]:
+        """What stochastic depth keeps of packed tokens [T, C], for the two branches per block."""
+        if not (self.training and any(self.drop_path_rates)):
+            return [None] * (2 * len(self.blocks))
+        rates = [rate for rate in self.drop_path_rates for _ in range(2)]
+        return draw_kept(rates, shapes, x.device)
+
     def _blocks(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
         """Packed tokens [T, C] through all blocks; with `rows`, only these leave the last."""
-        kept: list[Kept | None] = [None] * (2 * len(self.blocks))
-        if self.training and any(self.drop_path_rates):
-            rates = [rate for rate in self.drop_path_rates for _ in range(2)]
-            kept = draw_kept(rates, shapes, x.device)
-            if rows is not None:
-                kept[-1] = kept[-1] and among(kept[-1], rows, len(x))
+        kept = self._draw_kept(x, shapes)
+        if rows is not None and (last_kept := kept[-1]) is not None:
+            kept[-1] = among(last_kept, rows, len(x))
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             arguments = (x, shapes, kept[2 * i], kept[2 * i + 1], rows if last else None)
@@ -186,9 +254,8 @@ class VisionTransformer(nn.Module):
         return x
 
     def _class_and_patches(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, 1 + N, C] after the last block -> class tokens and selected patches, normed."""
+        """[B, 1 + N, C] after `norm` -> class tokens and selected patches."""
         if self.fc_norm is None:
-            x = self.norm(x)
             return x[:, 0], x[:, 1:]
         patches = x[:, 1:]
         cls = self.fc_norm(patches.mean(dim=1))

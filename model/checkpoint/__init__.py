@@ -3,6 +3,7 @@
 `python -m model.checkpoint import|export|inspect` is the command.
 """
 
+from ibeton.model.checkpoint.backbone_file import write_backbone
 from ibeton.model.checkpoint.files import (
     backbone_of,
     check_same_model,
@@ -25,5 +26,6 @@ __all__ = [
     "read_foreign",
     "restore_model",
     "save_checkpoint",
+    "write_backbone",
     "write_through",
 ]

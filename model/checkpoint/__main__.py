@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ibeton.command import protect_output
+from ibeton.model.checkpoint.backbone_file import read_backbone
 from ibeton.model.checkpoint.export import refuse_existing
 from ibeton.model.checkpoint.export_huggingface import export_huggingface
 from ibeton.model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
@@ -29,7 +31,7 @@ PUBLISHED = {"ibot": export_ibot, "ibot-backbone": export_ibot_backbone}
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m model.checkpoint", description="weights in and out")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    take = commands.add_parser("import", help="a checkpoint of iBOT, DINO or timm -> ours")
+    take = commands.add_parser("import", help="a checkpoint of iBOT, DINO, timm or others -> ours")
     take.add_argument("source", type=Path, help="file of another program")
     take.add_argument("target", type=Path, help="checkpoint to write")
     give = commands.add_parser("export", help="a checkpoint of ours -> what others read")
@@ -81,7 +83,7 @@ def run_export(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     """A row for each part of the file, and the settings that tell its architecture."""
     content, kind = {}, "a checkpoint of ibeton"
-    if args.source.suffix != ".safetensors":
+    if args.source.suffix != ".safetensors" or read_backbone(args.source) is not None:
         content = read_file(args.source)
     if not is_own(content):
         foreign = read_foreign(args.source, args.network, args.num_heads)
@@ -117,6 +119,7 @@ def _parts(name: str, value: Any) -> list[tuple[str, list[Tensor]]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    protect_output()
     commands = {"import": run_import, "export": run_export, "inspect": run_inspect}
     try:
         commands[args.command](args)

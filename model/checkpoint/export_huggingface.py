@@ -70,7 +70,7 @@ def export_huggingface(
         if left:
             raise ValueError(f"transformers does not take {left[0]} as it was written; not written")
         tokens = lambda x: theirs.eval()(x).last_hidden_state  # noqa: E731
-        check_features("transformers", backbone, tokens, config.in_chans, side)
+        check_features("transformers", backbone, tokens, side)
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -89,7 +89,7 @@ def _huggingface_config(config: ModelConfig, side: int) -> Any:
         layer_norm_eps=LAYERNORM_EPS,
         image_size=side,
         patch_size=config.patch_size,
-        num_channels=config.in_chans,
+        num_channels=3,
         qkv_bias=config.qkv_bias,
         architectures=["ViTModel"],
     )

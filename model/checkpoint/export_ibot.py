@@ -1,14 +1,14 @@
 """Checkpoints in the layouts of the published iBOT code."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ibeton.model.checkpoint.export import partial_name, refuse_existing
-from ibeton.model.checkpoint.files import load_backbone, load_checkpoint, save_checkpoint
+from ibeton.atomic import replacing
+from ibeton.model.checkpoint.export import refuse_existing
+from ibeton.model.checkpoint.files import load_backbone, load_checkpoint, write_through
 from ibeton.model.checkpoint.foreign import read_foreign
 from ibeton.model.config import SWINS, ModelConfig
 from ibeton.options import fill
@@ -71,14 +71,10 @@ def _write_checked(
     published: dict[str, Any], target: Path, ours: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     """Save, read back by the importer and compare every tensor before the name appears."""
-    partial = partial_name(target)
-    try:
-        save_checkpoint(partial, published)
+    with replacing(target) as partial:
+        write_through(partial, published)
         content = read_foreign(partial, num_heads=_heads(settings)).content
         for part in ("student", "teacher", "ibot_loss"):
             for name, tensor in ours.get(part, {}).items():
                 if not torch.equal(content[part][name], tensor):
                     raise ValueError(f"{part} {name} is another when read back; not written")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,18 +1,17 @@
 """A backbone as safetensors for timm."""
 
 import functools
-import os
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ibeton.atomic import replacing
 from ibeton.model.backbones.blocks import LAYERNORM_EPS
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.checkpoint.export import (
     check_features,
-    partial_name,
     refuse_existing,
     save_tensors,
 )
@@ -31,7 +30,6 @@ TIMM_NAMES = {
 TIMM_DEFAULTS = {
     "patch_size": 16,
     "img_size": 224,
-    "in_chans": 3,
     "mlp_ratio": 4.0,
     "qkv_bias": True,
     "init_values": None,
@@ -57,18 +55,14 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     side = image_size or config.image_size
     name, options = timm_options(config, side)
     # What names and shapes do not tell, for reading the file back.
-    facts = {"image_size": str(side)}
+    facts = {"image_size": str(side), "arch": config.arch}
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
-    partial = partial_name(target)
-    try:
+    with replacing(target, suffix=target.suffix) as partial:
         save_tensors(timm_state(backbone, side), partial, facts)
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(partial), **options)
         theirs.eval()
-        check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), config.in_chans, side)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+        check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), side)
     words = "".join(f", {key}={_shown(value)}" for key, value in options.items())
     return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={str(target)!r}{words})"
 
@@ -94,7 +88,7 @@ def timm_state(backbone: nn.Module, side: int) -> State:
 
 def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
     """timm's name of the architecture, and what to give `create_model` beside it."""
-    options: dict[str, Any] = {"in_chans": config.in_chans}
+    options: dict[str, Any] = {}
     if config.arch in SWINS:
         # Windows and shifts follow from the size that the network was built for.
         options |= {"img_size": config.image_size, "window_size": SWINS[config.arch]}

@@ -7,14 +7,19 @@ run needs to go on). One that was imported from a backbone alone holds a `teache
 
 import argparse
 import os
+import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ibeton.atomic import replacing
+from ibeton.model.checkpoint.backbone_file import read_backbone, refuse_other_files
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import IBOT, build_backbone
 from ibeton.options import fill, flag
@@ -29,7 +34,6 @@ SHAPE_SETTINGS = (
     "qkv_bias",
     "patch_size",
     "image_size",
-    "in_chans",
     "layer_scale",
     "mean_pool",
     "out_dim",
@@ -42,6 +46,15 @@ SHAPE_SETTINGS = (
     "bottleneck_dim",
     "head_layers",
 )
+_IMPORT = "turn one of iBOT, DINO or timm into one by python -m model.checkpoint import"
+_NUMBERS = ("Float32DType", "Float64DType", "Int32DType", "Int64DType", "BoolDType")
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in _NUMBERS),
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+]
 NETWORKS = ("teacher", "student")
 NAMED = 8  # tensors named in one message; the others are counted
 
@@ -51,12 +64,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
     Raises OSError, with the temporary file removed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         write_through(partial, content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_through(path: Path, content: dict[str, Any]) -> None:
@@ -75,23 +84,35 @@ def write_through(path: Path, content: dict[str, Any]) -> None:
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """What torch.save wrote under `path`, on the CPU. Nothing in the file is executed: besides
-    tensors and plain values only `argparse.Namespace` is let in, which published checkpoints hold.
-    Every record is held against the CRC-32 that torch.save wrote beside it; torch.load does not.
+    tensors and plain values, only `argparse.Namespace` and NumPy's numbers are let in, which
+    published checkpoints hold. Every record is held against the CRC-32 that torch.save wrote with
+    it; torch.load does not check it. A .safetensors file of this program reads as a checkpoint.
 
     Raises FileNotFoundError, or ValueError for what is not a whole file of this kind.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    refuse_other_files(Path(path))
+    if Path(path).suffix == ".safetensors":
+        content = read_backbone(path)
+        if content is None:
+            raise ValueError(f"{path} is no checkpoint of ibeton: {_IMPORT}")
+        return content
     try:
         if zipfile.is_zipfile(path):  # files of torch before 1.6 are not
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"{damaged} fails its checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what damage leads to has no bounds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no checkpoint, or a damaged one ({reason})") from error
+        # torch's own message advises to load the file with weights_only=False: to run its code.
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} is refused: besides weights it holds a {found[1]}, and loading such"
+                " objects may run code; ask for a file of weights alone"
+            ) from None
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        reason = "" if unpickling or not str(error) else f" ({str(error).splitlines()[0]})"
+        raise ValueError(f"{path} is no checkpoint, or a damaged one{reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
@@ -113,7 +134,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         missing = sorted({"teacher", "config"} - set(content))
         raise ValueError(
             f"{path} is no checkpoint of ibeton: it lacks {' and '.join(missing) or 'settings'};"
-            " turn one of iBOT, DINO or timm into one by python -m model.checkpoint import"
+            f" {_IMPORT}"
         )
     return content
 

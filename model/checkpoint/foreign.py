@@ -3,13 +3,16 @@
 Layouts (published code, `tests/reference/checkpoint_inventory.json`):
 - iBOT, full: `student` (names behind `module.`), `teacher`, `ibot_loss`, `args` and more.
 - DINO, full: the same with `dino_loss`; its head has no patch prototypes, so the backbone is taken.
-- a backbone alone: names at the top (DINO) or under `state_dict` (iBOT), bare or behind `module.`
-  and `backbone.`; or timm's names, also in a .safetensors file.
+- a backbone alone: names at the top (DINO), or under one of WRAPPERS (`state_dict` of iBOT and
+  Lightning, `model` of DeiT and MAE, ...), bare or behind any prefix (`module.`, `backbone.`,
+  `encoder.`, ...); or timm's names, also in a .safetensors file.
 
 The architecture follows from names and shapes. A tensor that is missing, unknown or of another
 shape is refused by name.
 """
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibeton.model.checkpoint.backbone_file import read_backbone
 from ibeton.model.checkpoint.files import (
     NETWORKS,
     backbone_state,
     check_tensors,
     is_own,
+    listed,
     read_file,
     without_prefix,
 )
@@ -32,7 +37,25 @@ from ibeton.model.ibot import IBOT, build_backbone, build_network
 from ibeton.model.loss import IBOTLoss
 
 State = dict[str, Tensor]
-CLASSIFIERS = ("head.", "fc.")  # what may stand behind a backbone, and is no part of it
+# Entries under which others keep a state dict, in the order in which they are looked for.
+WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "module", "backbone", "encoder", "net"),
+    *("network", "weights", "params", "model_ema", "ema", "state_dict_ema"),
+)
+# What only a backbone holds, behind any prefix that ends in a dot.
+ANCHOR = re.compile(
+    r"((?:.*?\.)??)(?:patch_embed\.proj\.|cls_token$|pos_embed$|blocks\.\d+\.|layers\.\d+\.)"
+)
+# Heads, decoders and tokens of other tasks, which are no part of a backbone.
+LEFT_OUT = re.compile(
+    r"(?:head|heads|fc|classifier|decoder|projector|projection_head|predictor|head_dist)(?:\.|$)"
+    r"|decoder_|mask_token$"
+)
+# The published trainer's names -> ours, for what names and shapes do not tell.
+PUBLISHED_ARCHITECTURES = {
+    **{"vit_tiny": "vit_t", "vit_small": "vit_s", "vit_base": "vit_b", "vit_large": "vit_l"},
+    **{"deit_tiny": "vit_t", "deit_small": "vit_s"},
+}
 
 
 @dataclass(frozen=True)
@@ -57,17 +80,13 @@ def read_foreign(path: str | Path, network: str = "teacher", num_heads: int = 0)
     if num_heads:
         settings["num_heads"] = num_heads
     if "ibot_loss" in raw:
-        return _whole(path, raw, settings)
-    if "student" in raw or "teacher" in raw:
-        layout = "DINO checkpoint" if "dino_loss" in raw else "student and teacher"
-        state = _tensors(path, raw, network)
-        others = [name for name in raw if name != network]
-    else:
-        layout = "backbone"
-        nested = "state_dict" in raw
-        state = _tensors(path, raw, "state_dict") if nested else _tensors(path, {"": raw}, "")
-        others = [name for name in raw if name != "state_dict"] if nested else []
-    return _backbone(path, state, settings, layout, others)
+        return _finite(path, _whole(path, raw, settings))
+    state, entry, left_out = _find_state(path, raw, network)
+    both = "student" in raw or "teacher" in raw
+    layout = "student and teacher" if both else f"{entry} of a checkpoint" if entry else "backbone"
+    if "dino_loss" in raw:
+        layout = "DINO checkpoint"
+    return _finite(path, _backbone(path, state, settings, layout, network, left_out))
 
 
 def load_weights_into(ibot: IBOT, path: str | Path, network: str = "teacher") -> list[str]:
@@ -91,7 +110,7 @@ def load_weights_into(ibot: IBOT, path: str | Path, network: str = "teacher") ->
 
 
 def _content_of(path: str | Path, network: str) -> dict[str, Any]:
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors" or read_backbone(path) is not None:
         content = read_file(path)
         if is_own(content):
             return content
@@ -100,38 +119,74 @@ def _content_of(path: str | Path, network: str) -> dict[str, Any]:
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file's entries, and the settings that it tells of itself."""
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         content = read_file(path)
         if is_own(content):
             raise ValueError(f"{path} is a checkpoint of ibeton already: there is nothing to do")
         arguments = content.get("args")
-        return content, dict(vars(arguments)) if hasattr(arguments, "__dict__") else {}
+        settings = dict(vars(arguments)) if hasattr(arguments, "__dict__") else {}
+        return content, settings | {"arch": PUBLISHED_ARCHITECTURES.get(settings.get("arch", ""))}
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if read_backbone(path) is not None:
+        raise ValueError(f"{path} is a backbone of ibeton already: there is nothing to do")
     try:
         with safe_open(path, "pt") as file:
-            settings = {k: int(v) for k, v in (file.metadata() or {}).items() if v.isdecimal()}
+            facts = file.metadata() or {}
+            settings = {k: int(v) for k, v in facts.items() if v.isdecimal()}
+            settings |= {k: v for k, v in facts.items() if k == "arch"}
             return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from error
 
 
+def _find_state(
+    path: str | Path, raw: Mapping[str, Any], network: str
+) -> tuple[State, str, list[str]]:
+    """The tensors of a file, through the wrappers that are known: under which entry ("" for the
+    file itself), and what else there is. `network` chooses between student and teacher."""
+    if any(isinstance(value, Tensor) for value in raw.values()):
+        left_out = [str(name) for name, value in raw.items() if not isinstance(value, Tensor)]
+        state = {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+        return state, "", left_out
+    known = ("student", "teacher")
+    names = [network] if set(known) & set(raw) else [name for name in WRAPPERS if name in raw]
+    if not names:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read: it holds no tensors, and none of"
+            f" {', '.join(WRAPPERS)}, but {listed(list(map(str, raw))) or 'nothing'}"
+        )
+    entry = names[0]
+    if entry not in raw:
+        raise ValueError(f"{path} has no {entry}: it holds {', '.join(map(str, raw))}")
+    inner = raw[entry]
+    if not isinstance(inner, Mapping) or not inner:
+        raise ValueError(f"{path} is no checkpoint that can be read: its {entry} holds no tensors")
+    state, deeper, left_out = _find_state(path, inner, network)
+    others = [str(name) for name in raw if name != entry]
+    return state, f"{entry}.{deeper}" if deeper else entry, left_out + others
+
+
 def _tensors(path: str | Path, raw: Mapping[str, Any], entry: str) -> State:
     """The state dict under `entry`, names without the prefix that DistributedDataParallel gives."""
-    what = f"its {entry}" if entry else "it"
     if entry not in raw:
         raise ValueError(f"{path} has no {entry}: it holds {', '.join(map(str, raw))}")
     state = raw[entry]
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} is no checkpoint that can be read: {what} holds no tensors")
-    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ValueError(
-            f"{path} is no checkpoint that can be read: {what} holds, beside tensors, {strange[0]}"
-        )
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path} is no checkpoint that can be read: its {entry} is no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _finite(path: str | Path, foreign: Foreign) -> Foreign:
+    """`foreign` itself. Raises ValueError, naming the tensors, for weights that are not finite."""
+    parts = {name: part for name, part in foreign.content.items() if name != "config"}
+    bad = [
+        f"{part}.{name}" for part, state in parts.items() for name, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]  # fmt: skip
+    if bad:
+        raise ValueError(f"{path} holds values that are not finite: {listed(bad)}")
+    return foreign
 
 
 def _whole(path: str | Path, raw: dict[str, Any], settings: dict[str, Any]) -> Foreign:
@@ -152,15 +207,20 @@ def _whole(path: str | Path, raw: dict[str, Any], settings: dict[str, Any]) -> F
 
 
 def _backbone(
-    path: str | Path, state: State, settings: dict[str, Any], layout: str, others: list[str]
+    path: str | Path,
+    state: State,
+    settings: dict[str, Any],
+    layout: str,
+    network: str,
+    others: list[str],
 ) -> Foreign:
     """A backbone alone; a head behind it is left, and named, as it belongs to another task."""
-    heads = [name for name in state if name.startswith(CLASSIFIERS)]
-    state = {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in state.items()
-        if name not in heads
-    }
+    prefix = _prefix(path, state, network)
+    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    heads = [name for name in inside if LEFT_OUT.match(name)]
+    left_out = [prefix + name for name in heads]
+    left_out += [name for name in state if not name.startswith(prefix)]
+    state = {name: tensor for name, tensor in inside.items() if name not in heads}
     state = _from_timm(state)
     config = ModelConfig(**infer_backbone(path, state, settings))
     config.check()
@@ -172,7 +232,23 @@ def _backbone(
         state |= {name: built[name] for name in tables}
     check_tensors(f"{path}: backbone of {config.arch}", state, expected)
     teacher = {f"backbone.{name}": state[name] for name in expected}  # in our order
-    return Foreign(layout, {"teacher": teacher, "config": asdict(config)}, heads + others)
+    layout += f", names behind {prefix!r}" if prefix else ""
+    return Foreign(layout, {"teacher": teacher, "config": asdict(config)}, left_out + others)
+
+
+def _prefix(path: str | Path, state: State, network: str) -> str:
+    """What stands before the names of the backbone. Raises ValueError where several backbones are
+    there and `network` tells none of them."""
+    found = Counter(match[1] for name in state if (match := ANCHOR.match(name)))
+    if len(found) < 2:
+        return next(iter(found), "")
+    words = ("teacher", "momentum", "ema") if network == "teacher" else ("student",)
+    those = [prefix for prefix in found if any(word in prefix for word in words)]
+    if network == "student" and not those:
+        those = [p for p in found if not any(w in p for w in ("teacher", "momentum", "ema"))]
+    if len(those) != 1:
+        raise ValueError(f"{path} holds several backbones, behind {', '.join(map(repr, found))}")
+    return those[0]
 
 
 def _from_timm(state: State) -> State:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ibeton.model.config import ARCHITECTURES, SWIN_DIM, SWIN_PATCH, SWINS
 
 State = Mapping[str, Tensor]
+SWIN_BLOCKS = [2, 2, 6, 2]  # of Swin-T, by stage
 
 
 def infer_backbone(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, Any]:
@@ -36,14 +37,13 @@ def _vit(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, 
     width = _most(_side(state, r"blocks\.\d+\.norm[12]\.weight"), 0)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     project = state.get("patch_embed.proj.weight", torch.empty(0, 3, 16, 16))
-    in_chans, patch = (project.shape[1], project.shape[3]) if project.dim() == 4 else (3, 16)
+    patch = project.shape[3] if project.dim() == 4 else 16
     table = state.get("pos_embed", torch.empty(1, 197, 0))
     grid = math.isqrt(max(1, table.shape[1] - 1)) if table.dim() == 3 else 14
     hidden = _most(_side(state, r"blocks\.\d+\.mlp\.fc1\.bias"), 4 * width)
     found = {
         "patch_size": patch,
         "image_size": grid * patch,
-        "in_chans": in_chans,
         "mlp_ratio": hidden / width if width else 4.0,
         "qkv_bias": any(name.endswith("attn.qkv.bias") for name in state),
         "layer_scale": 1e-5 if any(name.endswith("gamma_1") for name in state) else 0.0,
@@ -58,7 +58,9 @@ def _vit(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, 
             " say by --num-heads how many attention heads it has"
         )
     sizes = {"embed_dim": width, "depth": depth, "num_heads": int(settings["num_heads"])}
-    return {"arch": "vit_s", **sizes, **found}
+    nearest = min(ARCHITECTURES, key=lambda arch: abs(ARCHITECTURES[arch][0] - width))
+    told = settings.get("arch")
+    return {"arch": told if told in ARCHITECTURES else nearest, **sizes, **found}
 
 
 def _swin(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, Any]:
@@ -69,17 +71,30 @@ def _swin(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str,
     rows = _side(state, r"layers\.[012]\.blocks\.\d+\.attn\.relative_position_bias_table")
     window = (math.isqrt(_most(rows, 0)) + 1) // 2
     arch = next((name for name, side in SWINS.items() if side == window), None)
-    if arch is None:
-        known = " and ".join(map(str, SWINS.values()))
-        raise ValueError(f"{path} is a Swin with windows of {window}: those of {known} can be read")
-    project = state.get("patch_embed.proj.weight", torch.empty(0, 3, 4, 4))
+    blocks = [_blocks(state, i) for i in stages]
+    if arch is None or width % 3 or blocks != SWIN_BLOCKS:
+        windows = " or ".join(map(str, SWINS.values()))
+        raise ValueError(
+            f"{path} is a Swin of width {width} with {_listed(blocks)} blocks and windows of"
+            f" {window}: what can be read is Swin-T, {_listed(SWIN_BLOCKS)} blocks with windows of"
+            f" {windows}, and ViTs"
+        )
     return {
         "arch": arch,
         "embed_dim": 0 if 8 * width == SWIN_DIM else 8 * width,
         "patch_size": SWIN_PATCH,
         "image_size": int(settings.get("image_size", 224)),
-        "in_chans": project.shape[1] if project.dim() == 4 else 3,
     }
+
+
+def _blocks(state: State, stage: int) -> int:
+    """Blocks of a Swin's stage."""
+    prefix = f"layers.{stage}.blocks."
+    return 1 + max((int(n.split(".")[3]) for n in state if n.startswith(prefix)), default=0)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def infer_head(

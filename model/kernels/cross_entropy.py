@@ -4,8 +4,9 @@ In shapes: R student rows, T teacher rows, K prototypes, Q teacher rows at most 
 A class token of the student meets one teacher view or several, a masked patch exactly one. Cross
 entropy is linear in its target, so the targets of a student row are added up first.
 
-Triton runs on CUDA, one program a row; elsewhere rows go in chunks that stay in the cache. Both
-leave the gradient of the logits behind instead of what autograd would keep to compute it.
+On CUDA a Triton program takes a row: rows that fit stay in registers, so that each logit is read
+once; longer ones take two sweeps. Elsewhere rows go in chunks that stay in the cache. Both compute
+the gradient of the logits at once instead of keeping what autograd would need for it.
 """
 
 from typing import Any
@@ -13,21 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibeton.model.kernels.launch import kernels_run_on, launch
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch without CUDA comes without it
+except ImportError:  # builds of PyTorch without CUDA come without it
     triton = None
 
 CHUNK = 1 << 19  # logits of one chunk: 2 MiB in float32
-BLOCK = 4096  # logits that a Triton program holds at a time
+BLOCK = 4096  # logits that a Triton program holds at a time where it takes two sweeps
+WHOLE = 8192  # prototypes up to which a program holds whole rows
 # Gradients wait for the backward as (softmax - target), within +-Q. In fp16 the likely values of
 # 1 / K are close to its smallest normal number, 6e-5; times 2^12 they are far from both ends.
 FP16_LIFT = 4096.0
 
 
 def upcast(x: Tensor) -> Tensor:
-    """The same in float32, or in float64 if that is what came in."""
+    """x in float32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -38,7 +42,7 @@ def cross_entropy_reference(
     pairs: Tensor,  # int64 [R, Q], rows of the teacher, -1 for none
     weight: Tensor,  # [R]
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
 ) -> Tensor:
     """Sum over rows r of weight[r] * sum over q of the cross-entropy of
     softmax((teacher[pairs[r, q]] - center) / teacher_temp) and softmax(student[r] / student_temp).
@@ -57,7 +61,7 @@ def cross_entropy(
     pairs: Tensor,
     weight: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
 ) -> Tensor:
     """As `cross_entropy_reference`, a scalar in float32 (float64 for float64 logits), with a
     gradient for `student` alone. Logits are fp16, bf16, fp32 or fp64; computes in fp32 at least.
@@ -86,11 +90,10 @@ class _CrossEntropy(torch.autograd.Function):
         pairs: Tensor,
         weight: Tensor,
         student_temp: float,
-        teacher_temp: float,
+        teacher_temp: float | Tensor,
     ) -> Tensor:
         lift = FP16_LIFT if student.dtype is torch.float16 else 1.0
-        on_gpu = triton is not None and student.is_cuda and student.dtype is not torch.float64
-        by_row = rows_by_triton if on_gpu else rows_by_chunk
+        by_row = rows_by_triton if kernels_run_on(student) else rows_by_chunk
         loss, difference = by_row(
             student,
             teacher,
@@ -121,7 +124,7 @@ def rows_by_chunk(
     center: Tensor,
     pairs: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
     lift: float,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -158,19 +161,24 @@ def rows_by_triton(
     center: Tensor,
     pairs: Tensor,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
     lift: float,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `rows_by_chunk`, for fp16, bf16 and fp32 on CUDA."""
+    """`rows_by_chunk` by the kernel, for fp16, bf16 and fp32."""
     student, teacher, pairs = student.contiguous(), teacher.contiguous(), pairs.contiguous()
     rows, prototypes = student.shape
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
     difference = torch.empty_like(student) if want_gradient else None
     if rows:
+        sharpness = torch.full((), 1.0, device=student.device).div_(teacher_temp)
         targets = triton.next_power_of_2(pairs.shape[1])
-        block = min(triton.next_power_of_2(prototypes), max(16, BLOCK // targets))
-        _row_kernel[(rows,)](
+        row = triton.next_power_of_2(prototypes)
+        whole = row <= WHOLE
+        block = row if whole else max(16, BLOCK // targets)
+        launch(
+            _row_kernel,
+            (rows,),
             student,
             teacher,
             center,
@@ -179,13 +187,14 @@ def rows_by_triton(
             student if difference is None else difference,
             pairs.shape[1],
             1 / student_temp,
-            1 / teacher_temp,
+            sharpness,
             lift,
             PROTOTYPES=prototypes,
             WANT_GRADIENT=want_gradient,
             TARGETS=targets,
             BLOCK=block,
-            num_warps=8 if block >= 2048 else 4,
+            SWEEPS=1 if whole else 2,
+            num_warps=min(16, max(4, block // 512)) if whole else 8,
         )
     return loss, difference
 
@@ -202,17 +211,19 @@ if triton is not None:
         difference,  # [R, K], out, in the dtype of student
         pair_count,  # Q
         student_sharpness,  # 1 / temperature
-        teacher_sharpness,
+        teacher_sharpness,  # float32 [], on the device, as a CUDA graph may change it
         lift,
         PROTOTYPES: tl.constexpr,  # K: few in a program's life, and Triton's interpreter wants it
         WANT_GRADIENT: tl.constexpr,
         TARGETS: tl.constexpr,  # Q rounded up to a power of two
-        BLOCK: tl.constexpr,  # a power of two
+        BLOCK: tl.constexpr,  # a power of two; K at least for one sweep
+        SWEEPS: tl.constexpr,  # 1 or 2
     ):
-        """One student row against its teacher rows, in two sweeps: first the largest logit and the
-        sum of exponentials, kept up to date block by block (online softmax), then loss and
-        gradient. The second sweep finds the row in the cache."""
+        """One student row against its teacher rows. In one sweep the rows stay in registers. In two
+        the first finds the largest logit and the sum of exponentials, block by block (online
+        softmax), and the second, which reads the rows from the cache, loss and gradient."""
         row = tl.program_id(0).to(tl.int64)
+        teacher_sharpness = tl.load(teacher_sharpness)
         q = tl.arange(0, TARGETS)
         pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
         seen = pair >= 0
@@ -221,40 +232,63 @@ if triton is not None:
         difference += row * PROTOTYPES
         targets = teacher + tl.where(seen, pair, 0)[:, None] * PROTOTYPES  # [TARGETS, 1]
 
-        s_max = float("-inf")
-        s_sum = 0.0
-        t_max = tl.full([TARGETS], float("-inf"), tl.float32)
-        t_sum = tl.zeros([TARGETS], tl.float32)
-        for start in range(0, PROTOTYPES, BLOCK):
-            k = start + tl.arange(0, BLOCK)
+        if SWEEPS == 1:
+            k = tl.arange(0, BLOCK)
             inside = k < PROTOTYPES
             s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
             s = tl.where(inside, s, float("-inf"))
-            new_max = tl.maximum(s_max, tl.max(s, axis=0))
-            s_sum = s_sum * tl.exp(s_max - new_max) + tl.sum(tl.exp(s - new_max), axis=0)
-            s_max = new_max
+            s -= tl.max(s, axis=0)
+            log_sum = tl.log(tl.sum(tl.exp(s), axis=0))
             c = tl.load(center + k, mask=inside, other=0.0)
-            t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-            t = tl.where(inside[None, :], (t - c[None, :]) * teacher_sharpness, float("-inf"))
-            new_t = tl.maximum(t_max, tl.max(t, axis=1))
-            t_sum = t_sum * tl.exp(t_max - new_t) + tl.sum(tl.exp(t - new_t[:, None]), axis=1)
-            t_max = new_t
-
-        log_sum = tl.log(s_sum)
-        share = tl.where(seen, 1.0 / t_sum, 0.0)
-        total = 0.0
-        for start in range(0, PROTOTYPES, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            inside = k < PROTOTYPES
-            s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
-            log_p = s - s_max - log_sum
-            c = tl.load(center + k, mask=inside, other=0.0)
-            t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-            t = (t - c[None, :]) * teacher_sharpness - t_max[:, None]
-            t = tl.where(inside[None, :], tl.exp(t) * share[:, None], 0.0)
-            target = tl.sum(t, axis=0)
-            total -= tl.sum(tl.where(inside, target * log_p, 0.0), axis=0)
+            target = tl.zeros([BLOCK], tl.float32)
+            for j in tl.static_range(TARGETS):
+                one = tl.load(pairs + row * pair_count + j, mask=j < pair_count, other=-1)
+                t = tl.load(teacher + one * PROTOTYPES + k, mask=inside & (one >= 0), other=0.0).to(
+                    tl.float32
+                )
+                t = tl.where(inside, (t - c) * teacher_sharpness, float("-inf"))
+                t = tl.exp(t - tl.max(t, axis=0))
+                target += t * tl.where(one >= 0, 1.0 / tl.sum(t, axis=0), 0.0)
+            log_p = tl.where(inside, s - log_sum, 0.0)
             if WANT_GRADIENT:
                 out = (count * tl.exp(log_p) - target) * lift
                 tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
-        tl.store(loss + row, total)
+            tl.store(loss + row, -tl.sum(target * log_p, axis=0))
+        else:
+            s_max = float("-inf")
+            s_sum = 0.0
+            t_max = tl.full([TARGETS], float("-inf"), tl.float32)
+            t_sum = tl.zeros([TARGETS], tl.float32)
+            for start in range(0, PROTOTYPES, BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                inside = k < PROTOTYPES
+                s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
+                s = tl.where(inside, s, float("-inf"))
+                new_max = tl.maximum(s_max, tl.max(s, axis=0))
+                s_sum = s_sum * tl.exp(s_max - new_max) + tl.sum(tl.exp(s - new_max), axis=0)
+                s_max = new_max
+                c = tl.load(center + k, mask=inside, other=0.0)
+                t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+                t = tl.where(inside[None, :], (t - c[None, :]) * teacher_sharpness, float("-inf"))
+                new_t = tl.maximum(t_max, tl.max(t, axis=1))
+                t_sum = t_sum * tl.exp(t_max - new_t) + tl.sum(tl.exp(t - new_t[:, None]), axis=1)
+                t_max = new_t
+
+            log_sum = tl.log(s_sum)
+            share = tl.where(seen, 1.0 / t_sum, 0.0)
+            total = 0.0
+            for start in range(0, PROTOTYPES, BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                inside = k < PROTOTYPES
+                s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
+                log_p = s - s_max - log_sum
+                c = tl.load(center + k, mask=inside, other=0.0)
+                t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+                t = (t - c[None, :]) * teacher_sharpness - t_max[:, None]
+                t = tl.where(inside[None, :], tl.exp(t) * share[:, None], 0.0)
+                target = tl.sum(t, axis=0)
+                total -= tl.sum(tl.where(inside, target * log_p, 0.0), axis=0)
+                if WANT_GRADIENT:
+                    out = (count * tl.exp(log_p) - target) * lift
+                    tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
+            tl.store(loss + row, total)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class ConversionReport:
     done: Done
     before: int = 0
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # on the source
 
     @property
     def counts(self) -> dict[str, int]:
@@ -71,6 +72,7 @@ class ConversionReport:
         ]
         if self.before:
             lines.append(f"went on after {self.before:,} photos of an unfinished conversion")
+        lines += [_printable(note) for note in self.notes]
         if self.unlabelled:
             lines.append(f"{self.unlabelled:,} photos stand in no class folder: unlabelled (-1)")
         if self.unreadable:
@@ -125,6 +127,7 @@ def convert(
                 journal.discard()
                 raise RuntimeError(f"{len(problems)} faults on reading back: {problems[0]}")
         report = ConversionReport(dst, source.classes, writer.count, done, before)
+        report.notes = source.notes()
         writer.publish(_sidecar(source, options, report, digest))
     report.seconds = time.monotonic() - started
     return report

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ibeton.options import flag
-from ibeton.pipeline.store.beton_writer import BetonWriter
+from ibeton.pipeline.store.beton_writer import BetonWriter, open_unlinked
 
 MARK_EVERY_S = 2.0  # what a kill may cost; the disk is flushed as often, by a thread
 
@@ -237,7 +237,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 def _locked(path: Path, dst: Path) -> int:
     """Open the journal, made where it is missing, for this process alone."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open_unlinked(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,6 +14,8 @@ from ibeton.options import flag, option
 from ibeton.pipeline.convert.stored import WRITE_MODES, Storage
 from ibeton.pipeline.store.sources import Photo, Source
 
+_LEAST_SIDE = 16  # of a photo from which views can be cut
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -30,7 +32,9 @@ class ConvertOptions:
     seed: int = option(0, "seed of --shuffle")
     subset: int = option(0, "store so many photos, evenly spread or, with --shuffle, random")
     shard: str = option("", "I/N: store the I-th of N equal parts, for pipeline.convert.merge")
-    verify: bool = option(False, "read every stored photo back before the file gets its name")
+    verify: bool = option(
+        False, "decode every photo, and read each back before the file gets its name"
+    )
     overwrite: bool = option(False, "replace an existing DST")
     restart: bool = option(False, "begin anew where an interrupted conversion left its part")
 
@@ -39,6 +43,11 @@ class ConvertOptions:
         for name in ("max_resolution", "smart_threshold", "workers", "seed", "subset"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
+        if 0 < self.max_resolution < _LEAST_SIDE:
+            raise ValueError(
+                f"--max-resolution {self.max_resolution}: expected 0 (keep sizes), or at least"
+                f" {_LEAST_SIDE} pixels"
+            )
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: expected 1 to 100")
         if self.write_mode not in WRITE_MODES:
@@ -56,7 +65,9 @@ class ConvertOptions:
         return int(number), int(of)
 
     def storage(self) -> Storage:
-        return Storage(self.write_mode, self.quality, self.max_resolution, self.smart_threshold)
+        return Storage(
+            self.write_mode, self.quality, self.max_resolution, self.smart_threshold, self.verify
+        )
 
     def mostly_kept(self) -> bool:
         """Whether the usual photo, a color JPEG, is stored without being decoded."""

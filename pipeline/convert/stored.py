@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ibeton.pipeline.store.beton import JPG, MAX_SIDE, RAW
-from ibeton.pipeline.store.decode import UnreadablePhoto, load_photo, to_rgb
-from ibeton.pipeline.store.jpeg_walk import whole_jpeg_size
+from ibeton.pipeline.store.decode import UnreadablePhoto, check_complete, load_photo, to_rgb
+from ibeton.pipeline.store.jpeg import whole_jpeg_size
 from ibeton.pipeline.store.sources import Photo, read_bytes
 
 WRITE_MODES = ("keep", "jpg", "raw", "smart")
@@ -23,6 +23,7 @@ class Storage:
     quality: int
     max_resolution: int
     smart_threshold: int
+    check: bool = False  # also of what is kept: that its data reach to the photo's end
 
 
 @dataclass(slots=True)
@@ -42,19 +43,21 @@ class StoredPhoto:
 def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
     """Choose what is stored of `data`, which is proved whole.
 
-    keep: the bytes themselves for a color JPEG (three components, 8 bits) within the largest
-    resolution, so that nothing is compressed twice; all else is encoded anew. A usual JPEG is
-    proved by its structure, all else by decoding it. jpg: always anew.
+    keep: the bytes themselves for a gray or color JPEG (8 bits) within the largest resolution, so
+    that nothing is compressed twice; all else is encoded anew. A usual JPEG is proved by its
+    structure, all else by decoding it. jpg: always anew.
     raw: pixels. smart: pixels, and JPEG where they take more than the threshold, as FFCV has it.
 
     Raises UnreadablePhoto with the reason.
     """
     size = whole_jpeg_size(data) if storage.write_mode == "keep" else None
     if size and max(size) <= (storage.max_resolution or MAX_SIDE):
+        if storage.check:
+            check_complete(data)
         return StoredPhoto("kept", *size, data)
     image = load_photo(data)
     small = _within(image, storage.max_resolution)
-    if storage.write_mode == "keep" and small is image and _is_color_jpeg(image):
+    if storage.write_mode == "keep" and small is image and _is_gray_or_color_jpeg(image):
         return StoredPhoto("kept", *image.size, data)
     rgb = to_rgb(small)
     width, height = rgb.size
@@ -82,7 +85,9 @@ def store_photos(job: tuple[list[Photo], Storage]) -> list[StoredPhoto | str]:
     return results
 
 
-def checksum(crc: int, label: int, mode: int, width: int, height: int, data: memoryview) -> int:
+def checksum(
+    crc: int, label: int, mode: int, width: int, height: int, data: bytes | memoryview
+) -> int:
     """CRC-32 of a sample as stored, going on from `crc`."""
     return zlib.crc32(data, zlib.crc32(struct.pack("<qBHH", label, mode, width, height), crc))
 
@@ -100,9 +105,9 @@ def _within(image: Image.Image, longest: int) -> Image.Image:
     return to_rgb(image).resize((width, height), Image.Resampling.HAMMING)
 
 
-def _is_color_jpeg(image: Image.Image) -> bool:
+def _is_gray_or_color_jpeg(image: Image.Image) -> bool:
     # MPO is a JPEG with further pictures after its end, which decoders do not reach.
-    return image.format in ("JPEG", "MPO") and image.mode == "RGB"
+    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
 
 
 def _as_jpeg(rgb: Image.Image, quality: int) -> bytes:

@@ -16,12 +16,17 @@ Array = np.ndarray
 def box_radius(sigma: float) -> np.float32:
     """Radius of the box that, run three times, blurs like a Gaussian of `sigma` (Gwosdek et al.,
     "Theoretical foundations of Gaussian convolution by extended box filtering", 2011)."""
-    passes = 3
-    variance = _F32(sigma) * _F32(sigma) / _F32(passes)
+    one, two, three = _F32(1.0), _F32(2.0), _F32(3.0)
+    variance = _F32(_F32(_F32(sigma) * _F32(sigma)) / three)
     length = _F32(math.sqrt(12.0 * variance + 1.0))
     whole = _F32(math.floor((length - 1.0) / 2.0))
-    rest = (2 * whole + 1) * (whole * (whole + 1) - _F32(3.0) * variance)
-    rest /= 6 * (variance - (whole + 1) * (whole + 1))
+    # As Pillow's C does it, in float32 from here on. numba computes in float64 where an integer
+    # meets a float32, so every constant is one as well.
+    next_one = _F32(whole + one)
+    rest = _F32(
+        _F32(_F32(two * whole) + one) * _F32(_F32(whole * next_one) - _F32(three * variance))
+    )
+    rest = _F32(rest / _F32(_F32(6.0) * _F32(variance - _F32(next_one * next_one))))
     return _F32(whole + rest)
 
 

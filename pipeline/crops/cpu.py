@@ -34,7 +34,7 @@ def cut_views(pixels: Array, draws: Array, global_out: Array, local_out: Array) 
                     color.adjust_contrast(flat, draw.contrast)
                 elif op == SATURATION:
                     color.adjust_saturation(flat, draw.saturation)
-                elif op == HUE:
+                elif op == HUE and draw.hue != 0:  # strength 0 is off, as in torchvision
                     color.adjust_hue(flat, draw.hue)
         if draw.gray:
             color.to_gray(flat)

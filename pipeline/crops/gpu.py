@@ -21,7 +21,15 @@ from torch import Tensor
 from ibeton.pipeline.compiled import compiled
 from ibeton.pipeline.crops import gpu_kernels as kernels
 from ibeton.pipeline.crops.blur import box_radius
-from ibeton.pipeline.sampling.draws import CONTRAST, DRAW, JITTER_ORDERS, SATURATION, ViewSpec
+from ibeton.pipeline.sampling.draws import (
+    BRIGHTNESS,
+    CONTRAST,
+    DRAW,
+    HUE,
+    JITTER_ORDERS,
+    SATURATION,
+    ViewSpec,
+)
 
 _MAX_SIZE = 2048  # the sum of a view's gray must fit into 32 bits
 _MAX_SIDE, _MAX_BYTES = 65535, 2**31 - 1  # of one photo: JPEG's limit; places in it are int32
@@ -203,8 +211,10 @@ def _plan_colors(plan: np.ndarray, draw: np.ndarray) -> None:
     order, jitter = JITTER_ORDERS[draw["order"]], draw["jitter"] != 0
     hue = np.trunc(draw["hue"].astype(np.float64) * 255)  # torchvision's: towards zero
     by_op = np.stack([draw["brightness"], draw["contrast"], draw["saturation"], hue], axis=1)
-    plan["ops"][:, :4] = order
-    plan["factors"][:, :4] = np.take_along_axis(by_op, order.astype(np.intp), axis=1)
+    factors = np.take_along_axis(by_op, order.astype(np.intp), axis=1)
+    off = (order == HUE) & (draw["hue"] == 0)[:, None]  # strength 0: brightness times 1
+    plan["ops"][:, :4] = np.where(off, BRIGHTNESS, order)
+    plan["factors"][:, :4] = np.where(off, 1.0, factors)
     plan["ops"][:, 4] = SATURATION
     plan["begin"] = np.where(jitter, 0, 4)
     plan["split"] = np.where(jitter, np.argmax(order == CONTRAST, axis=1), 4)

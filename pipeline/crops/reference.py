@@ -15,7 +15,8 @@ _ADJUST = {
     BRIGHTNESS: lambda image, draw: F.adjust_brightness(image, float(draw["brightness"])),
     CONTRAST: lambda image, draw: F.adjust_contrast(image, float(draw["contrast"])),
     SATURATION: lambda image, draw: F.adjust_saturation(image, float(draw["saturation"])),
-    HUE: lambda image, draw: F.adjust_hue(image, float(draw["hue"])),
+    # A strength of 0 is off, as in torchvision's ColorJitter: HSV and back would change bytes.
+    HUE: lambda image, draw: F.adjust_hue(image, float(draw["hue"])) if draw["hue"] else image,
 }
 
 

@@ -1,0 +1,9 @@
+"""Loaders: from stored photos to the views of a batch.
+
+`LOADERS` holds each by name, with what others need to know of it. Imports neither torch nor numba.
+"""
+
+from ibeton.pipeline.loaders.choice import choose_crops, choose_loader
+from ibeton.pipeline.loaders.kinds import LOADERS, LoaderKind
+
+__all__ = ["LOADERS", "LoaderKind", "choose_crops", "choose_loader"]

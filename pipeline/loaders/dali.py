@@ -1,238 +1,221 @@
-"""Crops through DALI, from photo folders and .beton files: each photo is decoded once.
+"""Photos of folders, tars and .beton files through DALI: each is decoded once.
 
     read    bytes of a batch, two batches ahead         threads of ours
     decode  plain JPEGs by DALI, a batch ahead          threads of DALI, or the GPU
             anything else by Pillow, while reading
     cut     pixels -> all views, by our own draws       threads of ours, or the GPU
 
-One thread an epoch drives this, `batches_ahead` batches ahead of the training. DALI's own crops and
-colors are not used: they are not the published ones.
+One thread drives this, `batches_ahead` batches ahead of the training. DALI's own crops and colors
+are not used: they are not the published ones.
 """
 
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ibeton.pipeline.batch import Crops, DeviceCrops
+from ibeton.pipeline.batch import BatchPlan, Crops, Decoded
 from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
 from ibeton.pipeline.loaders.read_ahead import ahead
-from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.sampling.draws import ViewSpec, draw_batch, spec_table, stack_shape
+from ibeton.pipeline.sampling.draws import draw_batch, spec_table, stack_shape
 from ibeton.pipeline.store.beton import BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.jpeg import plain_jpeg_size
-from ibeton.pipeline.store.photos import Photos
-from ibeton.stages import StageClock, work
+from ibeton.pipeline.store.turbojpeg import ends_early
+from ibeton.stages import work
 
 log = logging.getLogger(__name__)
 
 _READ_AHEAD = 2  # batches
 
-# The photo used, and its JPEG bytes uint8 [n] for DALI or its pixels uint8 [H, W, 3].
-Read = tuple[int, np.ndarray]
-# The photos used, and their pixels uint8 [H, W, 3] each.
-Used = tuple[list[int], list[Tensor]]
+
+class Read(NamedTuple):
+    """The photo used, and its JPEG bytes uint8 [n] for DALI or its pixels uint8 [H, W, 3]."""
+
+    index: int
+    data: np.ndarray
 
 
-class DaliCrops:
-    """Crops of a folder, a tar or a .beton file, decoded by DALI.
+class Used(NamedTuple):
+    """The photos used for a batch, and their pixels uint8 [H, W, 3] each."""
 
-    Yields Crops, or DeviceCrops normalized by `mean` and `std` where `device` is a CUDA device.
-    """
+    indices: list[int]
+    photos: list[Tensor]
 
-    def __init__(
-        self,
-        photos: Photos,
-        views: list[ViewSpec],
-        global_views: int,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        batches_ahead: int,
-        replacements: Replacements,
-        device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        self._photos, self._replacements = photos, replacements
-        self._workers, self._batches_ahead = workers, batches_ahead
-        self._decoder = DaliDecoder(device, batch_size, workers)
-        self._specs, self._seed = spec_table(views), seed
-        self._cutter: _CpuCutter | _GpuCutter
-        if device.type == "cuda":
-            self._cutter = _GpuCutter(views, global_views, mean, std, device)
-        else:
-            self._cutter = _CpuCutter(views, global_views, workers)
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths, int64 [B]."""
+        heights, widths = np.array([photo.shape[:2] for photo in self.photos], np.int64).T.copy()
+        return heights, widths
+
+
+class DaliPhotos:
+    """Reads and decodes the photos of each planned batch on `context.device`."""
+
+    def __init__(self, context: LoaderContext) -> None:
+        self._photos, self._replacements = context.photos, context.replacements
+        self._workers = context.workers
+        self._decoder = DaliDecoder(context.device, context.batch_size, context.workers)
+        self._complete = bytearray(len(context.photos))  # 1: so found
         self._refused: set[int] = set()  # photos that look sound and that DALI does not decode
-        self._replacing = threading.Lock()
-        self._running: Generator[Crops | DeviceCrops, None, None] | None = None
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops | DeviceCrops]:
-        """Crops of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`."""
-        self.close()
-        self._running = running = ahead(self._cut(epoch, batches), self._batches_ahead)
+    def decoded(
+        self, pool: Executor, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Used], None, None]:
+        """Batch by batch; DALI has the next one while the consumer works on this one."""
+        under_way: tuple[BatchPlan, list[Read]] | None = None
         try:
-            for crops in running:
-                if crops.global_crops.is_cuda:  # made on the cutter's stream, used on this one
-                    for views in (crops.global_crops, crops.local_crops):
-                        views.record_stream(torch.cuda.current_stream(views.device))
-                yield crops
-        finally:
-            running.close()
-
-    def close(self) -> None:
-        """End the epoch under way, if there is one."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
-
-    def _cut(self, epoch: int, batches: np.ndarray) -> Generator[Crops | DeviceCrops, None, None]:
-        pool = ThreadPoolExecutor(self._workers, "ibeton-dali")
-        try:
-            decoded = self._decode(self._read(pool, batches))
-            for wanted, (used, photos) in zip(batches, decoded, strict=True):
-                heights, widths = np.array([photo.shape[:2] for photo in photos], np.int64).T.copy()
-                draws = draw_batch(self._specs, self._seed, epoch, wanted, heights, widths)
-                yield self._cutter.cut(pool, photos, draws, torch.tensor(used))
+            for step in chain(self._read(pool, plans), [None]):
+                done = self._finish(under_way[1]) if under_way else None
+                if step is not None:
+                    self._decoder.start([read.data for read in step[1] if read.data.ndim == 1])
+                if under_way is not None and done is not None:
+                    yield under_way[0], done
+                under_way = step
         finally:
             self._decoder.abandon()
-            pool.shutdown(cancel_futures=True)
 
-    def _read(self, pool: Executor, batches: np.ndarray) -> Iterator[list[Read]]:
-        waiting: deque[Iterator[Read]] = deque()
-        for batch in batches:
-            waiting.append(pool.map(self._read_one, batch.tolist()))
+    def _read(
+        self, pool: Executor, plans: Iterator[BatchPlan]
+    ) -> Iterator[tuple[BatchPlan, list[Read]]]:
+        waiting: deque[tuple[BatchPlan, Iterator[Read]]] = deque()
+        for plan in plans:
+            waiting.append((plan, pool.map(self._read_one, plan.indices.tolist())))
             if len(waiting) > _READ_AHEAD:
-                yield list(waiting.popleft())
-        while waiting:
-            yield list(waiting.popleft())
+                first, reads = waiting.popleft()
+                yield first, list(reads)
+        for first, reads in waiting:
+            yield first, list(reads)
 
     def _read_one(self, index: int) -> Read:
         if index not in self._refused:
             with suppress(UnreadablePhoto):  # Pillow's turn to say so
                 began = time.perf_counter()
                 data = self._photos.photo_bytes(index)
-                # A byte a page: the wait for the disk is no part of the decode.
-                np.frombuffer(data, np.uint8)[::4096].max(initial=0)
                 work.add("read", time.perf_counter() - began, 1, self._workers)
-                if self._is_for_dali(index, data):
-                    return index, np.frombuffer(data, np.uint8)
+                if self._is_for_dali(index, data) and self._is_complete(index, data):
+                    return Read(index, np.frombuffer(data, np.uint8))
         return self._decode_by_pillow(index)
 
-    def _is_for_dali(self, index: int, data: bytes | memoryview) -> bool:
+    def _is_for_dali(self, index: int, data: bytes) -> bool:
         """A JPEG without surprises and, in a .beton file, of the size noted there."""
         size = plain_jpeg_size(data)
         if size is not None and isinstance(self._photos, BetonReader):
             return size == (self._photos.heights[index], self._photos.widths[index])
         return size is not None
 
+    def _is_complete(self, index: int, data: bytes) -> bool:
+        """Whether the compressed data reach to the photo's end, looked at once."""
+        if not self._complete[index] and not ends_early(data):
+            self._complete[index] = 1
+        return bool(self._complete[index])
+
     def _decode_by_pillow(self, index: int) -> Read:
         """Pixels of photo `index`, or of the next one that can be read."""
-        try:
-            return index, self._photos.pixels(index)
-        except UnreadablePhoto:
-            with self._replacing:
-                return self._replacements.readable(index)
-
-    def _decode(self, batches: Iterator[list[Read]]) -> Iterator[Used]:
-        """Batch by batch; DALI has the next one while the consumer works on this one."""
-        under_way: list[Read] = []
-        for batch in chain(batches, [[]]):
-            done = self._finish(under_way)
-            self._decoder.start([data for _, data in batch if data.ndim == 1])
-            if under_way:
-                yield done
-            under_way = batch
+        return Read(*self._replacements.readable(index))
 
     def _finish(self, batch: list[Read]) -> Used:
-        used, photos = [], []
+        used = Used([], [])
         began = time.perf_counter()
         by_dali = iter(self._decoder.finish())
         # The wait for it: DALI tells no more, and where the decode limits it is all of its time.
-        if batch:
-            work.add("decode", time.perf_counter() - began, len(batch), workers=1, shared=False)
+        work.add("decode", time.perf_counter() - began, len(batch), workers=1, shared=False)
         for index, data in batch:
             pixels = next(by_dali) if data.ndim == 1 else torch.from_numpy(data)
             if pixels is None:
+                if index not in self._refused:  # else it was being read when that was found
+                    log.warning("DALI refuses %s, Pillow takes it", self._photos.name(index))
                 self._refused.add(index)
-                log.warning("DALI refuses %s, Pillow takes it", self._photos.name(index))
                 index, data = self._decode_by_pillow(index)
                 pixels = torch.from_numpy(data)
-            used.append(index)
-            photos.append(pixels)
-        return used, photos
+            used.indices.append(index)
+            used.photos.append(pixels)
+        return used
 
 
-class _CpuCutter:
-    """Cuts the photos of a batch on the threads of a pool."""
+class DaliPixels:
+    """Decoded photos for croppers on a GPU."""
 
-    def __init__(self, views: list[ViewSpec], global_views: int, workers: int) -> None:
-        self._workers = workers
-        self._shapes = [stack_shape(views[:global_views]), stack_shape(views[global_views:])]
+    def __init__(self, context: LoaderContext) -> None:
+        self._context, self._photos = context, DaliPhotos(context)
 
-    def cut(
-        self, pool: Executor, photos: list[Tensor], draws: np.ndarray, indices: Tensor
-    ) -> Crops:
-        global_crops, local_crops = (
-            np.empty((len(photos), *shape), np.uint8) for shape in self._shapes
-        )
-        jobs = zip(photos, draws, global_crops, local_crops, strict=True)
-        spent = sum(pool.map(_cut_timed, jobs))
-        work.add("crop", spent, len(photos), self._workers)
-        return Crops(torch.from_numpy(global_crops), torch.from_numpy(local_crops), indices)
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
+        """The photos of each planned batch, `batches_ahead` batches ahead."""
+        with closing(ahead(self._decode(plans), self._context.batches_ahead)) as batches:
+            yield from batches
+
+    def _decode(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
+        with _threads(self._context.workers) as pool:
+            for plan, used in self._photos.decoded(pool, plans):
+                heights, widths = used.sides()
+                ends = np.cumsum(3 * heights * widths)
+                offsets = ends - 3 * heights * widths
+                indices = torch.tensor(used.indices)
+                yield plan, Decoded(used.photos, offsets, heights, widths, indices)
+
+    def close(self) -> None:
+        """Nothing outlives a stream."""
 
 
-def _cut_timed(job: tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]) -> float:
-    """Cut one photo: pixels, draws, global and local views to write; the seconds it took."""
+class DaliCrops:
+    """Views cut on the CPU, by threads beside DALI's."""
+
+    def __init__(self, context: LoaderContext) -> None:
+        self._context, self._photos = context, DaliPhotos(context)
+        self._specs, count = spec_table(context.views), context.global_views
+        self._shapes = [
+            stack_shape(some) for some in (context.views[:count], context.views[count:])
+        ]
+
+    def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
+        """The views of each planned batch, `batches_ahead` batches ahead."""
+        with closing(ahead(self._cut(plans), self._context.batches_ahead)) as batches:
+            yield from batches
+
+    def _cut(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
+        with _threads(self._context.workers) as pool:
+            for plan, used in self._photos.decoded(pool, plans):
+                heights, widths = used.sides()
+                draws = draw_batch(
+                    self._specs, self._context.seed, plan.epoch, plan.indices, heights, widths
+                )
+                views = [np.empty((len(draws), *shape), np.uint8) for shape in self._shapes]
+                spent = sum(pool.map(_cut_timed, used.photos, draws, *views))
+                work.add("crop", spent, len(draws), self._context.workers)
+                global_crops, local_crops = (torch.from_numpy(some) for some in views)
+                yield plan, Crops(global_crops, local_crops, torch.tensor(used.indices))
+
+    def close(self) -> None:
+        """Nothing outlives a stream."""
+
+
+def _cut_timed(
+    photo: Tensor, draws: np.ndarray, global_out: np.ndarray, local_out: np.ndarray
+) -> float:
+    """Cut one photo; the seconds it took."""
     began = time.perf_counter()
-    cut_views(job[0].numpy(), *job[1:])
+    cut_views(photo.numpy(), draws, global_out, local_out)
     return time.perf_counter() - began
 
 
-class _GpuCutter:
-    """Cuts the photos of a batch on a GPU, on a stream beside the training's."""
+class _threads(ThreadPoolExecutor):
+    """A pool whose jobs that have not begun are given up at the end of the block."""
 
-    def __init__(
-        self,
-        views: list[ViewSpec],
-        global_views: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device,
-    ) -> None:
-        from ibeton.pipeline.crops.gpu import GpuCropper  # its Triton is on machines with a GPU
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, "ibeton-dali")
 
-        self._device = device
-        self._cropper = GpuCropper(views, global_views, mean, std, device, torch.float32)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._clock = StageClock(device)  # of that stream
-
-    def cut(
-        self, pool: Executor, photos: list[Tensor], draws: np.ndarray, indices: Tensor
-    ) -> DeviceCrops:
-        heights, widths = np.array([photo.shape[:2] for photo in photos], np.int64).T
-        ends = np.cumsum(3 * heights * widths)
-        with torch.cuda.stream(self._stream):
-            self._clock.start()
-            self._clock.enter("copy")
-            pixels = torch.cat([photo.to(self._device).reshape(-1) for photo in photos])
-            self._clock.leave()
-            self._clock.enter("crop")
-            views = self._cropper.cut(pixels, ends - 3 * heights * widths, heights, widths, draws)
-            self._clock.leave()
-            spent = self._clock.lap().seconds()  # waits for the stream, which comes anyway
-        for name in ("copy", "crop"):
-            work.add(name, spent[name], len(photos), workers=1, shared=False)
-        if self._stream is not None:
-            self._stream.synchronize()  # any stream may read the views, and DALI has its memory
-        return DeviceCrops(*views, indices)
+    def __exit__(self, *raised: object) -> None:
+        self.shutdown(cancel_futures=True)

@@ -1,188 +1,199 @@
-"""Crops from a .beton file through FFCV: each photo is decoded once, then cut into all its views.
+"""Photos of a .beton file (FFCV's format): each is decoded once, then cut into all of its views.
 
-FFCV reads the file and runs compiled code over a batch on its threads; the decoder is ours, as that
-of FFCV 1.0.2 ignores the decoder's status.
+Threads read, decode (libjpeg-turbo, as FFCV does) and cut in compiled code. They take photos one by
+one, across the borders of batches and epochs. FFCV's own loader is not used: it decodes with the
+fast DCT, hands out whole batches, so that threads wait for the slowest of them, and compiles its
+loops anew at every start.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from ffcv.fields.rgb_image import IMAGE_MODES
-from ffcv.libffcv import imdecode
-from ffcv.pipeline.allocation_query import AllocationQuery
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.state import State
-from numba import carray, cfunc, types
 
-from ibeton.pipeline.batch import Crops
-from ibeton.pipeline.compiled import SETTINGS
-from ibeton.pipeline.crops.cpu import cut_views
-from ibeton.pipeline.loaders.ffcv_epoch import (
-    EPOCH_BITS,
-    INDEX_MASK,
-    MONOTONIC,
-    PAGE,
-    Epoch,
-    note_times,
-    open_loader,
-    read_clock,
-)
-from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.sampling.draws import (
-    DRAW,
-    SPEC,
-    ViewSpec,
-    draw_sample,
-    spec_table,
-    stack_shape,
-)
+from ibeton.pipeline.batch import BatchPlan, Crops, Decoded
+from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.decode_loop import STAGES, Task, stored, work_on
+from ibeton.pipeline.loaders.shared_work import Job, Worker, share
+from ibeton.pipeline.sampling.draws import spec_table, stack_shape
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.decode import MAX_PIXELS
+from ibeton.pipeline.store.turbojpeg import Decoder
+from ibeton.stages import work
 
-STAGES = ("read", "decode", "crop")
+_NOTHING = np.empty(0, np.uint8)
 
 
-@cfunc(
-    types.void(
-        *(types.voidptr, types.int64, types.int64, types.voidptr, types.int64),
-        *(types.int64, types.int64, types.int64),
-        *(types.voidptr, types.int64, types.int64, types.voidptr, types.int64, types.int64),
-    ),
-    **SETTINGS,
-)
-def _draw_and_cut(  # type: ignore[no-untyped-def]
-    pixels, height, width, specs, count, seed, epoch, index, large, views, size, small, rest, side
-):
-    """Draw and cut all views of one photo, by addresses: of pixels uint8 [height, width, 3], specs
-    SPEC [count], and the views to write, uint8 [views, 3, size, size] and [rest, 3, side, side].
+@dataclass
+class _Batch(Job):
+    """A batch under way. `failed`: places in it that did not decode."""
 
-    FFCV compiles its loops anew at each start. A C function is called and not compiled into them,
-    which with all that cropping takes would last half a minute.
-    """
-    draws = np.empty(count, DRAW)
-    draw_sample(carray(specs, (count,), SPEC), seed, epoch, index, height, width, draws)
-    cut_views(
-        carray(pixels, (height, width, 3), np.uint8),
-        draws,
-        carray(large, (views, 3, size, size), np.uint8),
-        carray(small, (rest, 3, side, side), np.uint8),
-    )
-
-
-class DecodeAndCut(Operation):
-    """FFCV operation: JPEG or raw bytes -> one decode -> all views.
-
-    Yields (global uint8 [B, V, 3, S, S], local uint8 [B, L, 3, s, s], status int32 [B, 1], times
-    int64 [B, 4, 2]). A status other than 0 is libjpeg-turbo's complaint about a photo; its views
-    are then not cut. Times are `read_clock`'s, before and after each of STAGES.
-    """
-
-    def __init__(self, views: list[ViewSpec], global_views: int, seed: int) -> None:
-        super().__init__()
-        self._specs = spec_table(views)
-        self._seed = seed
-        self._shapes = [stack_shape(views[:global_views]), stack_shape(views[global_views:])]
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        pixels = np.dtype("<u1")
-        memory = (
-            AllocationQuery(self._shapes[0], pixels),
-            AllocationQuery(self._shapes[1], pixels),
-            AllocationQuery((1,), np.dtype("<i4")),
-            AllocationQuery((1 + len(STAGES), 2), np.dtype("<i8")),
-        )
-        return replace(previous_state, jit_mode=True, shape=None, dtype=pixels), memory
-
-    def generate_code(self) -> Callable:
-        jpg = IMAGE_MODES["jpg"]
-        read = self.memory_read
-        each = Compiler.get_iterator()
-        decode_jpeg = Compiler.compile(imdecode)
-        specs, seed = self._specs, self._seed
-        (views, _, size, _), (rest, _, side, _) = self._shapes
-        cut = _draw_and_cut.ctypes
-        clock, monotonic = read_clock, MONOTONIC
-
-        def decode_and_cut(keys, memory, metadata, storage):  # type: ignore[no-untyped-def]
-            global_crops, local_crops, status, times = memory
-            for i in each(len(keys)):
-                index = keys[i] & INDEX_MASK
-                epoch = keys[i] >> EPOCH_BITS
-                field = metadata[index]
-                clock(monotonic, times[i, 0].ctypes.data)
-                data = read(field["data_ptr"], storage)
-                touched = 0
-                for place in range(0, len(data), PAGE):
-                    touched += data[place]
-                times[i, 1, 0] = touched  # or the compiler would leave the loop out
-                clock(monotonic, times[i, 1].ctypes.data)
-                height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                status[i, 0] = 0
-                if field["mode"] == jpg:
-                    pixels = np.empty((height, width, 3), np.uint8)
-                    status[i, 0] = decode_jpeg(
-                        data, pixels, height, width, height, width, 0, 0, 1, 1, False, False
-                    )
-                else:
-                    pixels = data.reshape(height, width, 3)
-                clock(monotonic, times[i, 2].ctypes.data)
-                if status[i, 0] == 0:
-                    cut(
-                        *(pixels.ctypes.data, height, width),
-                        *(specs.ctypes.data, len(specs), seed, epoch, index),
-                        *(global_crops[i].ctypes.data, views, size),
-                        *(local_crops[i].ctypes.data, rest, side),
-                    )
-                clock(monotonic, times[i, 3].ctypes.data)
-            return memory
-
-        decode_and_cut.is_parallel = True  # type: ignore[attr-defined]
-        return decode_and_cut
+    plan: BatchPlan
+    task: Task
+    failed: list[int] = field(default_factory=list)
 
 
 class FfcvCrops:
-    """Crops of a .beton file, cut on FFCV's threads."""
+    """Views cut on the CPU."""
 
-    def __init__(
-        self,
-        path: str,
-        views: list[ViewSpec],
-        global_views: int,
-        batch_size: int,
-        workers: int,
-        seed: int,
-        batches_ahead: int,
-        replacements: Replacements,
-    ) -> None:
-        operation = DecodeAndCut(views, global_views, seed)
-        self._loader = open_loader(path, operation, batch_size, workers, batches_ahead)
-        self._replacements = replacements
-        self._running: Epoch | None = None
+    def __init__(self, context: LoaderContext) -> None:
+        self._context, self._threads = context, _Threads(context)
+        views, count = context.views, context.global_views
+        self._shapes = stack_shape(views[:count]), stack_shape(views[count:])
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
-        """Crops of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`."""
-        self.close()
-        self._running = running = Epoch(self._loader, epoch, batches)
-        try:
-            for indices, result in zip(batches, running, strict=True):
-                global_crops, local_crops, status, times = result
-                note_times(times, STAGES, self._loader.num_workers)
-                for i in np.flatnonzero(status[:, 0]):
-                    indices[i] = self._replacements.fill(
-                        int(indices[i]), epoch, global_crops[i], local_crops[i]
-                    )
-                yield Crops(
-                    torch.from_numpy(global_crops),
-                    torch.from_numpy(local_crops),
-                    torch.from_numpy(indices),
-                )
-        finally:
-            running.stop()
+    def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
+        """Views of each planned batch. Consume one before asking for the next: their memory is
+        used again."""
+        size = self._context.batch_size
+        slots = [
+            tuple(np.empty((size, *shape), np.uint8) for shape in self._shapes)
+            for _ in range(self._threads.slots)
+        ]
+
+        def task(number: int, plan: BatchPlan) -> Task:
+            views = slots[number % len(slots)]
+            zeros = np.zeros(size, np.int64)
+            return _task(plan, _NOTHING, zeros, *(part[: len(plan.indices)] for part in views))
+
+        with closing(self._threads.run(plans, task, self._replace)) as batches:
+            for batch in batches:
+                made = batch.task
+                views = torch.from_numpy(made.global_crops), torch.from_numpy(made.local_crops)
+                yield batch.plan, Crops(*views, torch.from_numpy(made.indices))
+
+    def _replace(self, batch: _Batch, i: int) -> None:
+        """Cut the views of another photo, or of the same by Pillow."""
+        task, fill = batch.task, self._context.replacements.fill
+        index = int(task.indices[i])
+        task.indices[i] = fill(index, task.epoch, task.global_crops[i], task.local_crops[i])
 
     def close(self) -> None:
-        """End the epoch under way, if there is one."""
-        if self._running is not None:
-            self._running.stop()
-            self._running = None
+        """Nothing outlives a stream."""
+
+
+class FfcvPixels:
+    """Decoded photos, packed, for croppers on another device. With `pinned`, they are in
+    page-locked memory, from which a GPU copies while the program goes on."""
+
+    def __init__(self, context: LoaderContext, pinned: bool) -> None:
+        self._context, self._threads, self._pinned = context, _Threads(context), pinned
+        reader = self._threads.reader
+        pixels = reader.heights.astype(np.int64) * reader.widths
+        self._sizes = 3 * np.where(pixels > MAX_PIXELS, 0, pixels)  # larger ones are not decoded
+
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
+        """Photos of each planned batch. Have them copied before asking for the next: their memory
+        is used again."""
+        slots = [torch.empty(0, dtype=torch.uint8) for _ in range(self._threads.slots)]
+
+        def task(number: int, plan: BatchPlan) -> Task:
+            slot, sizes = number % len(slots), self._sizes[plan.indices]
+            ends = np.cumsum(sizes)
+            if slots[slot].numel() < ends[-1]:  # with a margin, as growing is slow
+                room = int(ends[-1] * 1.25)
+                slots[slot] = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned)
+            none = np.empty((len(sizes), 0, 3, 1, 1), np.uint8)
+            return _task(plan, slots[slot][: int(ends[-1])].numpy(), ends - sizes, none, none)
+
+        def note(batch: _Batch, i: int) -> None:
+            batch.failed.append(i)
+
+        with closing(self._threads.run(plans, task, note)) as batches:
+            for batch in batches:
+                yield batch.plan, self._decoded(batch, slots)
+
+    def _decoded(self, batch: _Batch, slots: list[torch.Tensor]) -> Decoded:
+        task, reader = batch.task, self._threads.reader
+        flat = torch.from_numpy(task.pixels)
+        sides = (s[task.indices].astype(np.int64) for s in (reader.heights, reader.widths))
+        photos = Decoded([flat], task.offsets, *sides, torch.from_numpy(task.indices))
+        end = flat.numel()
+        for i in sorted(batch.failed):  # others in their places, behind all of the rest
+            index, pixels = self._context.replacements.readable(int(task.indices[i]))
+            photos.parts.append(torch.from_numpy(pixels.reshape(-1)))
+            photos.offsets[i], photos.indices[i] = end, index
+            photos.heights[i], photos.widths[i] = pixels.shape[:2]
+            end += pixels.size
+        return photos
+
+    def close(self) -> None:
+        """Nothing outlives a stream."""
+
+
+class _Threads:
+    """The file, and the threads that work on its photos."""
+
+    def __init__(self, context: LoaderContext) -> None:
+        reader = context.photos
+        if not isinstance(reader, BetonReader):
+            raise ValueError(f"{context.data}: the ffcv loader reads .beton files")
+        self.reader: BetonReader = reader
+        # One is with the consumer, and one is being finished while the next is begun.
+        self.slots = context.batches_ahead + 2
+        self._context = context
+        self._photos, self._specs = stored(self.reader), spec_table(context.views)
+
+    def run(
+        self,
+        plans: Iterator[BatchPlan],
+        make_task: Callable[[int, BatchPlan], Task],
+        replace: Callable[[_Batch, int], None],
+    ) -> Generator[_Batch, None, None]:
+        """The batches of `plans` in order. `make_task` gets the number of the batch and its plan;
+        `replace`, called from any thread, a batch and the place of a photo that does not decode."""
+
+        def batches() -> Iterator[_Batch]:
+            for number, plan in enumerate(plans):
+                yield _Batch(len(plan.indices), plan, make_task(number, plan))
+
+        @contextmanager
+        def worker() -> Iterator[Worker[_Batch]]:
+            with closing(Decoder()) as decoder:
+
+                def work_on_batch(batch: _Batch) -> int:
+                    return self._work(batch, decoder.handle, replace)
+
+                yield work_on_batch
+
+        with closing(share(batches(), worker, self._context.workers, self.slots)) as finished:
+            for batch in finished:
+                _note_times(batch.task.times, bool(batch.task.pixels.size), self._context.workers)
+                yield batch
+
+    def _work(self, batch: _Batch, decoder: int, replace: Callable[[_Batch, int], None]) -> int:
+        finished = 0
+        while True:
+            done, failed = work_on(
+                batch.task, self._photos, decoder, self._specs, self._context.seed
+            )
+            finished += done
+            if failed < 0:
+                return finished
+            replace(batch, failed)
+            finished += 1
+
+
+def _task(
+    plan: BatchPlan,
+    pixels: np.ndarray,
+    offsets: np.ndarray,
+    global_crops: np.ndarray,
+    local_crops: np.ndarray,
+) -> Task:
+    count = len(plan.indices)
+    times = np.empty((count, 1 + len(STAGES), 2), np.int64)
+    taken = np.zeros(1, np.int64)
+    indices = plan.indices.astype(np.int64)  # a copy: replacements are noted in it
+    return Task(plan.epoch, indices, taken, pixels, offsets, global_crops, local_crops, times)
+
+
+def _note_times(times: np.ndarray, only_decoded: bool, workers: int) -> None:
+    """Add a batch to `stages.work`."""
+    nanoseconds = times[..., 0] * 1_000_000_000 + times[..., 1]
+    spent = np.diff(nanoseconds).sum(axis=0)
+    for name, some in zip(STAGES[:2] if only_decoded else STAGES, spent, strict=False):
+        work.add(name, float(some) / 1e9, len(times), workers)

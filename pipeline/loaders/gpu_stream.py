@@ -1,86 +1,99 @@
 """Decoded photos -> finished views on the GPU, a batch ahead of the training step."""
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from typing import Protocol
 
-import numpy as np
 import torch
 
-from ibeton.pipeline.batch import Decoded, DeviceCrops
+from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
 from ibeton.pipeline.crops.gpu import GpuCropper
-from ibeton.pipeline.loaders.ffcv_pixels import FfcvPixels
-from ibeton.pipeline.sampling.draws import ViewSpec, draw_batch, spec_table
+from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.sampling.draws import draw_batch, spec_table
 from ibeton.stages import StageClock, StepTiming, work
 
 
-class GpuFeed:
+class PhotoSource(Protocol):
+    """Decodes photos, in order, ahead of who asks."""
+
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]: ...
+
+    def close(self) -> None: ...
+
+
+class GpuCrops:
     """Cuts the views of decoded photos on the GPU, on a stream of its own.
 
     While the model works on a batch, the pixels of the next one are copied and cut; the host waits
     for none of it.
     """
 
-    def __init__(
-        self,
-        source: FfcvPixels,
-        views: list[ViewSpec],
-        seed: int,
-        cropper: GpuCropper,
-        device: torch.device,
-    ) -> None:
-        self._source, self._cropper = source, cropper
-        self._specs, self._seed, self._device = spec_table(views), seed, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._clock = StageClock(device)  # of that stream
-        self._laps: deque[tuple[StepTiming, int]] = deque()  # under way, and their photos
+    def __init__(self, context: LoaderContext, source: PhotoSource) -> None:
+        self._source, self._device, self._seed = source, context.device, context.seed
+        self._specs = spec_table(context.views)
+        self.cropper = GpuCropper(
+            views=context.views,
+            global_views=context.global_views,
+            mean=context.mean,
+            std=context.std,
+            device=context.device,
+            dtype=torch.float32,
+        )
+        on_gpu = context.device.type == "cuda"
+        self._stream = torch.cuda.Stream(context.device) if on_gpu else None
+        self._clock = StageClock(context.device)  # of that stream
+        self._timings: deque[tuple[StepTiming, int]] = deque()  # under way, and their photos
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[DeviceCrops]:
-        """Finished views of `batches` (sample indices int64 [steps, B]) with the draws of `epoch`,
-        ready for the stream that asks."""
-        ahead: tuple[DeviceCrops, torch.cuda.Event | None] | None = None
-        for wanted, decoded in zip(batches, self._source.photos(batches.copy()), strict=True):
-            views, copied = self._cut(epoch, wanted, decoded)
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, DeviceCrops], None, None]:
+        """Finished views of each planned batch, ready for the CUDA stream that asks."""
+        ahead: tuple[BatchPlan, DeviceCrops, torch.cuda.Event | None] | None = None
+        with closing(self._source.stream(plans)) as photos:
+            for plan, decoded in photos:
+                views, copied = self._cut(plan, decoded)
+                done = self._event()
+                if ahead is not None:
+                    yield ahead[0], self._ready(*ahead[1:])
+                if copied is not None:
+                    copied.synchronize()  # long done; the slot that it read is about to be reused
+                ahead = plan, views, done
             if ahead is not None:
-                yield self._ready(*ahead)
-            if copied is not None:
-                copied.synchronize()  # long done; the slot that it read is about to be reused
-            ahead = views, self._done()
-        if ahead is not None:
-            yield self._ready(*ahead)
+                yield ahead[0], self._ready(*ahead[1:])
 
     def close(self) -> None:
-        """End the epoch under way, if there is one."""
         self._source.close()
 
-    def _cut(
-        self, epoch: int, wanted: np.ndarray, decoded: Decoded
-    ) -> tuple[DeviceCrops, torch.cuda.Event | None]:
+    def _cut(self, plan: BatchPlan, photos: Decoded) -> tuple[DeviceCrops, torch.cuda.Event | None]:
         """The views, under way, and what tells that the photos have been copied."""
-        shapes = decoded.heights, decoded.widths
-        draws = draw_batch(self._specs, self._seed, epoch, wanted, *shapes)
+        shapes = photos.heights, photos.widths
+        draws = draw_batch(self._specs, self._seed, plan.epoch, plan.indices, *shapes)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             self._clock.start()
             self._clock.enter("copy")
-            pixels = decoded.pixels.to(self._device, non_blocking=True)
+            parts = [part.to(self._device, non_blocking=True).reshape(-1) for part in photos.parts]
+            pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
             self._clock.leave()
-            copied = self._done()
+            copied = self._event()
             self._clock.enter("crop")
-            global_crops, local_crops = self._cropper.cut(pixels, decoded.offsets, *shapes, draws)
+            global_crops, local_crops = self.cropper.cut(pixels, photos.offsets, *shapes, draws)
             self._clock.leave()
-            self._laps.append((self._clock.lap(), len(wanted)))
-        self._note_laps()
-        return DeviceCrops(global_crops, local_crops, decoded.indices.clone()), copied
+            self._timings.append((self._clock.lap(), len(plan.indices)))
+        self._note_timings()
+        return DeviceCrops(global_crops, local_crops, photos.indices.clone()), copied
 
-    def _note_laps(self) -> None:
+    def _note_timings(self) -> None:
         """Hand on the times of what the stream has done."""
-        while self._laps and self._laps[0][0].done():
-            lap, photos = self._laps.popleft()
-            spent = lap.seconds()
+        while self._timings and self._timings[0][0].done():
+            timing, photos = self._timings.popleft()
+            spent = timing.seconds()
             for name in ("copy", "crop"):
                 work.add(name, spent[name], photos, workers=1, shared=False)
 
-    def _done(self) -> torch.cuda.Event | None:
+    def _event(self) -> torch.cuda.Event | None:
         """An event behind what the stream has been given so far."""
         if self._stream is None:
             return None

@@ -1,12 +1,13 @@
 """A photo that cannot be decoded is named, counted, and another takes its place."""
 
 import logging
+import threading
 
 import numpy as np
 
 from ibeton.pipeline.crops.cpu import cut_views
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
-from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.decode import UnreadableData, UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,8 @@ _MOST_IN_A_ROW = 100  # so many bad neighbors mean a bad data set, not a bad pho
 
 
 class Replacements:
-    """Second look at photos that a fast decoder refused, and the list of those that are lost.
+    """Second look at photos that a fast decoder refused, and the list of those that are lost. Any
+    thread may ask.
 
     Which photo replaces which depends on the sample index alone, so every loader, batch size and
     worker count agrees on it.
@@ -26,11 +28,12 @@ class Replacements:
         self._views = views
         self._seed = seed
         self.unreadable: dict[int, str] = {}  # index -> name and reason
+        self._noting = threading.Lock()
 
     def readable(self, index: int) -> tuple[int, np.ndarray]:
         """The first photo from `index` on that decodes: its index and its pixels uint8 [H, W, 3].
 
-        Raises RuntimeError after a hundred bad ones in a row.
+        Raises UnreadableData after a hundred bad ones in a row.
         """
         for offset in range(min(_MOST_IN_A_ROW, len(self._photos))):
             candidate = (index + offset) % len(self._photos)
@@ -38,9 +41,10 @@ class Replacements:
                 return candidate, self._photos.pixels(candidate)
             except UnreadablePhoto as reason:
                 self.note(candidate, str(reason))
-        raise RuntimeError(
-            f"{_MOST_IN_A_ROW} photos in a row cannot be read, from {self._photos.name(index)} on;"
-            " check the data set (python -m pipeline.convert --verify)"
+        count = min(_MOST_IN_A_ROW, len(self._photos))
+        raise UnreadableData(
+            f"{count} photos in a row cannot be read, from {self._photos.name(index)} on"
+            f" ({self.unreadable[index].rpartition(': ')[2]}); check the data set"
         )
 
     def note(self, index: int, reason: str) -> None:
@@ -49,8 +53,10 @@ class Replacements:
 
     def take_over(self, index: int, name_and_reason: str) -> None:
         """The same for one that a worker process has named."""
-        if index not in self.unreadable:
-            self.unreadable[index] = name_and_reason
+        with self._noting:
+            known = index in self.unreadable
+            self.unreadable.setdefault(index, name_and_reason)
+        if not known:
             log.warning("unreadable photo, its neighbor is used: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:

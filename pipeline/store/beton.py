@@ -11,6 +11,7 @@ class names, source, options, counts, unreadable photos and checksums. A .beton 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,23 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(f"{path}.json")
 
 
+class FileChanged(OSError):
+    """A .beton file is no longer the one that was opened."""
+
+
 class BetonReader:
-    """A .beton file with the fields `image` and `label`, memory-mapped.
+    """A .beton file with the fields `image` and `label`. Photos are read when they are asked for.
 
     labels: int64 [n], -1 where unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or
-    RAW. sizes: uint64 [n], stored bytes. classes: names from the JSON beside the file, or [].
+    RAW. pointers, sizes: uint64 [n], where the stored bytes begin and how many there are. classes:
+    names from the JSON beside the file, or [].
 
-    Raises FileNotFoundError, and ValueError for a file that is no .beton, has another version or
-    other fields, is cut short, or stands beside the JSON of another file.
+    The file is read by `pread`, not mapped into memory: a file that is cut short while it is in use
+    gives an error where a mapped one would kill the process (SIGBUS).
+
+    Raises FileNotFoundError, and ValueError for a file that may not be read, is no .beton, has
+    another version or other fields, is cut short or damaged, or stands beside the JSON of another
+    file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,11 +75,14 @@ class BetonReader:
                 f"{path} does not exist or is no file;"
                 " make it: python -m pipeline.convert SRC DST.beton"
             )
-        if self.path.stat().st_size < METADATA_START:
+        try:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as self
+        except PermissionError as error:
+            raise ValueError(f"{path} may not be read; check its permissions") from error
+        self._bytes = os.fstat(self._file.fileno()).st_size
+        if self._bytes < METADATA_START:
             raise ValueError(f"{path} is no .beton file: it is too small")
-        # A plain view: slices of a np.memmap are slow to make.
-        self._data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
-        header = self._data[: HEADER.itemsize].view(HEADER)[0]
+        header = self._array(HEADER, 0, 1)[0]
         self._check_header(header)
         self.num_samples, self.page_size = int(header["num_samples"]), int(header["page_size"])
         samples, table = self._tables(int(header["alloc_table_ptr"]))
@@ -77,10 +90,15 @@ class BetonReader:
         self.modes = samples["image"]["mode"].copy()
         self.widths = samples["image"]["width"].copy()
         self.heights = samples["image"]["height"].copy()
-        self._pointers = samples["image"]["data_ptr"].copy()
+        self.pointers = samples["image"]["data_ptr"].copy()
         self.sizes = self._sizes(table)
         self.sidecar = self._read_sidecar()
         self.classes: list[str] = list(self.sidecar.get("classes", []))
+        self.notes: list[str] = []
+
+    def fileno(self) -> int:
+        """The descriptor of the open file, which is closed with this object."""
+        return self._file.fileno()
 
     def __len__(self) -> int:
         return self.num_samples
@@ -89,10 +107,27 @@ class BetonReader:
         """What to call the photo in a message."""
         return f"photo {index} of {self.path}"
 
-    def photo_bytes(self, index: int) -> memoryview:
-        """The stored bytes, JPEG or raw pixels by `modes[index]`, not copied."""
-        begin = int(self._pointers[index])
-        return self._data[begin : begin + int(self.sizes[index])].data
+    def photo_bytes(self, index: int) -> bytes:
+        """The stored bytes, JPEG or raw pixels by `modes[index]`.
+
+        Raises FileChanged where the file has become shorter since it was opened.
+        """
+        return self._read(int(self.pointers[index]), int(self.sizes[index]))
+
+    def _read(self, begin: int, size: int) -> bytes:
+        parts = []
+        while size and (part := os.pread(self.fileno(), size, begin)):  # 2 GiB at most at once
+            parts.append(part)
+            size, begin = size - len(part), begin + len(part)
+        if size:
+            raise FileChanged(
+                f"{self.path} ends at byte {begin:,}, before what it held when it was opened:"
+                " it was cut short or replaced while in use"
+            )
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _array(self, dtype: np.dtype, begin: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._read(begin, count * dtype.itemsize), dtype)
 
     def pixels(self, index: int) -> np.ndarray:
         """uint8 [H, W, 3]; raises UnreadablePhoto, also for a size other than the one noted."""
@@ -119,9 +154,9 @@ class BetonReader:
                 " read; convert the photos anew"
             )
         end = HEADER.itemsize + int(header["num_fields"]) * FIELD.itemsize
-        if end > len(self._data):
+        if end > self._bytes:
             raise ValueError(f"{self.path} is cut short inside its field list")
-        fields = self._data[HEADER.itemsize : end].view(FIELD)
+        fields = self._array(FIELD, HEADER.itemsize, int(header["num_fields"]))
         found = [(int(f["type_id"]), bytes(f["name"])) for f in fields]
         if found != FIELDS:
             named = ", ".join(f"{name.decode('ascii', 'replace')} (type {t})" for t, name in found)
@@ -133,16 +168,15 @@ class BetonReader:
     def _tables(self, table_start: int) -> tuple[np.ndarray, np.ndarray]:
         """The metadata and the allocation table."""
         data_start = METADATA_START + self.num_samples * SAMPLE.itemsize
-        rest = len(self._data) - table_start
+        rest = self._bytes - table_start
         samples = self.num_samples
         if table_start < data_start or rest < samples * ALLOCATION.itemsize:
             raise ValueError(
-                f"{self.path} is cut short or was never finished: {len(self._data):,} bytes do not"
+                f"{self.path} is cut short or was never finished: {self._bytes:,} bytes do not"
                 f" hold {samples:,} samples and their table; convert the photos anew"
             )
-        table = self._data[table_start : len(self._data) - rest % ALLOCATION.itemsize]
-        metadata = self._data[METADATA_START:data_start]
-        return metadata.view(SAMPLE), table.view(ALLOCATION)
+        table = self._array(ALLOCATION, table_start, rest // ALLOCATION.itemsize)
+        return self._array(SAMPLE, METADATA_START, samples), table
 
     def _sizes(self, table: np.ndarray) -> np.ndarray:
         """Stored bytes of each sample, uint64 [n]: its pointer, looked up in the table."""
@@ -150,14 +184,14 @@ class BetonReader:
             return np.zeros(0, np.uint64)
         pointers = table["ptr"]
         order = np.argsort(pointers, kind="stable")  # FFCV's own writer leaves them unordered
-        place = np.searchsorted(pointers, self._pointers, sorter=order)
+        place = np.searchsorted(pointers, self.pointers, sorter=order)
         entry = table[order[np.minimum(place, len(order) - 1)]]
-        end, page = np.uint64(len(self._data)), np.uint64(self.page_size)
+        end, page = np.uint64(self._bytes), np.uint64(self.page_size)
         beyond = (entry["ptr"] > end) | (entry["size"] > end - entry["ptr"])
         crosses = entry["ptr"] % page + entry["size"] > page
         # FFCV's process cache and its quasi-random order go by the sample number and the page.
         another = entry["sample_id"] != np.arange(self.num_samples, dtype=np.uint64)
-        wrong = np.flatnonzero((entry["ptr"] != self._pointers) | beyond | crosses | another)
+        wrong = np.flatnonzero((entry["ptr"] != self.pointers) | beyond | crosses | another)
         if len(wrong):
             raise ValueError(
                 f"{self.path} is damaged: the data of {len(wrong):,} samples, the first of them"
@@ -174,9 +208,9 @@ class BetonReader:
             size = content["file_bytes"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not what the converter writes; remove it") from error
-        if size != len(self._data):
+        if size != self._bytes:
             raise ValueError(
                 f"{path} describes a file of {size:,} bytes, {self.path} has"
-                f" {len(self._data):,}; remove it, or put back the .beton it was written with"
+                f" {self._bytes:,}; remove it, or put back the .beton it was written with"
             )
         return content

@@ -1,13 +1,16 @@
 """Writes .beton files (the format is described in `beton.py`) without FFCV."""
 
+import errno
 import json
 import os
 from pathlib import Path
+from stat import S_ISREG
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from ibeton.atomic import replacing
 from ibeton.pipeline.store.beton import (
     ALLOCATION,
     FIELD,
@@ -49,12 +52,14 @@ class BetonWriter:
         self._theirs = partial is not None
         how = os.O_RDWR | os.O_CREAT | (0 if self._theirs else os.O_EXCL)
         try:
-            self.file = os.open(self.partial, how, 0o666)
-        except FileExistsError:
+            self.file = open_unlinked(self.partial, how)
+        except FileExistsError as error:
+            if self._theirs:
+                raise
             raise FileExistsError(
                 f"{self.partial} exists: another conversion is writing {self.path.name}, or was"
                 " killed; remove it if none is running"
-            ) from None
+            ) from error
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -130,21 +135,35 @@ class BetonWriter:
         The old JSON goes first and the new one comes last, so that none describes another file.
         """
         beside = sidecar_path(self.path)
-        partial = beside.with_name(f".{beside.name}.{os.getpid()}.partial")
         content = {**sidecar, "file_bytes": self.partial.stat().st_size}
-        try:
+        with replacing(beside) as partial:
             partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
             beside.unlink(missing_ok=True)
             os.replace(self.partial, self.path)
-            os.replace(partial, beside)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         rest = memoryview(data)
         while rest:  # the system takes at most 2 GiB at once, and less where the disk gets full
             written = os.pwrite(self.file, rest, position)
             rest, position = rest[written:], position + written
+
+
+def open_unlinked(path: Path, how: int) -> int:
+    """`os.open` of a file that this program made: of no link, by which another would be written.
+
+    Raises FileExistsError, naming it, for a symbolic link, and for a file with a second name.
+    """
+    try:
+        file = os.open(path, how | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileExistsError(f"{path} is a symbolic link; remove it") from error
+    stat = os.fstat(file)
+    if stat.st_nlink > 1 or not S_ISREG(stat.st_mode):
+        os.close(file)
+        raise FileExistsError(f"{path} is a link, or not a file; remove it")
+    return file
 
 
 def _aligned(position: int, page: int) -> int:

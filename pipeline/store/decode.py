@@ -9,7 +9,17 @@ import io
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 256_000_000  # 768 MB of RGB; photos of 20 or 100 megapixels are far below
+from ibeton.pipeline.store.jpeg import MAX_PIXELS, MAX_SCANS, count_scans
+
+__all__ = [
+    "MAX_PIXELS",
+    "UnreadableData",
+    "UnreadablePhoto",
+    "check_complete",
+    "decode_photo",
+    "load_photo",
+    "to_rgb",
+]
 
 # Pillow refuses above twice this and would warn from 89 megapixels on.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -21,10 +31,15 @@ class UnreadablePhoto(ValueError):
     """A photo that cannot be decoded; its message is the reason."""
 
 
+class UnreadableData(OSError):
+    """So many photos cannot be decoded that something is wrong with the whole data set."""
+
+
 def load_photo(data: bytes | memoryview) -> Image.Image:
     """Decode all of `data` (any format Pillow knows, by content) in the photo's own mode.
 
-    Raises UnreadablePhoto for what is no photo, is cut short or has more than MAX_PIXELS pixels.
+    Raises UnreadablePhoto for what is not a photo, is cut short, or has more than MAX_PIXELS pixels
+    or MAX_SCANS scans.
     """
     if not len(data):
         raise UnreadablePhoto("the file is empty")
@@ -33,7 +48,11 @@ def load_photo(data: bytes | memoryview) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UnreadablePhoto(f"{width} x {height} pixels, the limit is {MAX_PIXELS:,}")
+        if image.info.get("progressive") and (scans := count_scans(data)) > MAX_SCANS:
+            raise UnreadablePhoto(f"a JPEG of {scans:,} scans, the limit is {MAX_SCANS}")
         image.load()
+        if image.format in ("JPEG", "MPO"):
+            check_complete(data)
     except UnreadablePhoto:
         raise
     except Image.UnidentifiedImageError:
@@ -43,6 +62,15 @@ def load_photo(data: bytes | memoryview) -> Image.Image:
     except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
         raise UnreadablePhoto(str(error) or type(error).__name__) from error
     return image
+
+
+def check_complete(data: bytes | memoryview) -> None:
+    """Raise UnreadablePhoto for a JPEG whose compressed data end before its image does, which
+    decoders pass over in silence."""
+    from ibeton.pipeline.store.turbojpeg import ends_early  # it imports this module
+
+    if ends_early(data):
+        raise UnreadablePhoto("its compressed data end early: the rest of it would be gray")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

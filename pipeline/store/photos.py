@@ -15,10 +15,11 @@ class Photos(Protocol):
 
     labels: np.ndarray  # int64 [n], -1 where unlabelled
     classes: list[str]
+    notes: list[str]  # what a user should know of the set, a sentence each
 
     def __len__(self) -> int: ...
 
-    def photo_bytes(self, index: int) -> bytes | memoryview:
+    def photo_bytes(self, index: int) -> bytes:
         """The photo as it is stored; raises UnreadablePhoto."""
 
     def pixels(self, index: int) -> np.ndarray:
@@ -35,6 +36,7 @@ class FolderPhotos:
         self._source = open_source(path)
         self.labels = np.array([photo.label for photo in self._source.photos], dtype=np.int64)
         self.classes = self._source.classes
+        self.notes = self._source.notes()
 
     def __len__(self) -> int:
         return len(self._source.photos)

@@ -3,6 +3,7 @@
     photos/n01440764/a.JPEG       a folder of class folders, any depth below them
     photos/a.jpg                  a folder of photos: unlabelled
     ILSVRC2012_img_train.tar      a tar of class tars, never unpacked: photos are read by offset
+    tars/n01440764.tar ...        a folder of class tars
     photos.tar                    a tar of photos, with or without class folders
 
 A photo's class is the first folder (or class tar) of its name. Listing opens no photo.
@@ -10,14 +11,21 @@ A photo's class is the first folder (or class tar) of its name. Listing opens no
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _JPEG = (".jpg", ".jpeg", ".jpe")
 EXTENSIONS = (*_JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 UNLABELLED = -1
+_SPLITS = ("train", "val", "valid", "validation", "test")
+_MOST_LINKS = 10  # one after the other
+_KAGGLE = os.path.join("Data", "CLS-LOC", "train")  # ImageNet as Kaggle packs it
+
+# (offset, size) in a file, or the name of the member that a hard link stands for.
+Extent = tuple[int, int] | str
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,11 +47,32 @@ class Photo:
 
 @dataclass(frozen=True)
 class Source:
-    """The photos of a folder or a tar in sorted order, and the classes that have any."""
+    """The photos of a folder or a tar in sorted order, and the classes that have any.
+
+    skipped: what else there is, by kind (".heic", "links", "folders that may not be read").
+    """
 
     path: str
     photos: list[Photo]
     classes: list[str]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a user should know of the source: a sentence each."""
+        notes = []
+        if self.skipped:
+            most = sorted(self.skipped.items(), key=lambda pair: (-pair[1], pair[0]))
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in most[:6])
+            more = f" and {len(most) - 6} more kinds" if len(most) > 6 else ""
+            total = sum(self.skipped.values())
+            notes.append(f"{self.path}: skipped {total:,} that are not photos: {kinds}{more}")
+        splits = [name for name in self.classes if name.lower() in _SPLITS]
+        if len(splits) > 1:
+            notes.append(
+                f"the classes of {self.path} are {', '.join(splits)}: if these are splits of one"
+                f" data set, give {os.path.join(self.path, splits[0])} or another one of them"
+            )
+        return notes
 
 
 def read_bytes(photo: Photo) -> bytes:
@@ -68,29 +97,59 @@ def open_source(path: str | Path) -> Source:
     """List the photos of a folder or a tar (also of tars) without opening them.
 
     Hidden files and folders are left out. Symlinks in folders are followed, loops cut, and one that
-    leads nowhere is a photo that cannot be read; links inside a tar are left out.
-    Raises FileNotFoundError for a missing path, ValueError for what is neither, or holds no photo.
+    leads nowhere is a photo that cannot be read; symlinks inside a tar are left out. Folders below
+    `path` that may not be read are left out. What is left out, hidden files aside, is counted.
+    Raises FileNotFoundError for a missing path, ValueError for what is neither, may not be read,
+    holds no photo, or holds photos that this cannot read right (sparse members of a tar).
     """
     root = os.path.abspath(path)
     if not os.path.exists(root):
         raise FileNotFoundError(f"{path} does not exist; give a folder of photos or a tar")
+    skipped: Counter[str] = Counter()
     if os.path.isdir(root):
-        extents: dict[str, tuple[int, int]] = {}
-        names = list(_walk(root, "", ()))
+        photos = _in_folder(root, skipped)
     else:
-        extents = _without_common_folder(_index_tar(root))
-        names = list(extents)
-    if not names:
-        raise ValueError(f"{path} holds no photos; looked for {' '.join(EXTENSIONS)} in any folder")
-    names.sort(key=_sort_key)
-    classes = sorted({name.partition("/")[0] for name in names if "/" in name})
+        photos = [(name, root, *at) for name, at in _photos_of_tar(root, skipped).items()]
+    if not photos:
+        found = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(6))
+        raise ValueError(
+            f"{path} holds no photos{f' (but {found})' if found else ''}; looked for"
+            f" {' '.join(EXTENSIONS)} in any folder"
+        )
+    photos.sort(key=lambda photo: _sort_key(photo[0]))
+    classes = sorted({name.partition("/")[0] for name, *_ in photos if "/" in name})
     labels = {name: i for i, name in enumerate(classes)}
-    photos = []
-    for name in names:
+    listed = []
+    for name, holder, *extent in photos:
         first, slash, _ = name.partition("/")
-        label = labels[first] if slash else UNLABELLED
-        photos.append(Photo(name, label, root, *extents.get(name, (None, None))))
-    return Source(root, photos, classes)
+        listed.append(Photo(name, labels[first] if slash else UNLABELLED, holder, *extent))
+    return Source(root, listed, classes, dict(+skipped))
+
+
+def _in_folder(root: str, skipped: Counter[str]) -> list[tuple[Any, ...]]:
+    """(name, holder) of the photos below a folder, or (name, tar, offset, size) of class tars."""
+    for below in ("", "ILSVRC"):
+        if os.path.isdir(train := os.path.join(root, below, _KAGGLE)):
+            raise ValueError(f"{root} is ImageNet with all of its splits; give {train}")
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        raise ValueError(f"{root} may not be read ({error.strerror})") from error
+    photos = [(name, root) for name in _walk(root, "", (), skipped)]
+    if photos or not skipped[".tar"]:
+        return photos
+    tars = sorted(entry.path for entry in os.scandir(root) if entry.name.lower().endswith(".tar"))
+    found = []
+    for tar in tars:
+        name = os.path.basename(tar)[: -len(".tar")]
+        extents = _photos_of_tar(tar, skipped)
+        if any("/" in photo for photo in extents):
+            raise ValueError(
+                f"{root} holds several tars with classes of their own; give one: {tar}"
+            )
+        found += [(f"{name}/{photo}", tar, *extent) for photo, extent in extents.items()]
+    skipped[".tar"] -= len(tars)
+    return found
 
 
 def _sort_key(name: str) -> str:
@@ -102,22 +161,36 @@ def _is_photo(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _walk(root: str, below: str, inside: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _kind(name: str) -> str:
+    """What a file that is no photo is counted as."""
+    return os.path.splitext(name)[1].lower() or "without an extension"
+
+
+def _walk(
+    root: str, below: str, inside: tuple[tuple[int, int], ...], skipped: Counter[str]
+) -> Iterator[str]:
     """Names of the photos in folder `below`; `inside` are the (device, inode) of its parents."""
     folder = os.path.join(root, below)
-    stat = os.stat(folder)
+    try:
+        stat = os.stat(folder)
+        entries = os.scandir(folder)
+    except PermissionError:  # such as lost+found
+        skipped["folders that may not be read"] += 1
+        return
     here = (stat.st_dev, stat.st_ino)
     if here in inside:  # a symlink to a folder that it stands in
         return
-    with os.scandir(folder) as entries:
+    with entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             name = below + entry.name
             if _is_folder(entry):
-                yield from _walk(root, name + "/", (*inside, here))
+                yield from _walk(root, name + "/", (*inside, here), skipped)
             elif _is_photo(entry.name) and _is_to_be_read(entry):
                 yield name
+            else:
+                skipped[_kind(entry.name)] += 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -132,37 +205,76 @@ def _is_to_be_read(entry: os.DirEntry[str]) -> bool:
     return entry.is_file()
 
 
-def _index_tar(path: str) -> dict[str, tuple[int, int]]:
+def _photos_of_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int]]:
+    """(offset, size) in the file by photo name, without a folder that all photos share."""
+    return _without_common_folder(_index_tar(path, skipped))
+
+
+def _index_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int]]:
     """(offset, size) in the file by photo name; a name that comes twice keeps its last content."""
     try:
         with open(path, "rb") as file:
-            return dict(_tar_photos(file, 0, ""))
+            found = dict(_tar_photos(file, 0, "", skipped))
     except tarfile.ReadError as error:
         raise ValueError(
             f"{path} is neither a folder nor a whole, uncompressed tar ({error});"
             " give a folder of photos or a tar, decompressed"
         ) from error
+    except PermissionError as error:
+        raise ValueError(f"{path} may not be read ({error.strerror})") from error
+    extents = {}
+    for name, extent in found.items():
+        for _ in range(_MOST_LINKS):  # from one link to another, perhaps
+            if isinstance(extent, str):
+                extent = found.get(extent, extent)
+        if isinstance(extent, str):
+            raise ValueError(f"{path}: {name} is a hard link to {extent}, which it does not hold")
+        extents[name] = extent
+    return extents
 
 
-def _tar_photos(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _tar_photos(
+    file: IO[bytes], start: int, prefix: str, skipped: Counter[str]
+) -> Iterator[tuple[str, Extent]]:
     """Photos of the tar in `file`, which begins `start` bytes into the outermost tar."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps every one of them
-            parts = [part for part in member.name.split("/") if part not in ("", ".")]
-            if not member.isreg() or any(part.startswith(".") for part in parts):
+            name = _member_name(member.name)
+            if member.isdir() or name is None:
                 continue
-            name, begin = prefix + "/".join(parts), start + member.offset_data
-            if _is_photo(name):
-                yield name, (begin, member.size)
-            elif name.lower().endswith(".tar") and (inner := tar.extractfile(member)):
+            if not (member.isreg() or member.islnk()):
+                skipped["links" if member.issym() else "devices"] += 1
+                continue
+            begin = start + member.offset_data
+            is_photo, is_tar = _is_photo(name), name.lower().endswith(".tar")
+            if (is_photo or is_tar) and member.issparse():
+                raise ValueError(
+                    f"{prefix}{name} is stored sparse: its bytes are not in one piece;"
+                    " make the tar without -S (--sparse)"
+                )
+            if is_photo:
+                if member.islnk():
+                    yield prefix + name, prefix + (_member_name(member.linkname) or "")
+                else:
+                    yield prefix + name, (begin, member.size)
+            elif is_tar and (inner := tar.extractfile(member)):
+                name = prefix + name
                 try:
-                    yield from _tar_photos(inner, begin, name[: -len(".tar")] + "/")
+                    yield from _tar_photos(inner, begin, name[: -len(".tar")] + "/", skipped)
                 except tarfile.ReadError as error:
                     raise tarfile.ReadError(f"{name}: {error}") from error
+            else:
+                skipped[_kind(name)] += 1
         file.seek(tar.offset)  # a damaged header ends the list of members just as the end does
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
+
+
+def _member_name(name: str) -> str | None:
+    """A member's name without empty parts; None for hidden ones."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return None if any(part.startswith(".") for part in parts) else "/".join(parts)
 
 
 def _without_common_folder(extents: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

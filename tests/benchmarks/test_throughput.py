@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
+from rich.console import Console
 
 from ibeton import stages, train
+from ibeton.benchmarks.harness.throughput_report import print_report, rows
 from ibeton.benchmarks.throughput import main
 from ibeton.model import IBOT
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
@@ -70,6 +73,37 @@ def test_the_stages_add_up_to_the_step(report: Path) -> None:
     stages = {"wait", "copy", "mask", "teacher", "student", "loss", "backward", "optimizer", "ema"}
     assert stages <= set(measured["step_ms"])
     assert set(measured["loader_ms"]) == {"read", "decode", "crop"}
+
+
+def test_table_and_verdict_speak_of_the_same_round(report: Path) -> None:
+    measured, middle = result(report), result(report)["middle_round"]
+    found = [row for row in rows(measured) if not row.beside]
+    step = 1000 * measured["run"]["batch_size"] / measured["images_per_s"]["both"][middle]
+    assert sum(row.middle for row in found) == pytest.approx(step)
+    assert sum(row.share or 0 for row in found) == pytest.approx(1)
+    (share,) = re.findall(r"takes (\d+)% of the step", measured["verdict"][0])
+    stage = measured["verdict"][0].split(": ")[1].split(" takes")[0]
+    (row,) = (row for row in found if row.name == stage)
+    assert row.share == pytest.approx(int(share) / 100, abs=0.006)
+    rate = measured["images_per_s"]["both"][middle]
+    assert f"Both together give {rate:.4g} images/s" in measured["verdict"][1]
+
+
+def test_the_report_fits_80_columns_and_a_narrow_page(
+    report: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = result(report)
+    measured["verdict"] = []
+    for ms in measured["step_ms"].values():
+        ms[:] = [1030.123 * value for value in ms]
+    print_report(measured, Console(width=80, highlight=False))
+    table = capsys.readouterr().out.split("The clock:")[0]
+    assert "… " not in table
+    lines = table.splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    assert sum(line.lstrip().startswith(("teacher", "backward", "step ")) for line in lines) == 3
+    page = (report / "throughput.html").read_text()
+    assert page.count('<div class="wide"><table>') == page.count("<table>")
 
 
 def test_floors_are_there_for_what_has_one(report: Path) -> None:
@@ -131,14 +165,14 @@ def test_a_slow_loader_is_its_verdict(
 ) -> None:
     from ibeton.pipeline.loaders.pil import PilCrops
 
-    batches = PilCrops.batches
+    batches = PilCrops.stream
 
     def slow(*arguments: Any) -> Iterator[Any]:
         for crops in batches(*arguments):
             time.sleep(0.5)
             yield crops
 
-    monkeypatch.setattr(PilCrops, "batches", slow)
+    monkeypatch.setattr(PilCrops, "stream", slow)
     options = ["--data", str(beton), "--rounds", "1", "--steps", "2", "--report", str(tmp_path)]
     assert main([*SMALL, *options]) == 0
     first, second, _ = result(tmp_path)["verdict"]
@@ -150,6 +184,7 @@ def test_a_slow_loader_is_its_verdict(
 SLOW_RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
+from ibeton.benchmarks.harness.throughput_report import print_report, rows
 from ibeton.benchmarks.throughput import main
 from ibeton.model import IBOT
 update = IBOT.update_teacher
@@ -199,7 +234,9 @@ def test_compare_names_what_changed_beyond_noise(
     measured["step_ms"]["ema"] = [50 * ms for ms in measured["step_ms"]["ema"]]
     after.write_text(json.dumps(measured))
     assert main(["--compare", str(before), str(after)]) == 0
-    assert f"Beyond noise: {found}" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Beyond noise: {found}" in said
+    assert f"before: {before} after: {after}" in said
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,10 @@ import torch
 from PIL import Image
 
 from ibeton.evaluation.frozen.features import Extraction
+from ibeton.evaluation.matching.views import are_right, cut_two, in_photo, mutual_nearest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.attention import class_attention
-from ibeton.evaluation.pictures.correspondence import (
-    _cut,
-    are_right,
-    in_photo,
-    mutual_nearest,
-    scattered,
-)
+from ibeton.evaluation.pictures.correspondence import scattered
 from ibeton.evaluation.pictures.neighbors import nearest
 from ibeton.evaluation.pictures.patterns import FRAME, Assigned, assign, central_patterns, tile
 from ibeton.evaluation.show import main
@@ -157,7 +152,7 @@ def test_points_of_a_view_are_found_in_the_photo(flip):
     for name, values in {"top": (20, 60), "left": (30, 80), "height": 120, "width": 140}.items():
         draws[name] = values
     draws["flip"] = (flip, 0)
-    views = _cut(photo, draws, 64)
+    views = cut_two(photo, draws, 64)
     points = np.array([(12.5, 40.5), (50.5, 20.5)])
     for view, box in zip(views, draws, strict=True):
         seen = [view[:2, int(row), int(column)].numpy() for column, row in points]

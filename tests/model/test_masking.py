@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ibeton.model.masking import SHAPES, masked_patches
+from ibeton.model.masking import BUCKETS, masked_patches
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_padding_on_cuda_weighs_nothing():
     exact = masked_patches(masks, CPU)
     padded = masked_patches(masks, torch.device("cuda"))
     count = len(exact.places)
-    assert len(padded.places) % (masks.numel() // SHAPES) == 0
+    assert len(padded.places) % (masks.numel() // BUCKETS) == 0
     assert torch.equal(padded.places[:count].cpu(), exact.places)
     assert torch.equal(padded.weight[:count].cpu(), exact.weight)
     assert not padded.weight[count:].any()

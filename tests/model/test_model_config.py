@@ -25,8 +25,8 @@ BAD = [
     ({"out_dim": 0}, "--out-dim 0 must be at least 1"),
     ({"head_layers": 0}, "--head-layers 0 must be at least 1"),
     (
-        {"arch": "swin_t7", "patch_size": 32, "compile_blocks": True},
-        "--compile-blocks is an option of ViTs",
+        {"arch": "swin_t7", "patch_size": 32, "recompute": "on"},
+        "--recompute is an option of ViTs",
     ),
     ({"layer_scale": -0.1}, "--layer-scale -0.1 must be at least 0"),
 ]

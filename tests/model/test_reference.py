@@ -31,6 +31,7 @@ CASES = {
     "one_prototype": {"out_dim": 1},
     "many_prototypes": {"out_dim": 65_536},
     "checkpointed": {"checkpoint_blocks": True},
+    "not_recomputed": {"recompute": "off"},
 }
 
 

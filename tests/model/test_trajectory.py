@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ibeton.model import ModelConfig, build, training_step
-from ibeton.model.ibot import compile_blocks
 from ibeton.model.optim import build_optimizer
 from ibeton.model.reference import forward_reference
 from ibeton.model.schedules import cosine_schedule
@@ -43,7 +42,7 @@ class Run:
         self.ibot = build(config)
         self.ibot.student.load_state_dict(under(arrays, f"{setting}/init/student/"))
         self.ibot.copy_student_to_teacher()
-        self.dtype, self.compiled = torch.float32, False
+        self.dtype = torch.float32
         self.optimizer = build_optimizer(self.ibot.student)
         peak = cfg["lr"] * cfg["batch_size"] / 256
         steps = (cfg["epochs"], STEPS_PER_EPOCH)
@@ -87,19 +86,15 @@ def setting(request):
     return request.param
 
 
-@pytest.fixture(
-    params=["fast", "reference", "checkpointed", pytest.param("compiled", marks=pytest.mark.slow)]
-)
+@pytest.fixture(params=["fast", "reference", "checkpointed", "not_recomputed"])
 def run(request, reference, under, setting):
     """The run on each path: all of them must give the published numbers."""
     run = Run(reference("trajectory"), under, setting)
     if request.param == "reference":
         run.ibot.forward = functools.partial(forward_reference, run.ibot)
     run.ibot.student.backbone.checkpoint_blocks = request.param == "checkpointed"
-    run.compiled = request.param == "compiled"
-    if run.compiled:
-        compile_blocks(run.ibot.student.backbone)
-        compile_blocks(run.ibot.teacher.backbone)
+    for block in run.ibot.student.backbone.blocks:
+        block.recompute = request.param != "not_recomputed"
     return run
 
 
@@ -191,8 +186,6 @@ def test_six_steps(run, under, assert_near):
 
 
 def test_six_steps_in_float64(run):
-    if run.compiled:
-        pytest.skip("torch 2.10 fails in its own backward of compiled float64 attention on a CPU")
     arrays, setting, ibot = run.arrays, run.setting, run.in_float64().ibot
     for i in range(6):
         metrics = run.step(i)
@@ -246,7 +239,9 @@ def test_200_steps_in_fp16_stay_with_fp32(reference, under):
         assert all(m["finite"] for m in metrics)
     assert scaler.get_scale() == 2.0**10
     full, half = runs
-    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
+    # Single steps wander by a few roundings of fp16 (2^-11); their mean must not.
+    torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=0)
+    torch.testing.assert_close(losses[1].mean(), losses[0].mean(), rtol=5e-4, atol=0)
     moments = [state[key] for state in half.optimizer.state.values() for key in state]
     assert {t.dtype for t in (*half.ibot.state_dict().values(), *moments)} == {torch.float32}
     for name, tensor in full.ibot.state_dict().items():

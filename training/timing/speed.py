@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ibeton.stages import PARTS, StageWork, stage
 
-WAITING = ("wait", "copy", "mask")  # what the training's own thread spends on its next batch
+WAITING = ("wait", "copy", "mask")  # what the training thread spends on its next batch
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Window:
 
     @property
     def waiting(self) -> float:
-        """Seconds that the training stood still for its batches."""
+        """Seconds that training waited for its batches."""
         return sum(self.parts.get(name, 0.0) for name in WAITING)
 
     @property
@@ -49,8 +49,8 @@ class Window:
 
 
 def loader_ceiling(stage_work: dict[str, StageWork]) -> float:
-    """Images/s that the loader's workers could give, were they never idle: its workers share all of
-    their stages, streams beside them work on their own."""
+    """Images/s that the loader could give if its workers were never idle. Workers share all of
+    their stages; each stream works on its own."""
     together = sum(work_done.per_photo for work_done in stage_work.values() if work_done.shared)
     ceilings = [work_done.ceiling for work_done in stage_work.values() if not work_done.shared]
     workers = [work_done.workers for work_done in stage_work.values() if work_done.shared]
@@ -79,10 +79,15 @@ class Speed:
             self.window, self._first = Window(), False
         self.window.add(self._images, parts, stage_work)
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the window is that of the first step, in which things are compiled."""
+        return self._first
+
     def figures(self) -> dict[str, Any]:
         """Means since the last record. images_per_s is that of all ranks, peak_share the share of
-        the device's matrix rate; stage_ms are milliseconds a step on the critical path, loader_ms
-        milliseconds a photo of one worker or stream."""
+        the device's matrix rate; stage_ms are milliseconds per step on the critical path, loader_ms
+        milliseconds per photo of one worker or stream."""
         window = self.window
         figures: dict[str, Any] = {
             "images_per_s": window.images_per_s * self._world_size,
@@ -104,7 +109,7 @@ class Speed:
         return figures
 
     def ranks(self) -> list[dict[str, float]]:
-        """Milliseconds a step of every part, by rank; empty for one process. All ranks must ask."""
+        """Milliseconds per step of every part, by rank; empty for one process. Collective."""
         if self._group is None:
             return []
         own = torch.tensor([self.window.parts.get(name, 0.0) for name in PARTS])
@@ -125,8 +130,8 @@ class Speed:
 
 def slowest(ranks: list[dict[str, float]]) -> tuple[int, float, str, float]:
     """The rank with the most work of its own, that is, without comm, in which it waits for others;
-    its milliseconds a step, the stage in which it is furthest behind the mean of the others, and by
-    how many milliseconds."""
+    its milliseconds per step, the stage in which it is furthest behind the mean of the others, and
+    by how many milliseconds."""
     own = [sum(parts.values()) - parts.get("comm", 0.0) for parts in ranks]
     rank = max(range(len(ranks)), key=lambda r: own[r])
     others = [parts for r, parts in enumerate(ranks) if r != rank]

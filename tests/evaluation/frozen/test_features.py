@@ -111,8 +111,9 @@ def test_parts_are_means_of_the_patches_that_the_class_token_attends_to_most():
 
 
 def test_patches_of_equal_attention_go_by_their_place():
-    patches = torch.arange(5.0).view(1, 5, 1)
-    assert most_attended(patches, torch.full((1, 5), 0.2)).flatten().tolist() == [0, 1.5, 2, 2]
+    patches = torch.arange(20.0).view(1, 20, 1)
+    means = most_attended(patches, torch.full((1, 20), 0.05)).flatten().tolist()
+    assert means == [0, 3, 6.5, 9.5, 9.5, 9.5]  # k = 1, 7, 14, and all three times
 
 
 @torch.no_grad()

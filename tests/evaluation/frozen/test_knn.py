@@ -23,6 +23,7 @@ from ibeton.evaluation.frozen.knn import (
 )
 from ibeton.evaluation.networks import untrained
 from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.score_format import score_text
 from ibeton.model.checkpoint import load_backbone
 
 PUBLISHED = np.load(REFERENCE / "knn.npz")
@@ -42,10 +43,16 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("classes", ["own", 1000])
-def test_accuracies_are_the_published_ones(name, classes):
+def test_classes_that_no_photo_has_change_nothing(name):
+    sets, ks = published_set(name), PUBLISHED[f"{name}/k"].tolist()
+    own = int(PUBLISHED[f"{name}/num_classes"])
+    assert classify_by_k(*sets, ks, 0.07, 1000) == classify_by_k(*sets, ks, 0.07, own)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_accuracies_are_the_published_ones(name):
     sets = published_set(name)
-    num_classes = int(PUBLISHED[f"{name}/num_classes"]) if classes == "own" else classes
+    num_classes = int(PUBLISHED[f"{name}/num_classes"])
     for j, temperature in enumerate(PUBLISHED[f"{name}/T"].tolist()):
         ks = PUBLISHED[f"{name}/k"].tolist()
         by_k = classify_by_k(*sets, ks, temperature, num_classes)
@@ -102,7 +109,7 @@ def test_neighbors_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_small_chunks_give_the_same_figures(name, small_chunks):
-    test_accuracies_are_the_published_ones(name, "own")
+    test_accuracies_are_the_published_ones(name)
     test_neighbors_are_the_published_ones(name)
 
 
@@ -256,3 +263,26 @@ def test_a_missing_path_is_one_sentence_and_exit_status_2(checkpoint, folders, m
     said = capsys.readouterr().err
     assert "/nowhere/at/all" in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_a_set_of_one_class_is_refused(checkpoint, tmp_path, capsys):
+    red = {"red": COLORS["red"]}
+    one, two = (str(write_photos(tmp_path / name, red, 2)) for name in ("train", "val"))
+    with pytest.raises(SystemExit) as stopped:
+        knn.main(["--checkpoint", str(checkpoint), "--train", one, "--val", two, "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "have one class" in capsys.readouterr().err
+
+
+def test_scores_have_their_units_and_k_is_at_most_the_photos(checkpoint, folders, tmp_path, capsys):
+    sets = ["--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1]]
+    also = ["--k", 5, 200, "--json", tmp_path / "knn.json", "--cache", tmp_path, "--device", "cpu"]
+    assert knn.main([str(a) for a in (*sets, *also)]) == 0
+    said = capsys.readouterr().out
+    scores = json.loads((tmp_path / "knn.json").read_text())["scores"]["teacher"]["knn"]
+    names = [name for name in scores if name.endswith("top1")]
+    assert names == ["best_top1", "k5_top1", "k24_top1"]
+    assert f"{scores['best_top1']:.2f} %" in said
+    figures = {"top1": 7.0, "lr": 1e-3, "1%_labels": 1300, "head_clusters": 4, "jf_mean": 0.5}
+    texts = [score_text(name, value) for name, value in figures.items()]
+    assert texts == ["7.00 %", "0.001", "1,300", "4", "0.50"]

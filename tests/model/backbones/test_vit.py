@@ -9,7 +9,6 @@ import torch
 from ibeton.model import ModelConfig
 from ibeton.model.backbones.blocks import Block, Kept, among, draw_kept, drop_path
 from ibeton.model.backbones.vit import VisionTransformer
-from ibeton.model.ibot import compile_blocks
 from ibeton.model.reference import vit_reference
 
 
@@ -47,12 +46,9 @@ def vit(arrays, under):
     return load_vit(arrays, under)
 
 
-@pytest.fixture(params=["packed", "reference", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.fixture(params=["packed", "reference"])
 def run(request, vit):
     """The backbone's ways: (images, masks) -> tokens."""
-    if request.param == "compiled":
-        compile_blocks(vit)
-        return vit
     return vit if request.param == "packed" else functools.partial(vit_reference, vit)
 
 

@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from paths import REFERENCE
@@ -161,12 +163,13 @@ def test_full_checkpoints_of_dino_give_the_backbone_and_name_the_head(tmp_path):
         "dino_loss": {"center": torch.zeros(1, 4)},
     }
     path = write(tmp_path / "checkpoint.pth", content)
-    for network, plus in (("teacher", 0), ("student", 1)):
+    for network, plus, behind in (("teacher", 0, ""), ("student", 1, "module.")):
         foreign = read_foreign(path, network)
-        assert foreign.layout == "DINO checkpoint"
+        assert foreign.layout == f"DINO checkpoint, names behind '{behind}backbone.'"
         expected = {k: v + plus for k, v in backbone_of(INVENTORY["vit_small_16"]).items()}
         assert_same(backbone_in(foreign), expected)
-        assert set(foreign.unused) == {*head, *set(content) - {network}}
+        heads = {behind + name for name in head}
+        assert set(foreign.unused) == heads | (set(content) - {network})
 
 
 VICTIMS = [
@@ -242,7 +245,7 @@ def test_an_extra_tensor_is_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=r"teacher .*unknown: backbone.reg_token"):
         read_foreign(write(tmp_path / "theirs.pth", content))
     state = backbone_of(INVENTORY[name]) | extra
-    with pytest.raises(ValueError, match="unknown: reg_token"):
+    with pytest.raises(ValueError, match=r"unknown: backbone\.reg_token"):
         read_foreign(write(tmp_path / "theirs.pth", {"state_dict": state}))
 
 
@@ -263,8 +266,9 @@ class Harmful:
 
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint, or a damaged one"):
+    with pytest.raises(ValueError, match=r"it holds a posix\.mkdir") as refused:
         read_foreign(write(tmp_path / "theirs.pth", {"teacher": Harmful()}))
+    assert "weights_only" not in str(refused.value), "torch's advice is to run the code"
     assert not Path("executed").exists()
 
 
@@ -272,7 +276,8 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     ("content", "said"),
     [
         ([1, 2], "holds a list"),
-        ({"weights": 3}, "beside tensors, weights"),
+        ({"weights": 3}, "its weights holds no tensors"),
+        ({"speed": 3}, "holds no tensors, and none of state_dict, .* but speed"),
         ({"layer1.conv.weight": torch.zeros(3)}, "holds no ViT or Swin"),
         ({"state_dict": {}}, "state_dict holds no tensors"),
     ],
@@ -280,6 +285,118 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
 def test_what_is_no_backbone_is_refused(content, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         read_foreign(write(tmp_path / "theirs.pth", content))
+
+
+WIDE = {"embed_dim": 192, "depth": 1, "num_heads": 3, "image_size": 32, "patch_size": 8}
+
+
+def tiny_backbone():
+    torch.manual_seed(0)
+    return build(ModelConfig(**WIDE, **HEAD)).teacher.backbone.state_dict()
+
+
+def behind(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+MAE = {"mask_token": torch.zeros(1, 1, 192), "decoder_blocks.0.attn.qkv.bias": torch.zeros(4)}
+PROJECTOR = {"projector.0.weight": torch.zeros(4, 192), "classifier.weight": torch.zeros(3, 192)}
+LIGHTLY = "_embedding_model.wrapped_model._model."
+WRAPPED = {
+    "deit": lambda s: ({"model": s | {"head.weight": torch.zeros(3, 192)}}, {"head.weight"}),
+    "mae": lambda s: (
+        {"model": s | MAE, "epoch": 3, "optimizer": {}},
+        {*MAE, "epoch", "optimizer"},
+    ),
+    "solo-learn": lambda s: (
+        {"state_dict": behind("backbone.", s) | PROJECTOR, "epoch": 1},
+        {*PROJECTOR, "epoch"},
+    ),
+    "lightly-train": lambda s: (
+        {
+            "state_dict": behind(f"teacher{LIGHTLY}", s)
+            | behind(f"student{LIGHTLY}", {name: tensor + 1 for name, tensor in s.items()})
+        },
+        set(behind(f"student{LIGHTLY}", s)),
+    ),
+    "averaged": lambda s: (behind("module.", s) | {"n_averaged": torch.tensor(7)}, {"n_averaged"}),
+    "compiled": lambda s: ({"model": behind("_orig_mod.", s)}, set()),
+    "nested": lambda s: ({"model": {"state_dict": behind("encoder.", s), "step": 3}}, {"step"}),
+    "numpy numbers": lambda s: ({"model": s, "best": np.float64(3.0)}, {"best"}),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_and_prefixes_are_looked_through_and_what_is_left_out_is_named(kind, tmp_path):
+    state = tiny_backbone()
+    content, left_out = WRAPPED[kind](state)
+    foreign = read_foreign(write(tmp_path / "theirs.pth", content), num_heads=3)
+    assert_same(backbone_in(foreign), state)
+    assert set(foreign.unused) == left_out
+
+
+def test_several_backbones_are_told_apart_by_network_or_refused(tmp_path):
+    state = tiny_backbone()
+    online = {name: tensor + 1 for name, tensor in state.items()}
+    content = {"state_dict": behind("backbone.", online) | behind("momentum_backbone.", state)}
+    path = write(tmp_path / "byol.ckpt", content)
+    assert_same(backbone_in(read_foreign(path, "teacher", 3)), state)
+    assert_same(backbone_in(read_foreign(path, "student", 3)), online)
+    write(path, behind("left.", state) | behind("right.", online))
+    with pytest.raises(ValueError, match=r"several backbones, behind 'left\.', 'right\.'"):
+        read_foreign(path, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\n<!DOCTYPE html><html><title>404</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        (b"", "it is empty"),
+        (b"not a checkpoint at all", "no checkpoint, or a damaged one$"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_are_no_weights_are_called_what_they_are(content, said, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    expected = "no safetensors file" if "damaged" in said and suffix == ".safetensors" else said
+    with pytest.raises(ValueError, match=expected) as refused:
+        read_foreign(path)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    state = tiny_backbone()
+    state["blocks.0.mlp.fc1.bias"] = torch.full_like(state["blocks.0.mlp.fc1.bias"], torch.nan)
+    path = write(tmp_path / "theirs.pth", state)
+    with pytest.raises(ValueError, match=r"not finite: teacher\.backbone\.blocks\.0\.mlp"):
+        read_foreign(path, num_heads=3)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(128, 18), (96, 18), (128, 6)])
+def test_another_swin_is_told_what_can_be_read(width, depth, tmp_path):
+    state = backbone_of(INVENTORY["swin_tiny_w7"])
+    last = {k: v for k, v in state.items() if k.startswith("layers.2.blocks.5.")}
+    for i in range(6, depth):
+        state |= {k.replace("blocks.5.", f"blocks.{i}."): v for k, v in last.items()}
+    if width != 96:
+        state = {
+            name: torch.zeros(tensor.shape[0] * width // 96)
+            if re.fullmatch(r"layers.*norm[12]\.weight", name)
+            else tensor
+            for name, tensor in state.items()
+        }
+    with pytest.raises(ValueError, match=rf"a Swin of width {width} .*read is Swin-T"):
+        read_foreign(write(tmp_path / "swin.pth", state))
+
+
+@pytest.mark.parametrize("export", [export_timm, export_ibot_backbone])
+def test_a_re_imported_backbone_keeps_its_architecture(export, tmp_path):
+    saved(tmp_path / "ours.pt", small(arch="vit_t"), arch="vit_t")
+    path = tmp_path / ("theirs.safetensors" if export is export_timm else "theirs.pth")
+    export(tmp_path / "ours.pt", path)
+    assert read_foreign(path, num_heads=4).content["config"]["arch"] == "vit_t"
 
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 4, "image_size": 32, "patch_size": 8}

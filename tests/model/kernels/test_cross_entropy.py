@@ -129,7 +129,7 @@ def test_misfits_are_refused():
 def in_subprocess(script: str, **environment: str) -> str:
     """Output of a Python process of its own: Triton's interpreter is chosen at import."""
     pytest.importorskip("triton")
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -168,39 +168,6 @@ print("same")
 
 def test_triton_interpreted_equals_the_chunks():
     assert in_subprocess(INTERPRET, TRITON_INTERPRET="1").strip() == "same"
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from ibeton.model.kernels.cross_entropy import _row_kernel
-
-for capability in (70, 80, 90):
-    for dtype in ("fp32", "fp16") + (("bf16",) if capability >= 80 else ()):
-        for targets, block, warps, gradient in ((1, 4096, 8, True), (1, 4096, 8, False),
-                                                (2, 2048, 8, True), (4, 64, 4, True)):
-            pointers = {"student": dtype, "teacher": dtype, "center": "fp32", "pairs": "i64",
-                        "loss": "fp32", "difference": dtype}
-            signature = {name: f"*{kind}" for name, kind in pointers.items()}
-            signature |= {"pair_count": "i32", "student_sharpness": "fp32",
-                          "teacher_sharpness": "fp32", "lift": "fp32"}
-            signature |= dict.fromkeys(("PROTOTYPES", "WANT_GRADIENT", "TARGETS", "BLOCK"),
-                                       "constexpr")
-            constants = {"PROTOTYPES": 8192, "WANT_GRADIENT": gradient}
-            constants |= {"TARGETS": targets, "BLOCK": block}
-            source = ASTSource(_row_kernel, signature, constants)
-            target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options={"num_warps": warps})
-            assert f".target sm_{capability}" in compiled.asm["ptx"]
-            assert len(compiled.asm["cubin"]) > 0
-print("compiled")
-"""
-
-
-def test_triton_compiles_for_volta_ampere_and_hopper(tmp_path):
-    out = in_subprocess(COMPILE, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert out.strip() == "compiled"
 
 
 @pytest.mark.gpu

@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,15 @@ from ibeton.pipeline.convert.converter import (
     convert,
     verify_existing,
 )
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.store.beton import JPG, RAW, BetonReader, sidecar_path
 from ibeton.pipeline.store.decode import decode_photo
 from ibeton.pipeline.store.sources import open_source, read_bytes
 
 HARD = SHARED / "hard_jpegs"
+needs_turbojpeg = pytest.mark.skipif(
+    bool(LOADERS["ffcv"].problem()), reason="libturbojpeg is not installed: make ffcv"
+)
 
 
 def smooth(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -207,12 +213,12 @@ def hard_set(root: Path) -> None:
         "jpeg_named.png": jpeg(photo),
         "one_pixel.jpg": jpeg(smooth(1, 1)),
         "trailing.jpg": jpeg(photo) + b"\0" * 50,
+        "gray.jpg": jpeg(photo.convert("L")),
     }
     for name, data in kept.items():
         (root / "kept" / name).write_bytes(data)
     (root / "kept" / ".hidden.jpg").write_bytes(jpeg(photo))
     encoded = root / "encoded"
-    photo.convert("L").save(encoded / "gray.jpg")
     photo.convert("CMYK").save(encoded / "cmyk.jpg")
     photo.save(encoded / "png_named.JPEG", "PNG")
     photo.convert("RGBA").save(encoded / "rgba.png")
@@ -237,7 +243,7 @@ def test_hard_photos_are_kept_encoded_or_named_with_the_reason(tmp_path: Path) -
     hard_set(tmp_path / "src")
     reader, report = converted(tmp_path / "src", tmp_path / "a.beton", verify=True)
     files = file_bytes(tmp_path / "src", without="unreadable/")
-    assert report.counts == {"kept": 7, "encoded": 9}
+    assert report.counts == {"kept": 8, "encoded": 8}
     assert len(reader) == report.photos == len(files) == 16
     for i, (name, data) in enumerate(files.items()):
         assert reader.classes[reader.labels[i]] == name.split("/")[0]
@@ -409,3 +415,74 @@ def test_options_that_cannot_work_are_named(
     with pytest.raises(ValueError, match=reason):
         converted(photo_folder, tmp_path / "a.beton", **options)
     assert os.listdir(tmp_path) == []
+
+
+# ---- what must not be trusted ----
+
+
+def jpeg_of(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@needs_turbojpeg
+def test_verify_leaves_out_a_photo_that_was_cut_and_given_an_end_marker(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for i in range(4):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes(jpeg_of(smooth(seed=i)))
+    whole = jpeg_of(smooth(200, 200))
+    (tmp_path / "src" / "cut.jpg").write_bytes(whole[: len(whole) * 3 // 4] + b"\xff\xd9")
+    reader, report = converted(tmp_path / "src", tmp_path / "a.beton", verify=True)
+    assert len(reader) == 4
+    assert [name for name, _ in report.unreadable] == ["cut.jpg"]
+    assert "end early" in report.unreadable[0][1]
+    converted(tmp_path / "src", tmp_path / "b.beton")
+    faults, _ = verify_existing(str(tmp_path / "b.beton"), workers=1)
+    assert len(faults) == 1
+    assert "end early" in faults[0]
+
+
+@pytest.mark.parametrize("mode", ["keep", "jpg"])
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(
+    tmp_path: Path, mode: str
+) -> None:
+    data = jpeg_of(smooth(), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    many = data[:last] + data[last:-2] * 2000 + data[-2:]
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "many.jpg").write_bytes(many)
+    (tmp_path / "src" / "usual.jpg").write_bytes(data)
+    _, report = converted(tmp_path / "src", tmp_path / "a.beton", write_mode=mode)
+    ((name, reason),) = report.unreadable
+    assert name == "many.jpg"
+    assert re.fullmatch(r"a JPEG of 2,\d\d\d scans, the limit is 100", reason)
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+@pytest.mark.parametrize("name", [".a.beton.partial", ".a.beton.journal"])
+def test_links_at_the_temporary_names_are_refused_and_not_written_through(
+    photo_folder: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    if kind == "symbolic":
+        (tmp_path / name).symlink_to(victim)
+    else:
+        os.link(victim, tmp_path / name)
+    with pytest.raises(FileExistsError, match=rf"{name} is a .*link.*; remove it"):
+        convert(photo_folder, tmp_path / "a.beton", ConvertOptions(workers=1))
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "a.beton").exists()
+
+
+def test_a_resolution_that_cannot_be_meant_is_refused(photo_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--max-resolution 1: expected 0"):
+        convert(photo_folder, tmp_path / "a.beton", ConvertOptions(max_resolution=1))
+
+
+def test_the_report_tells_what_was_skipped(photo_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(photo_folder, tmp_path / "src")
+    (tmp_path / "src" / "class0" / "a.heic").write_bytes(b"")
+    report = convert(tmp_path / "src", tmp_path / "a.beton", ConvertOptions(workers=1))
+    assert "skipped 1 that are not photos: 1 .heic" in "\n".join(report.lines())

@@ -1,5 +1,7 @@
 """The compiled crops against the published operations: Pillow's and torchvision's, to the bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from paths import REFERENCE, SHARED
@@ -153,3 +155,20 @@ def test_all_views_of_real_photos_equal_pillows() -> None:
         expected = cut_views_reference(photo, draws, [view.size for view in VIEWS])
         for view, reference in zip(cut(np.asarray(photo), draws), expected, strict=True):
             assert_pillows(view, reference)
+
+
+def test_jitter_of_strength_0_is_off() -> None:
+    """torchvision's ColorJitter skips a strength of 0, where HSV and back would change bytes."""
+    off = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    jittered, plain = (
+        [replace(view, jitter_p=p, gray_p=0.0, **off) for view in VIEWS] for p in (1.0, 0.0)
+    )
+    pixels = PUBLISHED["input"]
+    for cutter in (cut, lambda pixels, draws: cut_views_reference(
+        Image.fromarray(pixels), draws, [view.size for view in VIEWS]
+    )):  # fmt: skip
+        both = [
+            cutter(pixels, draw_views(v, 0, 0, 3, *pixels.shape[:2])) for v in (jittered, plain)
+        ]
+        for one, other in zip(*both, strict=True):
+            assert np.array_equal(one, other)

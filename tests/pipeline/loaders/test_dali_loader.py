@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from smooth_photos import smooth_photo
 from torch import Tensor
 
 from ibeton.pipeline import Batch, PipelineConfig, build_loader
-from ibeton.pipeline.batch import Crops, normalized
+from ibeton.pipeline.batch import BatchPlan, Crops, normalized
 from ibeton.pipeline.crops.cpu import cut_views
-from ibeton.pipeline.loader import choose_loader
+from ibeton.pipeline.loaders import LOADERS, choose_loader
 from ibeton.pipeline.loaders import pil as pil_loader
 from ibeton.pipeline.sampling.draws import ViewSpec
 
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed: make setup")
 from ibeton.pipeline.loaders import dali as dali_loader
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
+from ibeton.pipeline.store import UnreadableData
 
 HARD = SHARED / "hard_jpegs"
 SMALL = PipelineConfig(
@@ -68,10 +69,12 @@ class PilHere:
         views = config.views()
         self._views = pil_loader._Views(config.data, views, config.global_crops_number, config.seed)
 
-    def batches(self, epoch: int, batches: np.ndarray) -> Iterator[Crops]:
-        for batch in batches.tolist():
-            crops, _ = pil_loader._collate([self._views[epoch, index] for index in batch])
-            yield crops
+    def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
+        for plan in plans:
+            samples = [self._views[plan.epoch, index] for index in plan.indices.tolist()]
+            batch = pil_loader._collate(samples)
+            assert not isinstance(batch, Exception)
+            yield plan, batch[0]
 
     def close(self) -> None:
         pass
@@ -81,7 +84,9 @@ def pil_batches_of(path: Path, epoch: int = 0, **changes: Any) -> list[Batch]:
     config = replace(SMALL, data=str(path), loader="pil", **changes)
     loader = build_loader(config)
     loader._cutter = PilHere(config)
-    return list(loader.epoch(epoch))
+    batches = list(loader.epoch(epoch))
+    loader.close()
+    return batches
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch], bound: float = 0.0) -> None:
@@ -136,9 +141,10 @@ def test_views_are_the_pil_loaders(source: str, request: pytest.FixtureRequest) 
     assert_same(batches_of(path, epoch=1), pil_batches_of(path, epoch=1), bound)
 
 
-def test_views_are_the_ffcv_loaders_within_the_decoders_rounding(beton: Path) -> None:
-    pytest.importorskip("ffcv", reason="ffcv is not installed: make ffcv")
-    assert_same(batches_of(beton), batches_of(beton, loader="ffcv"), MEAN_BOUND)
+def test_views_are_the_ffcv_loaders(beton: Path) -> None:
+    if problem := LOADERS["ffcv"].problem():
+        pytest.skip(problem)
+    assert_same(batches_of(beton), batches_of(beton, loader="ffcv"))
 
 
 def test_every_sample_comes_once_an_epoch_with_its_label(photo_folder: Path) -> None:
@@ -258,7 +264,7 @@ def test_an_error_in_the_thread_reaches_the_training_process(
         raise OSError("the disk went away")
 
     threads = threading.active_count()
-    monkeypatch.setattr(dali_loader.DaliCrops, "_read_one", broken)
+    monkeypatch.setattr(dali_loader.DaliPhotos, "_read_one", broken)
     with pytest.raises(OSError, match="the disk went away"):
         batches_of(beton)
     assert threading.active_count() <= threads
@@ -267,7 +273,7 @@ def test_an_error_in_the_thread_reaches_the_training_process(
 def test_a_data_set_of_rubbish_is_an_error_not_an_endless_search(tmp_path: Path) -> None:
     for i in range(16):
         (tmp_path / f"{i}.jpg").write_bytes(b"rubbish")
-    with pytest.raises(RuntimeError, match="in a row cannot be read"):
+    with pytest.raises(UnreadableData, match="16 photos in a row cannot be read, from"):
         batches_of(tmp_path)
 
 
@@ -293,15 +299,16 @@ def test_dali_is_chosen_when_asked_for_and_on_gpus_without_ffcv(
 ) -> None:
     asked, auto = (replace(SMALL, data=str(beton), loader=kind) for kind in ("dali", "auto"))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose_loader(asked, cpu) == ("dali", "dali, as asked for: each photo is decoded once")
-    monkeypatch.setitem(sys.modules, "ffcv", None)
-    assert choose_loader(auto, cpu)[0] == "pil"
+    assert choose_loader(asked, cpu) == (LOADERS["dali"], "dali, by --loader")
+    no_turbojpeg = replace(LOADERS["ffcv"], problem=lambda: "libturbojpeg is not installed")
+    monkeypatch.setitem(LOADERS, "ffcv", no_turbojpeg)
+    assert choose_loader(auto, cpu)[0].name == "pil"
     for data in (beton, photo_folder):
         kind, reason = choose_loader(replace(auto, data=str(data)), gpu)
-        assert kind == "dali"
-        assert "ffcv is not installed" in reason
+        assert kind.name == "dali"
+        assert "libturbojpeg is not installed" in reason
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert choose_loader(auto, gpu)[0] == "pil"
+    assert choose_loader(auto, gpu)[0].name == "pil"
     with pytest.raises(ValueError, match=r"--loader dali: nvidia-dali is not installed: `pip inst"):
         build_loader(asked)
 
@@ -309,8 +316,16 @@ def test_dali_is_chosen_when_asked_for_and_on_gpus_without_ffcv(
 class CropperOfTheCpu:
     """Stands in for GpuCropper, which test_gpu_crops.py holds against the CPU's croppers."""
 
-    def __init__(self, views: list[ViewSpec], global_views: int, *rest: Any) -> None:
-        mean, std, self._device, self._dtype = rest
+    def __init__(
+        self,
+        views: list[ViewSpec],
+        global_views: int,
+        mean: Any,
+        std: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._device, self._dtype = device, dtype
         self._moments = torch.tensor(mean), torch.tensor(std)
         self._sizes = views[0].size, views[-1].size
         self._views = global_views
@@ -334,12 +349,14 @@ def test_the_gpu_way_gives_the_same_batches(
     mixed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr("ibeton.pipeline.crops.gpu.GpuCropper", CropperOfTheCpu)
-    config = replace(SMALL, data=str(mixed_folder))
-    loader = build_loader(config)
-    loader._cutter._cutter = dali_loader._GpuCutter(  # type: ignore[attr-defined]
-        config.views(), 2, config.mean, config.std, torch.device("cpu")
-    )
+    gpu_stream = pytest.importorskip("ibeton.pipeline.loaders.gpu_stream")
+    monkeypatch.setattr(gpu_stream, "GpuCropper", CropperOfTheCpu)
+
+    def build(context: Any) -> Any:
+        return gpu_stream.GpuCrops(context, dali_loader.DaliPixels(context))
+
+    monkeypatch.setitem(LOADERS, "dali", replace(LOADERS["dali"], build=build))
+    loader = build_loader(replace(SMALL, data=str(mixed_folder)))
     assert_same(list(loader.epoch(0)), batches_of(mixed_folder))
     loader.close()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ibeton.pipeline import Loader, PipelineConfig, build_loader
-from ibeton.pipeline.loader import dali_problem, ffcv_problem
+from ibeton.pipeline.loaders import LOADERS
 
-PROBLEMS = {"ffcv": ffcv_problem(), "dali": dali_problem(), "pil": ""}
+PROBLEMS = {name: kind.problem() for name, kind in LOADERS.items()}
 WARM, STRETCH = 10, 9  # counted after whole epochs: of others, batches may be under way
 SMALL = PipelineConfig(
     batch_size=8,

@@ -2,11 +2,16 @@
 
 import io
 import os
+import shutil
+import subprocess
 import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ibeton.pipeline.store.photos import open_photos
 from ibeton.pipeline.store.sources import UNLABELLED, Photo, Source, open_source, read_bytes
 
 
@@ -209,3 +214,144 @@ def test_a_photo_of_a_tar_that_shrank_is_an_error(tmp_path: Path) -> None:
 
 def test_a_photo_entry_stays_small() -> None:
     assert not hasattr(Photo("a.jpg", 0, "/"), "__dict__")
+
+
+def test_what_is_skipped_is_counted_by_kind(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.jpg", "c.HEIC", "d.heic", "e.avif", "README", ".hidden")
+    source = open_source(tmp_path)
+    assert source.skipped == {".heic": 2, ".avif": 1, "without an extension": 1}
+    (note,) = source.notes()
+    assert note.endswith("not photos: 2 .heic, 1 .avif, 1 without an extension")
+    only = put(tmp_path / "only", "x.heic")
+    with pytest.raises(ValueError, match=r"holds no photos \(but 1 \.heic\)"):
+        open_source(only)
+
+
+def test_hard_links_in_a_tar_are_photos_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "photos.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "all/cat/a.jpg", b"first")
+        for name, target in (
+            ("all/dog/b.jpg", "all/cat/a.jpg"),
+            ("all/dog/c.jpg", "all/dog/b.jpg"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            tar.addfile(link)
+    source = open_source(path)
+    assert contents(source) == dict.fromkeys(("cat/a.jpg", "dog/b.jpg", "dog/c.jpg"), b"first")
+    assert named(source)["dog/c.jpg"] == "dog"
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "b.jpg"])
+def test_a_hard_link_to_nothing_is_refused_by_name(tmp_path: Path, target: str) -> None:
+    path = tmp_path / "photos.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a.jpg", b"a")
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, target
+        tar.addfile(link)
+    with pytest.raises(ValueError, match=f"b.jpg is a hard link to {target}, which"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_sparse_members_are_refused_by_name(tmp_path: Path, format: str) -> None:
+    if not (program := shutil.which("tar")):
+        pytest.skip("no tar program")
+    with open(tmp_path / "photo.bmp", "wb") as file:
+        file.write(b"BM")
+        file.seek(1 << 20)
+        file.write(b"end")
+    command = [program, "-S", f"--format={format}", "-cf", "photos.tar", "photo.bmp"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this tar stores no sparse files")
+    with pytest.raises(ValueError, match=r"photo\.bmp is stored sparse"):
+        open_source(tmp_path / "photos.tar")
+
+
+def test_symlinks_in_a_tar_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "photos.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a.jpg", b"a")
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+    assert open_source(path).skipped == {"links": 1}
+
+
+@pytest.mark.parametrize("above", ["ILSVRC/", ""])
+def test_imagenet_with_all_its_splits_names_the_one_to_give(tmp_path: Path, above: str) -> None:
+    below = f"{above}Data/CLS-LOC"
+    put(tmp_path, f"{below}/train/n01/a.JPEG", f"{below}/val/b.JPEG", f"{below}/test/c.JPEG")
+    with pytest.raises(ValueError, match=f"all of its splits; give .*{below}/train$"):
+        open_source(tmp_path)
+    assert open_source(tmp_path / below / "train").classes == ["n01"]
+
+
+def test_splits_taken_for_classes_are_remarked(tmp_path: Path) -> None:
+    source = open_source(put(tmp_path, "train/cat/a.jpg", "val/cat/b.jpg"))
+    assert "the classes of" in source.notes()[0]
+    assert open_source(put(tmp_path / "other", "train/a.jpg", "plane/b.jpg")).notes() == []
+
+
+def test_a_folder_of_class_tars_is_read(tmp_path: Path) -> None:
+    for kind in ("n02", "n01"):
+        (tmp_path / f"{kind}.tar").write_bytes(tar_of({f"{kind}_{i}.JPEG": b"x" for i in range(2)}))
+    put(tmp_path, "list.txt")
+    source = open_source(tmp_path)
+    assert source.classes == ["n01", "n02"]
+    assert list(contents(source)) == [f"n0{k}/n0{k}_{i}.JPEG" for k in (1, 2) for i in range(2)]
+    assert {photo.path for photo in source.photos} == {
+        str(tmp_path / f"{kind}.tar") for kind in ("n01", "n02")
+    }
+    assert source.notes()[0].endswith("skipped 1 that are not photos: 1 .txt")
+
+
+def test_a_folder_of_several_data_sets_as_tars_names_one(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.tar").write_bytes(tar_of({"cat/a.jpg": b"a", "dog/b.jpg": b"b"}))
+    with pytest.raises(ValueError, match=r"several tars .* give one: .*train\.tar"):
+        open_source(tmp_path)
+
+
+@pytest.fixture
+def as_another_user() -> Iterator[Path]:
+    """A folder that all may read, while this process is not root."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    yield folder
+    if root:
+        os.seteuid(0)
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def leave_root() -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def test_a_folder_that_may_not_be_read_is_skipped_below_and_named_at_the_top(
+    as_another_user: Path,
+) -> None:
+    put(as_another_user, "cat/a.jpg", "lost+found/b.jpg")
+    (as_another_user / "lost+found").chmod(0)
+    leave_root()
+    source = open_source(as_another_user)
+    assert named(source) == {"cat/a.jpg": "cat"}
+    assert source.skipped == {"folders that may not be read": 1}
+    with pytest.raises(ValueError, match=r"lost\+found may not be read"):
+        open_source(as_another_user / "lost+found")
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "photos.beton"])
+def test_a_file_that_may_not_be_read_is_named(as_another_user: Path, name: str) -> None:
+    path = as_another_user / name
+    path.write_bytes(bytes(10_000))
+    path.chmod(0)
+    leave_root()
+    with pytest.raises(ValueError, match=f"{name} may not be read"):
+        open_photos(path)

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ibeton import train
 from ibeton.model import IBOT
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
-from ibeton.pipeline.loader import ffcv_problem
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.training.timing.speed import slowest
 
 SMALL = shlex.split(
@@ -107,20 +107,20 @@ def test_a_loader_that_sleeps_between_batches_is_found(
 ) -> None:
     from ibeton.pipeline.loaders.pil import PilCrops
 
-    batches = PilCrops.batches
+    batches = PilCrops.stream
 
     def slow(*arguments: Any) -> Iterator[Any]:
         for crops in batches(*arguments):
             time.sleep(0.5)
             yield crops
 
-    monkeypatch.setattr(PilCrops, "batches", slow)
+    monkeypatch.setattr(PilCrops, "stream", slow)
     record = run(beton, tmp_path / "run", "--loader", "pil", "--stop-after", "22")
     assert record["data_wait"] > 0.5
     assert "no stage of the loader limits" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(bool(ffcv_problem()), reason="ffcv is not installed: make ffcv")
+@pytest.mark.skipif(bool(LOADERS["ffcv"].problem()), reason="ffcv is not installed: make ffcv")
 def test_a_slow_disk_is_found(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

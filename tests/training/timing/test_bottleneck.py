@@ -1,17 +1,20 @@
 """Verdicts on recorded measurements, and on faults that cannot be missed."""
 
 import pytest
+import torch
 
+from ibeton.pipeline.loaders import LOADERS
 from ibeton.stages import StageWork
 from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line, verdict
-from ibeton.training.timing.speed import Window, loader_ceiling, slowest
+from ibeton.training.timing.monitor import StepMonitor
+from ibeton.training.timing.speed import Speed, Window, loader_ceiling, slowest
 
 # A ViT-S step of 64 images on a GPU, in seconds a step.
 MODEL = {
     **{"teacher": 0.04, "student": 0.07, "loss": 0.01, "backward": 0.12},
     **{"optimizer": 0.01, "ema": 0.003, "other": 0.002},
 }
-GPU = LoaderResources("ffcv", workers=4, cores=4, on_gpu=True)
+GPU = LoaderResources(LOADERS["ffcv"], workers=4, cores=4, on_gpu=True)
 
 
 def stage_work(
@@ -47,7 +50,7 @@ def test_a_slow_disk_is_told_from_a_slow_decode() -> None:
 
 def test_a_decode_that_limits_wants_more_workers_where_there_are_cores() -> None:
     slow = waiting(read=0.1, decode=40, crop=0, workers=4)
-    found = verdict(slow, LoaderResources("ffcv", workers=4, cores=8, on_gpu=True))
+    found = verdict(slow, LoaderResources(LOADERS["ffcv"], workers=4, cores=8, on_gpu=True))
     assert found.limit == "decode"
     assert "--workers 8" in found.text
     assert found.change is not None
@@ -70,19 +73,20 @@ def test_the_published_loader_is_told_of_the_faster_one() -> None:
     slow = waiting(read=0.1, decode=3, crop=45, workers=4)
     assert (
         "--loader ffcv"
-        in verdict(slow, LoaderResources("pil", workers=4, cores=4, on_gpu=False)).text
+        in verdict(slow, LoaderResources(LOADERS["pil"], workers=4, cores=4, on_gpu=False)).text
     )
 
 
 def test_one_worker_instead_of_two() -> None:
     alone = waiting(read=0.01, decode=2, crop=9, workers=1)
-    found = verdict(alone, LoaderResources("ffcv", workers=1, cores=2, on_gpu=False))
+    found = verdict(alone, LoaderResources(LOADERS["ffcv"], workers=1, cores=2, on_gpu=False))
     assert found.limit == "crop"
     assert "--workers 2" in found.text
     assert found.change is not None
     assert found.change.images_per_s == pytest.approx(2 * alone.images_per_s, rel=0.01)
     both = verdict(
-        waiting(read=0.01, decode=2, crop=9, workers=2), LoaderResources("ffcv", 2, 2, False)
+        waiting(read=0.01, decode=2, crop=9, workers=2),
+        LoaderResources(LOADERS["ffcv"], 2, 2, False),
     )
     assert "--workers" not in both.text
 
@@ -145,10 +149,33 @@ def advice_of(adviser: Adviser, seconds_waiting: float, steps: int) -> list[str]
     return [line for line in lines if line]
 
 
-def test_advice_comes_once_and_again_when_things_have_changed() -> None:
+def test_advice_comes_once_per_cause_however_the_wait_goes_up_and_down() -> None:
     adviser = Adviser(GPU, steps=5)
     assert advice_of(adviser, 0.15, steps=5) == [], "the first step is left out"
     (line,) = advice_of(adviser, 0.15, steps=21)
     assert "decode limits" in line
-    assert advice_of(adviser, 0.0, steps=10) == [], "no line where nothing waits"
-    assert len(advice_of(adviser, 0.15, steps=10)) == 1
+    for wait in (0.0, 0.15, 0.01, 0.2) * 4:
+        assert advice_of(adviser, wait, steps=10) == [], "it was said"
+    (other,) = advice_of(adviser, 2.5, steps=10)
+    assert "no stage of the loader limits" in other
+
+
+def test_short_epochs_are_named_where_no_stage_limits() -> None:
+    asleep = window(wait=2.5, work=stage_work(0.1, 3, 0, workers=4))
+    short = LoaderResources(LOADERS["ffcv"], 4, 4, on_gpu=True, steps_per_epoch=5)
+    assert "an epoch has only 5 steps" in verdict(asleep, short).text
+    assert "Epochs of few steps?" in verdict(asleep, GPU).text
+
+
+def test_the_first_step_of_a_run_names_no_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [{"student": 2820.0}, {"student": 100.0}]
+    monkeypatch.setattr(Speed, "ranks", lambda self: ranks)
+    monitor = StepMonitor(8, 1, 1, torch.device("cpu"), None, GPU)
+    said = []
+    for _ in range(3):
+        monitor.add({"student": 1.0}, {})
+        said.append(monitor.compare_ranks()[1])
+    monitor.close()
+    assert said[0] == []
+    assert "rank 0 is the slowest" in said[1][0]
+    assert said[2] == [], "said already"

@@ -1,0 +1,84 @@
+"""What one training step launches on a GPU, the bytes and operations of it, and the time that
+follows, without a GPU.
+
+    python benchmarks/budget.py                      # ViT-S/16, 2 x 224 + 10 x 96, batch 64, fp16
+    python benchmarks/budget.py --arch vit_b --batch-size 32 --device v100
+
+The step runs on fake tensors and every launch is counted (`harness/budget_launches.py`); seconds
+come from a table of rates (`harness/budget_rates.py`). They are predictions: the rates were fitted
+to a profile of an H100. "without kernels" is the step as it was profiled, without the Triton
+kernels of the blocks.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ibeton.benchmarks.harness.budget_launches import CATEGORIES, Launches, Settings, step_launches
+from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category, host_seconds
+from ibeton.benchmarks.model import DTYPES
+from ibeton.model import ModelConfig
+from ibeton.model.config import RECOMPUTE
+
+
+def summary(launches: list[Launches], device: Device) -> dict[str, dict[str, float]]:
+    """category -> launches, bytes, flops and predicted seconds; "total" and "host" besides."""
+    rows: dict[str, dict[str, float]] = {}
+    for name in (*CATEGORIES, "total"):
+        some = [x for x in launches if name in (x.category, "total")]
+        if some:
+            rows[name] = {
+                "launches": sum(x.kernels for x in some),
+                "bytes": sum(x.bytes for x in some),
+                "flops": sum(x.flops for x in some),
+                "seconds": sum(by_category(some, device).values()),
+            }
+    rows["host"] = {"seconds": host_seconds(launches, device)}
+    return rows
+
+
+def show(title: str, rows: dict[str, dict[str, float]], images: int, console: Console) -> None:
+    table = Table(title=title)
+    for heading in ("category", "launches", "GB", "TFLOP", "ms"):
+        table.add_column(heading, justify="left" if heading == "category" else "right")
+    for name, row in rows.items():
+        if name in ("total", "host"):
+            table.add_section()
+        table.add_row(
+            "host, without a CUDA graph" if name == "host" else name,
+            f"{row['launches']:.0f}" if "launches" in row else "",
+            f"{row['bytes'] / 1e9:.2f}" if "bytes" in row else "",
+            f"{row['flops'] / 1e12:.2f}" if row.get("flops") else "",
+            f"{1e3 * row['seconds']:.2f}",
+        )
+    console.print(table)
+    console.print(f"predicted: {images / rows['total']['seconds']:,.0f} images/s on the device")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--arch", default="vit_s")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp16")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="off")
+    parser.add_argument("--device", choices=tuple(DEVICES), default="h100")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    console, device = Console(width=80), DEVICES[args.device]
+    results: dict[str, Any] = {}
+    for name, kernels in (("without kernels", False), ("with kernels", True)):
+        model = ModelConfig(arch=args.arch, recompute=args.recompute if kernels else "on")
+        settings = Settings(model, args.batch_size, dtype=DTYPES[args.precision], kernels=kernels)
+        results[name] = summary(step_launches(settings), device)
+        title = f"{name}: {args.arch}, batch {args.batch_size}, {args.precision}, {args.device}"
+        show(title, results[name], args.batch_size, console)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

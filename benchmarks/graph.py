@@ -1,0 +1,213 @@
+"""A whole training step of the model: plain, eager, and as a CUDA graph.
+
+    python benchmarks/graph.py                  # the cases below, most important first
+    python benchmarks/graph.py --cases vit_s:fp16:64 small:fp16:256 --seconds 60
+
+Of each case and side: images/s, the share of the rate of a large matrix product, what the host
+needs to enqueue a step, launches, and peak memory. "plain" is
+`model.reference`; "eager" is `training_step`; "graph" is `GraphedStep`. On a CPU "graph" runs the
+same code without a graph: that shows that it runs, not how fast it is.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ibeton.benchmarks.harness.measure import in_words, machine
+from ibeton.benchmarks.harness.model_step import Baseline, Batch
+from ibeton.benchmarks.model import DTYPES, peak_flops
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.cuda_graph import GraphedStep
+from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import Step
+from ibeton.training.timing.flops import flop_counter
+
+CASES = (
+    *("vit_s:fp16:64", "small:fp16:256", "vit_s:fp16:256", "vit_s:fp16:8", "vit_s:bf16:64"),
+    *("vit_b:fp16:64", "vit_b:bf16:64", "vit_b:fp16:8", "vit_s:bf16:256", "vit_s:bf16:8"),
+    *("vit_b:bf16:8", "vit_b:fp16:256", "vit_b:bf16:256"),
+)
+PLAIN_CASES = ("vit_s:fp16:64", "small:fp16:256")  # where the plain model is timed too
+RATES = {"epoch": 1, "lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996}
+TIMED_S = 1.5  # seconds of timed steps
+LAUNCHES = (
+    *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
+    *("cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"),
+)
+
+
+class Case(NamedTuple):
+    """One step: a model, a precision, and a batch."""
+
+    name: str
+    config: ModelConfig
+    precision: str
+    images: int
+    local_size: int
+
+    def batch(self, device: str) -> Batch:
+        return Batch(self.config, self.images, self.local_size, device)
+
+
+def case_of(name: str) -> Case:
+    """ "vit_s:fp16:64" -> the case. "small" is a ViT of 192 x 9 on 2 x 32 + 4 x 16 pixels, "tiny"
+    a still smaller one, for rehearsals. Raises ValueError for a name of another form."""
+    arch, precision, images = name.split(":")
+    if precision not in DTYPES:
+        raise ValueError(f"{name}: expected a precision of {', '.join(DTYPES)}")
+    if arch not in ("small", "tiny"):
+        return Case(name, ModelConfig(arch=arch), precision, int(images), 96)
+    sizes = {"embed_dim": 192, "depth": 9, "num_heads": 3, "out_dim": 8192}
+    if arch == "tiny":
+        sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "out_dim": 64, "hidden_dim": 32}
+    small: dict[str, Any] = {"arch": "vit_t", "patch_size": 4, "image_size": 32, **sizes}
+    config = ModelConfig(**small, local_crops_number=4)
+    return Case(name, config, precision, int(images), 16)
+
+
+def step_of(side: str, case: Case, device: str) -> Callable[[], object]:
+    """A function that takes a step, and does not wait for the device."""
+    torch.manual_seed(0)
+    batch, dtype = case.batch(device), DTYPES[case.precision]
+    if side == "plain":
+        baseline = Baseline(case.config, device, dtype)
+        return lambda: baseline.step(batch)
+    ibot = build(case.config).to(device)
+    optimizer = build_optimizer(ibot.student)
+    scaler = torch.amp.GradScaler(device) if dtype is torch.float16 else None
+    inputs = (batch.global_crops, batch.local_crops, batch.masks)
+    if side == "graph":
+        graphed = GraphedStep(Step(ibot, optimizer, scaler, autocast_dtype=dtype), required=True)
+        return lambda: graphed(*inputs, **RATES)  # type: ignore[arg-type]
+    return lambda: training_step(
+        ibot, optimizer, scaler, *inputs, autocast_dtype=dtype, **RATES  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(side: str, case: Case, device: str) -> dict[str, float]:
+    """Seconds per step, host seconds, launches (0: not counted), and peak bytes."""
+    step = step_of(side, case, device)
+    for _ in range(3):  # compile, capture, replay
+        step()
+    wait(device)
+    first = timed(step, 1, device)
+    seconds = timed(step, max(1, min(50, int(TIMED_S / first))), device)
+    hosts = []
+    for _ in range(5 if device == "cuda" else 1):  # with an empty queue, which never makes it wait
+        wait(device)
+        start = time.perf_counter()
+        step()
+        hosts.append(time.perf_counter() - start)
+    wait(device)
+    memory = 0
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    result = {"seconds": seconds, "host": statistics.median(hosts), "memory": memory}
+    return result | {"launches": launches(step, device)}
+
+
+def timed(step: Callable[[], object], count: int, device: str) -> float:
+    """Seconds per step over `count` steps."""
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait(device)
+    return (time.perf_counter() - start) / count
+
+
+def launches(step: Callable[[], object], device: str) -> int:
+    """What the host launches in a step: kernels, graphs, copies. 0 on a CPU."""
+    if device != "cuda":
+        return 0
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as trace:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in trace.key_averages() if event.key in LAUNCHES)
+
+
+def compare(case: Case, device: str, sides: tuple[str, ...]) -> dict[str, Any]:
+    """All sides of a case; a side that runs out of memory is left out, with the reason."""
+    results: dict[str, Any] = {"images": case.images}
+    with flop_counter() as counter:
+        step_of("eager", case, device)()
+    results["flops"] = float(counter.get_total_flops())
+    results["peak_flops"] = peak_flops(device, DTYPES[case.precision])
+    for side in sides:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            results[side] = measure(side, case, device)
+        except torch.OutOfMemoryError as error:
+            results[side] = {"problem": str(error).splitlines()[0]}
+    return results
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    table = Table(title="a training step")
+    for heading in ("case", "side", "ms", "images/s", "of peak", "host ms", "launches", "GiB"):
+        table.add_column(heading, justify="left" if heading in ("case", "side") else "right")
+    for name, case in results.items():
+        for side in ("plain", "eager", "graph"):
+            if (found := case.get(side)) is None:
+                continue
+            if "problem" in found:
+                table.add_row(name, side, "out of memory")
+                continue
+            share = case["flops"] / found["seconds"] / case["peak_flops"]
+            table.add_row(
+                *(name, side, f"{1e3 * found['seconds']:.3g}"),
+                f"{case['images'] / found['seconds']:,.0f}",
+                f"{share:.1%}" if side != "plain" else "",
+                *(f"{1e3 * found['host']:.3g}" if side != "plain" else "",),
+                f"{found['launches']:,}" if found["launches"] else "",
+                f"{found['memory'] / 2**30:.2f}" if found["memory"] else "",
+            )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:PRECISION:IMAGES")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=600, help="cases begin within this time")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    try:
+        cases = [case_of(name) for name in args.cases]
+    except ValueError as error:
+        parser.error(str(error))
+    console, results = Console(width=110), {}
+    about, start = machine("torch", "triton"), time.monotonic()
+    if args.device == "cuda":
+        about["processor"] = torch.cuda.get_device_name()
+    bf16 = args.device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    for case in cases:
+        if time.monotonic() - start > args.seconds or (case.precision == "bf16" and not bf16):
+            continue
+        sides = ("plain", "eager", "graph") if case.name in PLAIN_CASES else ("eager", "graph")
+        results[case.name] = compare(case, args.device, sides)
+        show({case.name: results[case.name]}, console)
+        if args.json:  # after each case: a process that is ended leaves what it has
+            args.json.write_text(json.dumps({"machine": about, "cases": results}, indent=1))
+    console.print(in_words(about))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Every kernel launch of one training step as it would run on CUDA, counted without a GPU.
+
+The step runs on fake tensors, which have shapes and dtypes but no memory. A dispatch mode sees each
+operator below autograd and autocast, and `model.kernels.launch` reports the Triton kernels. How
+many kernels an operator launches, and the bytes they move, follow from the rules below. They were
+read off a profile of an H100 (see `benchmarks.harness.budget_rates`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+from ibeton.model import ModelConfig, build, training_step
+from ibeton.model.backbones.blocks import Kept, Shapes
+from ibeton.model.kernels.launch import Launch, counting
+from ibeton.model.masking import MaskedPatches
+from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import StepInputs
+
+MASKED_SHARE = 0.15  # mean share of masked patches in the published recipe
+SPLIT_K = 8  # a product whose inner dimension is so many times the outer ones runs in two kernels
+
+PRODUCTS, ATTENTION, COPIES, ELEMENTWISE = "products", "attention", "copies", "element-wise"
+NORM, NORM_BACKWARD, GELU, GELU_BACKWARD = "norm", "norm backward", "GELU", "GELU backward"
+CONCATENATION, SUMS, OPTIMIZER = "concatenation", "sums", "optimizer and EMA"
+# Triton kernels of ours: those with a reduction along the row, and those that only stream
+ROW_KERNELS, STREAM_KERNELS = "row kernels", "stream kernels"
+CATEGORIES = (
+    *(PRODUCTS, ATTENTION, COPIES, ELEMENTWISE, NORM, NORM_BACKWARD, GELU, GELU_BACKWARD),
+    *(CONCATENATION, SUMS, OPTIMIZER, ROW_KERNELS, STREAM_KERNELS),
+)
+# operator -> category; all that is not named here is element-wise
+OPERATORS = {
+    **dict.fromkeys(("mm", "addmm", "bmm"), PRODUCTS),
+    **dict.fromkeys(("_to_copy", "copy_", "clone"), COPIES),
+    **dict.fromkeys(("cat", "stack"), CONCATENATION),
+    **dict.fromkeys(("sum", "mean", "linalg_vector_norm"), SUMS),
+    "native_layer_norm": NORM,
+    "native_layer_norm_backward": NORM_BACKWARD,
+    "gelu": GELU,
+    "gelu_backward": GELU_BACKWARD,
+}
+# Kernels of an operator that launches more than one
+KERNELS = {
+    "native_layer_norm_backward": 2,  # of the input; of gamma and beta
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 3,  # cuDNN's, on CUDA
+}
+NOT_LAUNCHED = (
+    *("empty", "empty_like", "new_empty", "detach", "alias", "device", "promote_types"),
+    *("_unsafe_view", "scalar_tensor", "squeeze_"),
+)
+MULTI_TENSOR = ("_foreach", "_fused", "_amp")
+CHUNK = 320 * 65_536  # elements that one launch of a multi-tensor kernel takes
+
+
+class Launches(NamedTuple):
+    """What one operator or Triton kernel launches."""
+
+    stage: str
+    category: str
+    name: str
+    kernels: int
+    bytes: int  # read and written
+    flops: int  # of matrix products, two per multiply-add
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the launches of each operator that runs in it; `stage` labels them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launches] = []
+        self.kernels: list[Launch] = []  # those of Triton
+        self.stage = "other"
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        inputs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
+        tensors = [t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor)]
+        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name.startswith(MULTI_TENSOR):
+            written = tensors  # updated in place
+        is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
+        if not is_view and name not in NOT_LAUNCHED and (written or tensors):
+            self.note(name, tensors, written)
+        return out
+
+    def note(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
+        category = OPERATORS.get(name, ELEMENTWISE)
+        kernels, flops = KERNELS.get(name, 1), 0
+        if name.startswith(MULTI_TENSOR):
+            category = OPTIMIZER
+            kernels = max(1, -(-sum(t.numel() for t in read) // CHUNK))
+        elif category == PRODUCTS:
+            a, b = read[-2:]
+            (rows, inner), columns = a.shape[-2:], b.shape[-1]
+            flops = 2 * a.numel() * columns
+            kernels += inner > SPLIT_K * min(rows, columns)
+        elif "attention" in name:
+            category = ATTENTION
+            flops = _attention_flops(name, read)
+        self.add(category, name, kernels, _bytes(read) + _bytes(written), flops)
+
+    def kernel(self, launch: Launch) -> None:
+        """A Triton kernel of ours, which reads or writes each tensor once."""
+        self.kernels.append(launch)
+        rows = launch.name.startswith(("_residual_norm", "_row"))
+        category = ROW_KERNELS if rows else STREAM_KERNELS
+        self.add(category, launch.name, 1, _bytes(launch.tensors()), 0)
+
+    def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
+        self.launches.append(Launches(self.stage, category, name, kernels, moved, flops))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _attention_flops(name: str, read: list[Tensor]) -> int:
+    shapes = [t.shape for t in read]
+    if name.endswith("backward"):
+        return sdpa_backward_flop_count(*shapes[:4])
+    return sdpa_flop_count(*shapes[:3])
+
+
+class Settings(NamedTuple):
+    """The step that is counted. `kernels` False: without the Triton kernels of the blocks."""
+
+    model: ModelConfig
+    images: int
+    local_size: int = 96
+    dtype: torch.dtype | None = torch.float16
+    kernels: bool = True
+
+
+def step_launches(settings: Settings) -> list[Launches]:
+    """The launches of one training step, in order."""
+    return record_step(settings).launches
+
+
+def record_step(settings: Settings) -> Recorder:
+    """What `step_launches` sees, with the launches of Triton kernels as they are made."""
+    recorder, model = Recorder(), settings.model
+    with _fake_gpu(settings, recorder) as stage:
+        ibot = build(model)
+        optimizer = build_optimizer(ibot.student)
+        for group in optimizer.param_groups:  # a step in the middle of training
+            for parameter in group["params"]:
+                state = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.empty(()), **state}
+        scaler = torch.amp.GradScaler("cpu") if settings.dtype is torch.float16 else None
+        size, grid = model.image_size, model.image_size // model.patch_size
+        views, images, local = model.global_crops_number, settings.images, settings.local_size
+        batch = (
+            torch.empty(views, images, 3, size, size),
+            torch.empty(model.local_crops_number, images, 3, local, local),
+            torch.zeros(views, images, grid, grid, dtype=torch.bool),
+        )
+        with (
+            recorder,
+            mock.patch("ibeton.model.ibot.stage", stage),
+            mock.patch("ibeton.model.steps.stage", stage),
+        ):
+            training_step(
+                ibot, optimizer, scaler, *batch,
+                epoch=0, lr=1e-3, weight_decay=0.1, momentum=0.99, freeze_last_layer=0,
+                autocast_dtype=settings.dtype,
+            )  # fmt: skip
+    return recorder
+
+
+@contextmanager
+def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str], Any]]:
+    """Fake tensors that stand for those of a GPU. (They are on the CPU, as PyTorch cannot run a
+    backward on fake CUDA tensors where there is no GPU.) What the host draws and counts from data
+    is given: all samples kept, and the mean number of masked patches."""
+
+    def kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
+        tokens = sum(images * length for images, length in shapes)
+        return [Kept(None, shapes, 1.0, torch.empty(tokens, 1)) if rate else None for rate in rates]
+
+    def patches(masks: Tensor, *_: Any) -> MaskedPatches:
+        step = -(-masks.numel() // 32)  # sizes are rounded up on CUDA
+        count = -(-int(MASKED_SHARE * masks.numel()) // step) * step
+        return MaskedPatches(
+            torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
+        )
+
+    def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, difference = torch.empty(len(student)), torch.empty_like(student)
+        moved = _bytes([student, arguments[0], difference])
+        recorder.add(ROW_KERNELS, "_row_kernel", 1, moved, 0)
+        return loss, difference
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        before, recorder.stage = recorder.stage, name
+        yield
+        recorder.stage = before
+
+    rates = torch.ones(5, dtype=torch.float64)  # no fake: the host reads them
+
+    def on(inputs: StepInputs, *_: Any) -> StepInputs:
+        return inputs._replace(rates=rates)
+
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(mock.patch("ibeton.model.steps.StepInputs.on", on))
+        patch = mock.patch
+        stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
+        stack.enter_context(patch("ibeton.model.steps.masked_patches", patches))
+        stack.enter_context(patch("ibeton.model.kernels.cross_entropy.rows_by_chunk", rows))
+        if settings.kernels:
+            stack.enter_context(counting(recorder.kernel))
+        yield stage

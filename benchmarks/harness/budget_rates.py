@@ -1,0 +1,104 @@
+"""From launches to seconds: the rates of devices, and the profile that they are held against.
+
+A launch takes the longest of its bytes over the bandwidth that its category reaches, its operations
+over the matrix rate, and the shortest time of a kernel; two categories have a fixed time besides.
+The shares of the bandwidth were fitted to the profile at batch 64, the fixed times also to that at
+batch 256 (PROFILED). A100 and V100 are assumed to reach the same shares: nothing was measured
+there.
+"""
+
+from typing import NamedTuple
+
+from ibeton.benchmarks.harness import budget_launches as b
+from ibeton.benchmarks.harness.budget_launches import Launches
+
+
+class Device(NamedTuple):
+    """What a device reaches: `memory` bytes/s of a large copy, read and write together, `matrix`
+    FLOP/s of a large product in half precision, `attention` FLOP/s of fused attention on short
+    sequences, `host` seconds that the host needs to enqueue one launch of eager PyTorch."""
+
+    memory: float
+    matrix: float
+    attention: float
+    host: float
+
+
+DEVICES = {
+    "h100": Device(2.48e12, 763e12, 75e12, 31e-6),  # measured, 2026-11-26, torch 2.11
+    "a100": Device(1.7e12, 250e12, 50e12, 31e-6),  # 80 GB; from data sheets, 80 % of the peaks
+    "v100": Device(0.75e12, 100e12, 18e12, 31e-6),  # from data sheets, 80 % of the peaks
+}
+SHORTEST = 2e-6  # seconds of a kernel that has next to nothing to do
+PRODUCT_SHARE = 0.75  # of the matrix rate, at the widths of a ViT
+SHARES = {  # of the copy bandwidth
+    b.PRODUCTS: 1.0,
+    b.ATTENTION: 1.0,
+    b.COPIES: 0.83,
+    b.ELEMENTWISE: 0.96,
+    b.NORM: 0.60,
+    b.NORM_BACKWARD: 1.18,
+    b.GELU: 1.15,  # above 1: the input is still in the cache
+    b.GELU_BACKWARD: 1.2,
+    b.CONCATENATION: 0.67,
+    b.SUMS: 0.88,
+    b.OPTIMIZER: 1.2,
+    # Assumed, not measured: more than PyTorch's norm, which takes two passes; as its GELU.
+    b.ROW_KERNELS: 0.85,
+    b.STREAM_KERNELS: 1.15,
+}
+# Seconds on top, of an operator with too few blocks to fill the device (gamma and beta; biases)
+FIXED = {b.NORM_BACKWARD: 194e-6, b.SUMS: 18e-6}
+# Milliseconds per step by category, from profiles of 2026-11-26 (one H100 80GB SXM, torch 2.11,
+# triton 3.6, commit 216b8a1): ViT-S/16, 2 x 224 + 10 x 96 px, fp16, norm and GELU recomputed.
+# Batch size -> category -> sum over the `aten::` rows of its operators.
+PROFILED = {
+    64: {
+        b.PRODUCTS: 13.60,
+        b.ATTENTION: 6.22,
+        b.COPIES: 7.98,
+        b.ELEMENTWISE: 8.29,
+        b.NORM: 6.02,
+        b.NORM_BACKWARD: 6.65,
+        b.GELU: 3.19,
+        b.GELU_BACKWARD: 1.72,
+        b.CONCATENATION: 4.13,
+        b.SUMS: 3.58,
+        b.OPTIMIZER: 0.54,
+    },
+    256: {
+        b.PRODUCTS: 48.89,
+        b.ATTENTION: 23.51,
+        b.COPIES: 28.62,
+        b.ELEMENTWISE: 31.07,
+        b.NORM: 23.39,
+        b.NORM_BACKWARD: 12.04,
+        b.GELU: 12.47,
+        b.GELU_BACKWARD: 6.70,
+        b.CONCATENATION: 16.03,
+        b.SUMS: 9.27,
+    },
+}
+PROFILED_LAUNCHES = 1997  # of which 223 are memsets, which are not counted here
+PROFILED_HOST_S = 45.6e-3  # to enqueue the step
+
+
+def seconds(launch: Launches, device: Device) -> float:
+    """Predicted seconds of one launch on the device."""
+    moved = launch.bytes / (device.memory * SHARES[launch.category])
+    rate = device.attention if launch.category == b.ATTENTION else device.matrix * PRODUCT_SHARE
+    fixed = FIXED.get(launch.category, 0.0)
+    return fixed + max(moved, launch.flops / rate, launch.kernels * SHORTEST)
+
+
+def by_category(launches: list[Launches], device: Device) -> dict[str, float]:
+    """Predicted seconds of each category that occurs."""
+    totals: dict[str, float] = {}
+    for launch in launches:
+        totals[launch.category] = totals.get(launch.category, 0.0) + seconds(launch, device)
+    return totals
+
+
+def host_seconds(launches: list[Launches], device: Device) -> float:
+    """Predicted seconds of the host to enqueue them one by one, without a CUDA graph."""
+    return len(launches) * device.host

@@ -1,0 +1,180 @@
+"""Fine-tune a backbone with labels, score it, and keep the classifier.
+
+ibeton finetune --checkpoint runs/vit_s/checkpoint.pt --train imagenet.beton --val val.beton
+ibeton finetune --checkpoint CKPT --train train/ --val val/ --recipe semi --labels 10percent.txt
+ibeton finetune --checkpoint CKPT --dataset cifar10 --root data/
+torchrun --nproc_per_node 8 -m evaluation.finetune ...        the same on eight GPUs
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ibeton.distributed import join_processes
+from ibeton.evaluation.command import write_json
+from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse, resolved
+from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder, prepare
+from ibeton.evaluation.finetune.train import build_monitor, report, task_name, train, write_report
+from ibeton.model.checkpoint import load_checkpoint
+from ibeton.training.checkpoints import NEWEST
+from ibeton.training.health.nonfinite_guard import RunError
+from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED, StopRequested, StopSignals
+from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.run_folder import RunFolder
+from ibeton.training.run_log import RunLog
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed on the
+    way, 2 when it could not begin, 130 at a second Ctrl-C."""
+    here = None
+    with StopSignals() as stops:
+        try:
+            values = parse(None if argv is None else list(argv))
+            print(f"reading {values.get('checkpoint', 'the checkpoint')} ...", file=sys.stderr)
+            with stops.interruptible():
+                content = _checkpoint(values)
+                config = from_values(values, content["config"]["arch"])
+                stops.limit(config.max_hours)
+                here = _join(config)
+            if config.sweep:
+                return _sweep(config, content, here, stops)
+            return _run(config, content, here, stops)[0]
+        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except StopRequested:
+            print("stopped before the first step: nothing to save", file=sys.stderr)
+            return STOPPED
+        finally:
+            if here is not None:
+                here.watchdog.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _checkpoint(values: dict[str, Any]) -> dict[str, Any]:
+    if not values.get("checkpoint"):
+        raise ValueError("--checkpoint is missing: give the backbone to start from")
+    return load_checkpoint(values["checkpoint"])
+
+
+def _join(config: FinetuneConfig) -> Processes:
+    device, rank, world_size = join_processes(config.device)
+    watchdog = Watchdog(rank, world_size, config.lost_after, config.stall_after)
+    return Processes(device, rank, world_size, watchdog)
+
+
+def _run(
+    config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
+) -> tuple[int, FinetuneRun]:
+    """Prepare and train: the exit status, and the run."""
+    with here.watchdog.report_errors(), stops.interruptible():
+        run = prepare(config, content, here)
+    with here.watchdog.report_errors():
+        folder = lock_run_folder(run) if here.rank == 0 else None
+    return _train(run, folder, stops), run
+
+
+def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> int:
+    """Train, and leave everything in order. The exit status, as in `main`."""
+    log, state, status = None, "failed", 1
+    monitor = build_monitor(run)
+    try:
+        with run.here.watchdog.report_errors():
+            log = _start_log(run) if folder is not None else None
+            if train(run, log, monitor, stops):
+                state, status = "finished", 0
+                if log is not None:
+                    _finish(run, log)
+            else:
+                state, status = "stopped", STOPPED
+                if log is not None:
+                    why = stops.reason or "another process was asked to"
+                    log.say(f"stopped ({why}) at step {run.step}; resume with --resume auto")
+    except (RunError, OSError, RuntimeError) as error:
+        state = f"failed: {str(error).splitlines()[0]}"
+        print(f"error: {error}\nthe last checkpoint in {run.folder} is sound", file=sys.stderr)
+    except KeyboardInterrupt:
+        state, status = "interrupted", INTERRUPTED
+        print("interrupted at once; resume from the last save with --resume auto", file=sys.stderr)
+    finally:
+        monitor.close()
+        with suppress(OSError):
+            if log is not None:
+                log.close()
+            if folder is not None:
+                folder.close(state)
+    return status
+
+
+def _start_log(run: FinetuneRun) -> RunLog:
+    log = RunLog(run.folder, run.step, run.steps, run.loader.steps_per_epoch)
+    log.say(json.dumps(resolved(run.config), indent=2))
+    start = "fresh weights" if run.config.from_scratch else run.config.checkpoint
+    log.say(
+        f"{run.backbone_config['arch']} from {start}: {len(run.sets.train):,} photos to learn from,"
+        f" {len(run.sets.val):,} to be judged by, {len(run.sets.classes)} classes,"
+        f" {run.loader.steps_per_epoch} steps per epoch, {run.here.world_size} process(es) on"
+        f" {run.here.device}, {run.precision}, {run.loader.threads} threads each"
+    )
+    for note in (*run.sets.train.notes, *run.sets.val.notes, *run.notes):
+        log.say(note)
+    return log
+
+
+def _finish(run: FinetuneRun, log: RunLog) -> None:
+    """Say what the run came to, and write finetune.json."""
+    for reason in run.loader.unreadable.values():
+        log.say(f"unreadable: {reason}")
+    if not run.scores:
+        log.say(f"stopped by --stop-after at step {run.step}, before the first score")
+        return
+    write_report(run)
+    last, best = run.scores[-1], run.best()
+    log.say(
+        f"top-1 {last['top1']:.2f} % after {last['epoch']} epochs, best {best['top1']:.2f} % after"
+        f" {best['epoch']}; checkpoints {run.folder / NEWEST} and {BEST}, scores"
+        f" {run.folder / 'finetune.json'}"
+    )
+
+
+def _sweep(
+    config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
+) -> int:
+    """A run for each learning rate, in folders of their own; the best by its last epoch, chosen on
+    the validation set as published, is reported."""
+    folder, reports = Path(config.output_dir), {}
+    for rate in config.sweep:
+        own = dataclasses.replace(
+            config, lr=rate, sweep=(), output_dir=str(folder / f"lr-{rate:g}")
+        )
+        status, run = _run(own, content, here, stops)
+        if status or not run.scores:
+            return status
+        reports[rate] = report(run)
+    if here.rank:
+        return 0
+    name = task_name(run)
+
+    def top1(rate: float) -> float:
+        (scores,) = reports[rate]["scores"].values()
+        return scores[name]["top1"]
+
+    best = max(config.sweep, key=top1)
+    tried = {f"{rate:g}": top1(rate) for rate in config.sweep}
+    write_json({**reports[best], "sweep": tried}, folder / "finetune.json")
+    print("| learning rate | top-1 |\n| --- | --- |")
+    for rate in config.sweep:
+        print(f"| {rate:g} | {top1(rate):.2f}{' (best)' if rate == best else ''} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

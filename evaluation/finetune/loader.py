@@ -1,0 +1,160 @@
+"""Labeled photos -> batches of training views: each photo is decoded once, its crop is cut by the
+compiled cropper of pre-training, and threads do it while the device computes.
+
+Decoding and cropping run without the GIL. What a view looks like follows from (seed, epoch, photo,
+repeat) alone, so the number of threads and processes changes nothing.
+"""
+
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ibeton.evaluation.finetune.randaugment import RandAugment
+from ibeton.evaluation.frozen.features import MEAN
+from ibeton.pipeline.crops import resize
+from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
+from ibeton.pipeline.sampling.order import epoch_order, steps_per_epoch
+from ibeton.pipeline.store.photos import Photos
+from ibeton.stages import work
+from ibeton.workers import cores
+
+_AHEAD = 3  # batches that are being made or ready
+_JOB = 8  # photos that a thread takes at a time
+
+
+@dataclass
+class Batch:
+    """Training views of one process, on the CPU."""
+
+    images: Tensor  # uint8 [b, 3, S, S]
+    labels: Tensor  # int64 [b]
+    indices: Tensor  # int64 [b], the photos that were used
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How a training view is made: side in pixels, share of the area, RandAugment, its seed, and
+    how many views of a photo a batch has."""
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    augment: str = ""
+    seed: int = 0
+    repeats: int = 1
+
+
+class TrainingViews:
+    """Pixels of a photo -> its training views of an epoch."""
+
+    def __init__(self, settings: ViewSettings) -> None:
+        self.settings = settings
+        self._spec = ViewSpec(
+            settings.size, settings.scale, blur_p=0.0, solarize_p=0.0, jitter_p=0.0, gray_p=0.0
+        )
+        self._augment = (
+            RandAugment(settings.augment, settings.size, MEAN) if settings.augment else None
+        )
+
+    def cut(self, pixels: np.ndarray, index: int, epoch: int, out: np.ndarray) -> None:
+        """Views of photo `index`, uint8 [H, W, 3], into out uint8 [repeats, 3, S, S]."""
+        columns = resize.photo_columns(pixels)
+        for repeat, view in enumerate(out):
+            at = epoch * self.settings.repeats + repeat
+            draw = draw_views([self._spec], self.settings.seed, at, index, *pixels.shape[:2])[0]
+            box = (int(draw[name]) for name in ("top", "left", "height", "width"))
+            resize.resized_crop(columns, *box, bool(draw["flip"]), view)
+            if self._augment is not None:
+                rng = np.random.Generator(
+                    np.random.Philox(key=[self.settings.seed, at << 40 | index])
+                )
+                self._augment.apply(view, rng)
+
+
+class Loader:
+    """Batches of `batch_size` views of rank `rank` of `world_size`, epoch by epoch.
+
+    A photo's repeats stand next to each other in a batch, so it is decoded once; an epoch then
+    shows a different part of the photos, as many views as there are photos (published repeated
+    augmentation spreads them over processes instead). Raises ValueError where not even one global
+    batch can be filled.
+    """
+
+    def __init__(
+        self,
+        photos: Photos,
+        settings: ViewSettings,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 0,
+        pinned: bool = False,
+    ) -> None:
+        self.photos, self._views = photos, TrainingViews(settings)
+        self.steps_per_epoch = steps_per_epoch(len(photos), batch_size, world_size)
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self.threads, self._pinned = threads or cores(), pinned
+        self._replacements = Replacements(photos, [], settings.seed)
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Photos that could not be decoded so far: index -> name and reason."""
+        return self._replacements.unreadable
+
+    def batches(self, epoch: int) -> np.ndarray:
+        """Photos of this rank's batches, int64 [steps, batch_size / repeats]."""
+        settings = self._views.settings
+        order = epoch_order(len(self.photos), settings.seed, epoch)
+        each = self._batch_size // settings.repeats
+        used = order[: self.steps_per_epoch * self._world_size * each]
+        return used.reshape(self.steps_per_epoch, self._world_size, each)[:, self._rank]
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
+        """The batches of `epoch` from step `first_step` on."""
+        waiting: deque[tuple[Tensor, list[Future[list[int]]]]] = deque()
+        repeats, size = self._views.settings.repeats, self._views.settings.size
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="ibeton-views")
+        try:
+            for rows in self.batches(epoch)[first_step:]:
+                shape = (len(rows), repeats, 3, size, size)
+                out = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+                views = out.numpy()
+                jobs = [
+                    pool.submit(self._make, rows[i : i + _JOB], epoch, views[i : i + _JOB])
+                    for i in range(0, len(rows), _JOB)
+                ]
+                waiting.append((out, jobs))
+                if len(waiting) == _AHEAD:
+                    yield self._finished(*waiting.popleft())
+            while waiting:
+                yield self._finished(*waiting.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, rows: np.ndarray, epoch: int, out: np.ndarray) -> list[int]:
+        """Views of photos `rows` into out [rows, repeats, 3, S, S]; the photos that were used."""
+        used, decoding, cutting = [], 0.0, 0.0
+        for index, views in zip(rows.tolist(), out, strict=True):
+            start = time.perf_counter()
+            found, pixels = self._replacements.readable(index)
+            decoded = time.perf_counter()
+            self._views.cut(pixels, index, epoch, views)
+            used.append(found)
+            decoding += decoded - start
+            cutting += time.perf_counter() - decoded
+        views_made = len(rows) * self._views.settings.repeats
+        work.add("decode", decoding, views_made, self.threads)
+        work.add("crop", cutting, views_made, self.threads)
+        return used
+
+    def _finished(self, out: Tensor, jobs: list[Future[list[int]]]) -> Batch:
+        used = torch.tensor([index for job in jobs for index in job.result()])
+        used = used.repeat_interleave(self._views.settings.repeats)
+        labels = torch.from_numpy(self.photos.labels[used.numpy()])
+        return Batch(out.flatten(0, 1), labels, used)

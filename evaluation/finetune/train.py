@@ -1,0 +1,184 @@
+"""The loop of fine-tuning: train an epoch, score it, save; and what a run says and leaves."""
+
+import itertools
+from contextlib import closing, suppress
+from typing import Any
+
+from ibeton.evaluation.command import write_json
+from ibeton.evaluation.finetune.run import FinetuneRun, save
+from ibeton.evaluation.finetune.score import score
+from ibeton.evaluation.finetune.steps import train_step
+from ibeton.stages import stage
+from ibeton.training.health.nonfinite_guard import RunError
+from ibeton.training.health.stop_signals import StopSignals
+from ibeton.training.metrics import DelayedMetrics
+from ibeton.training.run_log import RunLog
+from ibeton.training.timing.bottleneck import LoaderResources
+from ibeton.training.timing.monitor import StepMonitor
+from ibeton.training.timing.speed import cores_a_process
+from ibeton.workers import cores
+
+
+def build_monitor(run: FinetuneRun) -> StepMonitor:
+    """The clock and the figures of this rank."""
+    here, images = run.here, run.config.batch_size // run.here.world_size
+    own = cores_a_process(cores())
+    resources = LoaderResources(None, run.loader.threads, own, on_gpu=False)
+    return StepMonitor(images, here.rank, here.world_size, here.device, run.dtype, resources)
+
+
+def train(run: FinetuneRun, log: RunLog | None, monitor: StepMonitor, stops: StopSignals) -> bool:
+    """All steps up to the end, or to --stop-after, with a score every --eval-every epochs and at
+    the end. False where it was asked to stop before."""
+    last = min(run.steps, run.config.stop_after or run.steps)
+    per_epoch, delayed = run.loader.steps_per_epoch, DelayedMetrics(run.here.world_size)
+    while run.step < last and not stops.requested_on_any_rank(run.here.device):
+        _train_epoch(run, log, monitor, stops, delayed, last)
+        if run.guard.should_roll_back():
+            raise RunError(
+                f"step {run.guard.last_bad} and those before it had loss or gradients that are not"
+                " finite: lower --lr, set --clip-grad, or give --precision fp32"
+            )
+        epoch, rest = divmod(run.step, per_epoch)
+        best = False
+        if not rest and (epoch % run.config.eval_every == 0 or run.step == run.steps):
+            best = _score(run, log)
+        with run.here.watchdog.no_timeout("saving"):
+            save(run, best)
+    return run.step >= last
+
+
+def _train_epoch(
+    run: FinetuneRun,
+    log: RunLog | None,
+    monitor: StepMonitor,
+    stops: StopSignals,
+    delayed: DelayedMetrics,
+    last: int,
+) -> None:
+    """Steps to the end of the epoch or to `last`, or until the run is to stop."""
+    config, here = run.config, run.here
+    epoch, first = divmod(run.step, run.loader.steps_per_epoch)
+    last = min(last, (epoch + 1) * run.loader.steps_per_epoch)
+    with closing(run.loader.epoch(epoch, first)) as made:
+        batches = here.watchdog.batches(itertools.islice(made, last - run.step), run.step)
+        monitor.clock.start()
+        for batch in monitor.waiting(batches):
+            run.schedule.step_update(run.step)
+            lr = max(group["lr"] for group in run.optimizer.param_groups)
+            with monitor.counting():
+                metrics = train_step(
+                    run.model, run.optimizer, run.scaler, batch, run.mixer, config, run.step,
+                    here.rank, run.group, run.dtype,
+                )  # fmt: skip
+            if run.average is not None:
+                with stage("ema"):
+                    run.average.update(run.classifier)
+            leave = _log_step(run, delayed.resolve(), log, monitor)  # of the step before
+            record = {"step": run.step, "epoch": epoch, "lr": lr}
+            record["unreadable"] = len(run.loader.unreadable)
+            delayed.enqueue(record, metrics, monitor.clock, stops.requested())
+            run.step += 1
+            if leave:
+                break
+            if config.save_steps and run.step % config.save_steps == 0 and run.step < last:
+                if _log_step(run, delayed.resolve(), log, monitor):
+                    return
+                with here.watchdog.no_timeout("saving"):
+                    save(run)
+                monitor.clock.start()
+        _log_step(run, delayed.resolve(), log, monitor, always=run.step == run.steps)
+
+
+def _log_step(
+    run: FinetuneRun,
+    record: dict[str, Any] | None,
+    log: RunLog | None,
+    monitor: StepMonitor,
+    always: bool = False,
+) -> bool:
+    """Bring a step to screen and, every --log-steps, to the log. All ranks take part. True where
+    the run is to leave the epoch."""
+    if record is None:
+        return False
+    lines = monitor.add(record.pop("parts"), record.pop("stage_work"))
+    record |= monitor.figures()
+    stop = record.pop("stop")
+    if line := run.guard.update(record):
+        lines.append(line)
+    due = always or record["step"] % run.config.log_steps == 0 or "skipped" in record
+    if due:
+        of_ranks, more = monitor.compare_ranks()
+        record |= of_ranks
+        lines += more
+    if log is not None:
+        for line in lines:
+            log.say(line)
+        log.progress(record["step"] + 1, record)
+        if due:
+            log.record(record)
+    return stop or run.guard.should_roll_back()
+
+
+def _score(run: FinetuneRun, log: RunLog | None) -> bool:
+    """Score the classifier, and the average of its weights; whether it is the best so far."""
+    config, epoch = run.config, run.step // run.loader.steps_per_epoch
+    how = (run.here.device, config.eval_batch_size, config.workers, run.dtype)
+    with run.here.watchdog.no_timeout("evaluation"):
+        scores = score(run.classifier, run.views, *how)
+        if run.average is not None:
+            averaged = score(run.average.module, run.views, *how)
+            scores |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
+    before = run.best()
+    run.scores.append({"epoch": epoch, **scores})
+    if log is not None:
+        log.record({"step": run.step, **run.scores[-1]})
+        also = f"  EMA {scores['ema_top1']:.2f} %" if "ema_top1" in scores else ""
+        log.say(
+            f"epoch {epoch}/{config.epochs}: top-1 {scores['top1']:.2f} %"
+            f"  top-5 {scores['top5']:.2f} %{also}"
+        )
+    return not before or scores["top1"] > before["top1"]
+
+
+def report(run: FinetuneRun) -> dict[str, Any]:
+    """What finetune.json holds: the last epoch's scores and the best one's, under the name of the
+    task."""
+    last, best, config = run.scores[-1], run.best(), run.config
+    scores = {"top1": last["top1"], "top5": last["top5"], "best_top1": best["top1"]}
+    scores |= {"best_epoch": best["epoch"], "epochs": config.epochs, "lr": config.lr}
+    scores |= {"photos": len(run.sets.train)}
+    scores |= {k: v for k, v in last.items() if k.startswith("ema_")}
+    data = {"train": config.train, "val": config.val}
+    if config.dataset:
+        data = {"train": f"{config.dataset} in {config.root}", "val": config.dataset}
+    return {
+        "checkpoint": config.checkpoint,
+        **data,
+        "precision": run.precision,
+        "network": "untrained" if config.from_scratch else config.network,
+        "arch": run.backbone_config["arch"],
+        "image_size": run.views.size,
+        "left_out": {},
+        "scores": {
+            "untrained" if config.from_scratch else config.network: {task_name(run): scores}
+        },
+    }
+
+
+def task_name(run: FinetuneRun) -> str:
+    """The task's name in files: finetune, transfer_cifar10, or semi_0.1 by the share of labels."""
+    config = run.config
+    if config.dataset:
+        return f"transfer_{config.dataset}"
+    if config.labels:
+        stem = config.labels.rsplit("/", 1)[-1].removesuffix(".txt")
+        share = {"1percent": "0.01", "10percent": "0.1"}.get(stem, stem)
+        with suppress(ValueError):
+            share = f"{float(config.labels):g}"
+        return f"semi_{share}"
+    return "finetune"
+
+
+def write_report(run: FinetuneRun) -> None:
+    write_json(report(run), run.folder / "finetune.json")

@@ -1,0 +1,225 @@
+"""All figures of a backbone on one page, beside the published ones of its architecture.
+
+    ibeton report runs/vit_s runs/finetune-vit_s --output report.md
+
+reads the JSON files that every evaluation writes, from run folders or given one by one, and writes
+report.md and report.html, with the PNG pictures that lie in the folders.
+"""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ibeton.atomic import write_text
+from ibeton.command import run_command
+from ibeton.evaluation.published import published, task_of
+from ibeton.model.checkpoint import load_checkpoint
+from ibeton.options import Parser
+
+_HEADINGS = ("task", "network", "measured", "published", "file")
+_ALL = ("protocol", "score", "network", "measured", "published")
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;"
+    "text-align:left}td.n{text-align:right}img{max-width:100%}figure{margin:1.5em 0}"
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure: where it was measured, on which network, under which names."""
+
+    protocol: str
+    name: str
+    network: str
+    value: float
+    path: Path
+
+
+@dataclass
+class Backbone:
+    """Everything found about the backbone of one checkpoint."""
+
+    checkpoint: str
+    arch: str
+    scores: list[Score] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def find(paths: Sequence[Path]) -> tuple[list[Backbone], list[Path]]:
+    """The backbones that JSON files of evaluations tell of, and PNG pictures; `paths` are files or
+    run folders. Raises FileNotFoundError or ValueError, naming the path, where there is nothing."""
+    backbones: dict[str, Backbone] = {}
+    pictures: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give run folders or JSON files")
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        found = [(file, report) for file in files if (report := _read(file, path.is_file()))]
+        if not found:
+            raise ValueError(f"{path} holds no scores yet: run an evaluation first")
+        pictures += sorted(path.glob("*.png")) if path.is_dir() else []
+        for file, report in found:
+            name = str(report["checkpoint"])
+            if name not in backbones:
+                backbones[name] = Backbone(name, _arch(report))
+            backbones[name].left_out |= report.get("left_out", {})
+            backbones[name].scores += _scores(report, file)
+    return list(backbones.values()), pictures
+
+
+def _read(path: Path, asked: bool) -> dict[str, Any]:
+    """The report in a JSON file; empty for another file, which raises ValueError where `asked`."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        if not asked:
+            return {}
+        raise ValueError(f"{path} is no JSON file, or a damaged one ({error})") from error
+    fits = isinstance(content, dict) and isinstance(content.get("scores"), dict)
+    if fits and "checkpoint" in content:
+        return content
+    if asked:
+        raise ValueError(f"{path} holds no scores of an evaluation: it lacks checkpoint or scores")
+    return {}
+
+
+def _arch(report: dict[str, Any]) -> str:
+    if "arch" in report:
+        return str(report["arch"])
+    try:
+        return str(load_checkpoint(report["checkpoint"])["config"]["arch"])
+    except (OSError, ValueError):
+        return "unknown"
+
+
+def _scores(report: dict[str, Any], path: Path) -> list[Score]:
+    return [
+        Score(protocol, name, network, float(value), path)
+        for network, protocols in report["scores"].items()
+        for protocol, scores in protocols.items()
+        for name, value in scores.items()
+        if isinstance(value, int | float)
+    ]
+
+
+def headline_rows(backbone: Backbone) -> list[tuple[str, ...]]:
+    """A row for each score that has a published counterpart."""
+    return [
+        (
+            task,
+            s.network,
+            f"{s.value:.2f}",
+            published(s.protocol, s.name, backbone.arch),
+            str(s.path),
+        )
+        for s in backbone.scores
+        if (task := task_of(s.protocol, s.name))
+    ]
+
+
+def all_rows(backbone: Backbone) -> list[tuple[str, ...]]:
+    """A row for every score."""
+    return [
+        (
+            s.protocol,
+            s.name,
+            s.network,
+            f"{s.value:.4g}",
+            published(s.protocol, s.name, backbone.arch),
+        )
+        for s in backbone.scores
+    ]
+
+
+def markdown(backbones: Sequence[Backbone], pictures: Sequence[Path], beside: Path) -> str:
+    """The page in Markdown, with pictures by their way from the folder `beside`."""
+    lines = ["# Evaluation", "", _explanation(), ""]
+    for backbone in backbones:
+        lines += [f"## {backbone.arch}: {backbone.checkpoint}", ""]
+        if rows := headline_rows(backbone):
+            lines += [*_markdown_table(_HEADINGS, rows), ""]
+        lines += ["### All scores", "", *_markdown_table(_ALL, all_rows(backbone)), ""]
+        lines += [f"- left out: {name}: {why}" for name, why in backbone.left_out.items()]
+    if pictures:
+        lines += ["## Pictures", ""]
+        for path in pictures:
+            lines += [f"![{path.name}]({os.path.relpath(path, beside)})", f"*{path}*", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "| --- " * len(headings) + "|", *lines[1:]]
+
+
+def page(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> str:
+    """The page in HTML, one file that holds its pictures."""
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>",
+        f"<style>{_STYLE}</style><h1>Evaluation</h1><p>{html.escape(_explanation())}</p>",
+    ]
+    for backbone in backbones:
+        parts.append(f"<h2>{html.escape(f'{backbone.arch}: {backbone.checkpoint}')}</h2>")
+        if rows := headline_rows(backbone):
+            parts.append(_html_table(_HEADINGS, rows))
+        parts.append("<h3>All scores</h3>" + _html_table(_ALL, all_rows(backbone)))
+        for name, why in backbone.left_out.items():
+            parts.append(f"<p>left out: {html.escape(f'{name}: {why}')}</p>")
+    for path in pictures:
+        data = base64.b64encode(path.read_bytes()).decode()
+        caption = html.escape(str(path))
+        parts.append(
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def _html_table(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table>{line(headings, 'th')}{body}</table>"
+
+
+def _explanation() -> str:
+    return (
+        "Measured figures beside those that the iBOT paper publishes for the same architecture,"
+        " pre-trained and evaluated on full data sets (top-1 in percent where nothing else is"
+        " said). Figures of other data, or of shorter runs, are not comparable with them. An empty"
+        " cell means that no published figure of this kind is on record."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 2 where there is nothing to report, with a sentence."""
+    parser = Parser(prog="python -m evaluation.report", description="figures on one page")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files of scores")
+    parser.add_argument("--output", type=Path, default=Path("report.md"), help="Markdown to write")
+    args = parser.parse_args(argv)
+
+    def make() -> int:
+        if args.output.suffix != ".md":
+            raise ValueError(f"--output {args.output}: give a name that ends in .md")
+        backbones, pictures = find(args.runs)
+        text = markdown(backbones, pictures, args.output.parent)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.output, text)
+        write_text(args.output.with_suffix(".html"), page(backbones, pictures))
+        print(text.split("### All scores")[0].rstrip())
+        print(f"\n{args.output} and {args.output.with_suffix('.html')} written")
+        return 0
+
+    return run_command(make)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,213 @@
+"""How a classifier stands what it was not trained for: other photos, corruptions, other
+backgrounds, missing patches, shuffled pieces.
+
+    ibeton linear --checkpoint C --train imagenet.beton --val val.beton --save-head head.pt
+    ibeton robustness --checkpoint C --head head.pt --val val.beton --imagenet-a FOLDER ...
+    ibeton robustness --checkpoint runs/finetune/best.pt --val val.beton
+
+The classifier is a frozen backbone with a layer of linear probing, or a fine-tuned one. Any of the
+sets may be left out:
+
+    --imagenet-a  FOLDER/<wnid>/  (and -r)  the 200 classes of each are the ones to choose from
+    --imagenet-c  FOLDER/<corruption>/<1-5>/<wnid>/  the center crop; mean error, and mCE
+    --in9         FOLDER/<variant>/val/00_dog/  with --in9-map: class numbers to IN-9's
+    --val         class folders or .beton: occlusion and shuffling, with curves as PNG
+
+Class folders are matched with the classifier's classes by name.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ibeton.evaluation.command import (
+    Scores,
+    add_checkpoint_options,
+    extraction_of,
+)
+from ibeton.evaluation.frozen.features import Extraction
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.robustness.accuracy import (
+    background_scores,
+    corruption_scores,
+    read_backgrounds,
+    read_corruptions,
+    read_in9_map,
+    read_variant,
+    top1,
+)
+from ibeton.evaluation.robustness.classifier import Classifier, load_classifier
+from ibeton.evaluation.robustness.curves import Saliency, curve_scores, draw_curves, measure
+from ibeton.evaluation.tasks import finish, one_process, settings_of
+from ibeton.model.checkpoint import load_backbone
+from ibeton.model.config import SWINS
+from ibeton.options import Parser
+
+SETS = ("imagenet_a", "imagenet_r", "imagenet_c", "in9", "val")
+HEADLINES = ("top1", "mean_error", "mce", "original", "clean")
+
+Job = Callable[[], dict[str, Scores]]
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="ibeton robustness", description="robustness of a classifier")
+    add_checkpoint_options(parser)
+    add = parser.add_argument
+    add("--head", type=Path, help="layer that ibeton linear --save-head wrote")
+    add("--batch-size", type=int, default=128, help="images at a time")
+    add("--imagenet-a", type=Path, help="folder of ImageNet-A")
+    add("--imagenet-r", type=Path, help="folder of ImageNet-R")
+    add("--imagenet-c", type=Path, help="folder of ImageNet-C: CORRUPTION/1-5/CLASS")
+    add("--in9", type=Path, help="folder of the backgrounds challenge: VARIANT/val/00_dog")
+    add("--in9-map", type=Path, help="in_to_in9.json of the backgrounds challenge")
+    add("--val", type=Path, help="labelled photos to damage: folder, tar or .beton")
+    add("--saliency-weights", type=Path, help="checkpoint whose attention says what is salient")
+    add("--saliency-head", type=int, help="number of its attention head (default: mean of all)")
+    add("--seed", type=int, default=0, help="of dropped patches and shuffled pieces")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The report. All layouts are checked before the first photo is classified. Raises ValueError
+    or OSError with a sentence for the user."""
+    one_process("robustness")
+    if not any(getattr(args, name) for name in SETS):
+        raise ValueError("give at least one of --imagenet-a, -r, -c, --in9 and --val")
+    if bool(args.in9) != bool(args.in9_map):
+        raise ValueError("--in9 and --in9-map go together")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} must be at least 0")
+    how = extraction_of(args)
+    judged = load_classifier(args.checkpoint, args.head, args.network)
+    judged.model.to(how.device)
+    left_out: dict[str, str] = {}
+    jobs: list[Job] = []
+    for name in ("a", "r"):
+        if path := getattr(args, f"imagenet_{name}"):
+            jobs.append(_variant_job(judged, name, path, how))
+    if args.imagenet_c:
+        jobs.append(_corruption_job(judged, args.imagenet_c, how, left_out))
+    if args.in9:
+        jobs.append(_background_job(judged, args, how))
+    if args.val:
+        jobs.append(_damage_job(judged, args, how, left_out))
+    scores: dict[str, Scores] = {}
+    for job in jobs:
+        scores |= job()
+    settings = ("head", *SETS, "saliency_weights", "saliency_head", "seed")
+    report = settings_of(args, judged.config, settings)
+    report |= {"image_size": judged.size, "classes": judged.num_classes}
+    return {**report, "left_out": left_out, "scores": {args.network: scores}}
+
+
+def _variant_job(judged: Classifier, name: str, path: Path, how: Extraction) -> Job:
+    photos, candidates = read_variant(name, path, judged.size, judged.classes, judged.view)
+    key = f"imagenet_{name}"
+
+    def job() -> dict[str, Scores]:
+        say(f"{key}: {len(photos)} photos, {len(candidates)} classes")
+        return {key: {"top1": top1(judged.model, photos, how, key, candidates)}}
+
+    return job
+
+
+def _corruption_job(
+    judged: Classifier, path: Path, how: Extraction, left_out: dict[str, str]
+) -> Job:
+    sets = read_corruptions(path, judged.size, judged.classes)
+
+    def job() -> dict[str, Scores]:
+        errors: dict[str, list[float]] = {}
+        for name, levels in sets.items():
+            for level, photos in levels.items():
+                say(f"imagenet_c: {name} {level}, {len(photos)} photos")
+                right = top1(judged.model, photos, how, f"{name} {level}")
+                errors.setdefault(name, []).append(100 - right)
+        scores = corruption_scores(errors)
+        if "mce" not in scores:
+            left_out["mce"] = f"{path} lacks some of the 15 standard corruptions"
+        return {"imagenet_c": scores}
+
+    return job
+
+
+def _background_job(judged: Classifier, args: argparse.Namespace, how: Extraction) -> Job:
+    sets = read_backgrounds(args.in9, judged.size)
+    mapped = read_in9_map(args.in9_map, judged.num_classes)
+
+    def job() -> dict[str, Scores]:
+        accuracies = {}
+        for name, photos in sets.items():
+            say(f"in9: {name}, {len(photos)} photos")
+            accuracies[name] = top1(judged.model, photos, how, f"in9 {name}", mapped=mapped)
+        return {"in9": background_scores(accuracies)}
+
+    return job
+
+
+def _damage_job(
+    judged: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
+) -> Job:
+    photos = PhotoSet(args.val, judged.size, judged.classes, judged.view)
+    saliency = _saliency(judged, args, how, left_out)
+    patch = judged.config["patch_size"]
+
+    def job() -> dict[str, Scores]:
+        say(f"occlusion and shuffling: {len(photos)} photos")
+        return curve_scores(measure(judged.model, saliency, photos, patch, how, args.seed))
+
+    return job
+
+
+def _saliency(
+    judged: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
+) -> Saliency | None:
+    """Whose attention says what is salient: the classifier's own backbone, or another one."""
+    backbone: Any = judged.model.backbone
+    config = judged.config
+    if args.saliency_weights:
+        other, config = load_backbone(args.saliency_weights)
+        backbone = other.to(how.device)
+    if config["arch"] in SWINS:
+        if args.saliency_weights:
+            raise ValueError(f"--saliency-weights {args.saliency_weights} is a Swin; give a ViT")
+        left_out["salient occlusion"] = "a Swin has no class token; give --saliency-weights"
+        return None
+    if judged.size % config["patch_size"]:
+        raise ValueError(
+            f"--saliency-weights {args.saliency_weights} has patches of {config['patch_size']}"
+            f" pixels, which do not tile views of {judged.size}"
+        )
+    heads = backbone.blocks[-1].attn.num_heads
+    if args.saliency_head is not None and not 0 <= args.saliency_head < heads:
+        raise ValueError(f"--saliency-head {args.saliency_head}: there are heads 0 to {heads - 1}")
+    return Saliency(backbone, args.saliency_head)
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        report = run(args)
+        path = finish(report, "robustness", args.json, HEADLINES)
+        if args.val:
+            picture = path.with_suffix(".png")
+            title = f"{args.checkpoint.name}, {args.val}"
+            draw_curves(report["scores"][args.network], picture, title)
+            print(picture)
+        for what, reason in report["left_out"].items():
+            print(f"left out: {what}: {reason}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

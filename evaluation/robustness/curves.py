@@ -1,0 +1,160 @@
+"""Accuracy over how much of the images is dropped or shuffled, and its picture."""
+
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ibeton.evaluation.command import Scores
+from ibeton.evaluation.frozen.features import Extraction, evaluating, normalized
+from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.evaluation.robustness.damage import (
+    GRIDS,
+    RATIOS,
+    drop,
+    fits,
+    nonsalient_drops,
+    orders,
+    random_drops,
+    salient_drops,
+    shuffle,
+)
+from ibeton.progress import progress
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """Whose attention says which patches are salient."""
+
+    backbone: nn.Module
+    head: int | None = None  # None: the mean of all heads
+
+    def attention(self, images: Tensor) -> Tensor:
+        """Normalized images [B, 3, S, S] -> what the class token pays each patch, float [B, N]."""
+        backbone: Any = self.backbone
+        heads = backbone.get_last_selfattention(images)[:, :, 0, 1:].float()
+        return heads.mean(dim=1) if self.head is None else heads[:, self.head]
+
+
+@dataclass
+class Tally:
+    """Photos that were classified right, by what was done to them, and patches dropped."""
+
+    right: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, float] = field(default_factory=dict)  # sums of shares
+    read: int = 0
+
+    def add(self, name: str, right: Tensor, drops: Tensor | None = None) -> None:
+        self.right[name] = self.right.get(name, 0) + int(right.sum())
+        if drops is not None:
+            share = float(drops.float().mean(dim=1).sum())
+            self.dropped[name] = self.dropped.get(name, 0.0) + share
+
+
+def measure(
+    model: nn.Module,
+    saliency: Saliency | None,  # None: random drops only
+    photos: PhotoSet,
+    patch_size: int,
+    how: Extraction,
+    seed: int = 0,
+) -> Tally:
+    """Classify each photo as it is and damaged in all ways, which a decoded photo goes through
+    together. Unreadable photos are named and left out. Raises ValueError if none can be read."""
+    tally, device = Tally(), torch.device(how.device)
+    views = view_batches(
+        photos,
+        np.arange(len(photos)),
+        how.batch_size,
+        how.threads,
+        pinned=device.type == "cuda",
+    )
+    modules = [model] if saliency is None else [model, saliency.backbone]
+    with progress("damage", len(photos)) as advance, evaluating(*modules), closing(views):
+        for batch in views:
+            for reason in batch.unreadable:
+                print(f"left out: {reason}", file=sys.stderr)
+            if len(batch.indices):
+                labels = torch.from_numpy(photos.labels[batch.indices]).to(device)
+                images = normalized(batch.images, device)
+                with torch.inference_mode(), how.autocast():
+                    _measure_batch(
+                        model, saliency, images, labels, batch.indices, patch_size, seed, tally
+                    )
+                tally.read += len(batch.indices)
+            advance(len(batch.indices) + len(batch.unreadable))
+    if not tally.read:
+        raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
+    return tally
+
+
+def _measure_batch(
+    model: nn.Module,
+    saliency: Saliency | None,
+    images: Tensor,
+    labels: Tensor,
+    indices: np.ndarray,
+    patch_size: int,
+    seed: int,
+    tally: Tally,
+) -> None:
+    def classify(name: str, damaged: Tensor, drops: Tensor | None = None) -> None:
+        tally.add(name, model(damaged).argmax(dim=1) == labels, drops)
+
+    size, photos = images.shape[2], indices.tolist()
+    classify("clean", images)
+    attention = None if saliency is None else saliency.attention(images)
+    for ratio in RATIOS:
+        drops = random_drops(photos, (size // patch_size) ** 2, ratio, seed)
+        classify(f"random_{ratio}", drop(images, drops), drops)
+        if attention is not None:
+            drops = salient_drops(attention, ratio)
+            classify(f"salient_{ratio}", drop(images, drops), drops)
+            drops = nonsalient_drops(attention, ratio)
+            classify(f"nonsalient_{ratio}", drop(images, drops), drops)
+    for rows, columns in GRIDS:
+        if fits(size, (rows, columns)):
+            order = orders(photos, rows * columns, seed)
+            classify(f"shuffle_{rows}x{columns}", shuffle(images, (rows, columns), order))
+
+
+def curve_scores(tally: Tally) -> dict[str, Scores]:
+    """Top-1 in percent by what was done; for drops also the share of patches in percent."""
+    accuracy = {name: 100 * right / tally.read for name, right in tally.right.items()}
+    occlusion: Scores = {"clean": accuracy["clean"]}
+    for name, total in tally.dropped.items():
+        occlusion[name] = accuracy[name]
+        occlusion[f"{name}_dropped"] = 100 * total / tally.read
+    shuffled: Scores = {"clean": accuracy["clean"]}
+    shuffled |= {k.removeprefix("shuffle_"): v for k, v in accuracy.items() if "shuffle" in k}
+    return {"occlusion": occlusion, "shuffle": shuffled}
+
+
+def draw_curves(scores: dict[str, Scores], path: Path, title: str) -> None:
+    """A PNG: top-1 over the share of dropped patches, and over the number of shuffled pieces."""
+    from ibeton.evaluation.pictures.canvas import INK, plt, save
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    occlusion, shuffled = scores["occlusion"], scores["shuffle"]
+    for kind in ("random", "salient", "nonsalient"):
+        names = [f"{kind}_{ratio}" for ratio in RATIOS if f"{kind}_{ratio}" in occlusion]
+        if names:
+            shares = [0.0, *(occlusion[f"{name}_dropped"] for name in names)]
+            values = [occlusion["clean"], *(occlusion[name] for name in names)]
+            axes[0].plot(shares, values, marker="o", markersize=3.5, label=kind)
+    axes[0].set_xlabel("patches dropped, %")
+    axes[0].legend(frameon=False)
+    names = ["1x1", *(name for name in shuffled if name != "clean")]
+    axes[1].plot(names, [shuffled["clean"], *(shuffled[n] for n in names[1:])], marker="o")
+    axes[1].set_xlabel("pieces shuffled, rows x columns")
+    for axis in axes:
+        axis.set_ylabel("top-1, %")
+        axis.set_ylim(0, None)
+        axis.grid(alpha=0.3)
+        axis.tick_params(colors=INK, labelsize=8)
+    save(figure, path, title)

@@ -1,0 +1,129 @@
+"""Commands on a frozen backbone whose data have a layout of their own: video, landmarks, copies.
+
+A `FrozenTask` reads its data, then scores one network after the other. Its command prints a table,
+writes the JSON that `evaluation.command` writes, and ends with a line of Markdown.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from ibeton.evaluation.command import (
+    Columns,
+    Scores,
+    add_checkpoint_options,
+    extraction_of,
+    show_scores,
+    write_json,
+)
+from ibeton.evaluation.frozen.features import Extraction
+from ibeton.evaluation.networks import load_with_head, untrained
+from ibeton.options import Parser
+
+Data = TypeVar("Data")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The network that a task judges."""
+
+    name: str  # "teacher", "student" or "untrained"
+    backbone: nn.Module  # on the device
+    config: dict[str, Any]  # the run's settings
+    how: Extraction
+
+
+@dataclass(frozen=True)
+class FrozenTask(Generic[Data]):
+    """A task and its command `ibeton NAME`."""
+
+    name: str
+    about: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    settings: tuple[str, ...]  # options that the JSON repeats
+    # Reads the layout; raises ValueError or OSError with a sentence for the user.
+    read: Callable[[argparse.Namespace, dict[str, Any]], Data]
+    scores: Callable[[argparse.Namespace, Data, Subject], dict[str, Scores]]
+    headlines: tuple[str, ...]  # scores in the line of Markdown
+
+
+def make_parser(task: FrozenTask) -> Parser:
+    parser = Parser(prog=f"ibeton {task.name}", description=task.about)
+    add_checkpoint_options(parser)
+    parser.add_argument(
+        "--untrained", action="store_true", help="also the same network before any training"
+    )
+    task.add_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
+    """The report; "scores" holds {network: {protocol: scores}}. Raises ValueError or OSError with
+    a sentence for the user."""
+    one_process(task.name)
+    how = extraction_of(args)
+    backbone, _, config = load_with_head(args.checkpoint, args.network)
+    if "image_size" in args:
+        args.image_size = view_size(args.image_size, config)  # here, so that the JSON has it
+    data = task.read(args, config)
+    networks = {args.network: backbone}
+    if args.untrained:
+        networks["untrained"] = untrained(config)[0]
+    scores: Columns = {}
+    for name, network in networks.items():
+        subject = Subject(name, network.to(how.device), config, how)
+        scores[name] = task.scores(args, data, subject)
+    return {**settings_of(args, config, task.settings), "left_out": {}, "scores": scores}
+
+
+def view_size(given: int | None, config: dict[str, Any]) -> int:
+    """The side of a view: `--image-size`, or what the model was built for. Raises ValueError for
+    one that patches do not tile."""
+    size, patch = given or config["image_size"], config["patch_size"]
+    if size < patch or size % patch:
+        raise ValueError(f"--image-size {size} is not a multiple of the patch size, {patch}")
+    return size
+
+
+def settings_of(
+    args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The part of a report that says what was judged, and how."""
+    given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    return {**plain, "arch": config["arch"]}
+
+
+def one_process(name: str) -> None:
+    """Raise ValueError under torchrun with several processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"ibeton {name} uses one process; run it without torchrun")
+
+
+def command(task: FrozenTask, argv: Sequence[str] | None = None) -> int:
+    """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
+    parser = make_parser(task)
+    args = parser.parse_args(argv)
+    try:
+        finish(run(args, task), task.name, args.json, task.headlines)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequence[str]) -> Path:
+    """Write and print a report; its path, which is beside the checkpoint where none is given."""
+    first = next(iter(report["scores"].values()))
+    if path is None:
+        sets = "+".join(protocol for protocol in first if protocol != name)
+        checkpoint = Path(report["checkpoint"])
+        path = checkpoint.with_name(".".join(filter(None, (checkpoint.stem, name, sets, "json"))))
+    write_json(report, path)
+    chosen = [(protocol, s) for protocol in first for s in headlines if s in first[protocol]]
+    show_scores(report["scores"], name, chosen)
+    return path

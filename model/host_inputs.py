@@ -1,0 +1,68 @@
+"""Values that the host computes anew in every step, such as random draws, and the device reads.
+
+A CUDA graph repeats what the device did, not what the host did. So code that draws or counts on the
+host passes its values through `from_host`. Outside a graph that is a plain copy to the device.
+Inside, the value gets a tensor of its own, which `HostInputs` fills again before every replay.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ibeton.model.masking import to_device
+
+_active: "HostInputs | None" = None
+
+
+class HostInputs:
+    """The tensors behind the `from_host` calls of one function, in the order of the calls.
+
+    Run the function inside `recording`, then, before each further run or replay, call `refill`.
+    The random numbers are those of an eager run if the random state is set before each of both.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[tuple[Callable[[], Tensor], Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []  # first values, not copied yet
+        self._position = 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, `from_host` hands out the tensors of this object."""
+        global _active
+        before, _active, self._position = _active, self, 0
+        try:
+            yield
+        finally:
+            _active = before
+        for tensor, value in self._pending:  # not part of the graph, or it would copy them forever
+            tensor.copy_(to_device(value, tensor.device))
+        self._pending.clear()
+
+    def refill(self) -> None:
+        """Compute every value again and copy it to the device. The host does not wait."""
+        for make, tensor in self._sources:
+            tensor.copy_(to_device(make(), tensor.device))
+
+    def next(self, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """The tensor of the next call; a call that is new gets a tensor with its first value."""
+        if self._position == len(self._sources):
+            value = make()
+            tensor = torch.empty_like(value, device=device)
+            self._sources.append((make, tensor))
+            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+                self._pending.append((tensor, value))
+            else:
+                tensor.copy_(value)
+        self._position += 1
+        return self._sources[self._position - 1][1]
+
+
+def from_host(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """`make()`, a tensor on the CPU, on `device`. Inside a CUDA graph `make` runs once per replay,
+    so it must not close over values of the step."""
+    if _active is None:
+        return to_device(make(), device)
+    return _active.next(make, device)

@@ -1,0 +1,117 @@
+"""Weights in the precision of matrix products: copied once per step for all networks, and a linear
+layer that uses the copies and gives float32 gradients.
+
+In shapes: T tokens, C channels that come in, D channels that leave.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibeton.model.kernels.launch import counted, kernels_run_on
+
+# parameter -> its copy, while a `HalfWeights.fresh` is open
+_copies: dict[Tensor, Tensor] = {}
+
+
+class HalfWeights:
+    """Copies of the parameters of linear layers and convolutions. Their memory stays the same from
+    step to step, as CUDA graphs need it."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._networks = list(networks)
+        self._pairs: dict[Tensor, Tensor] = {}
+
+    @contextmanager
+    def fresh(self, x: Tensor) -> Iterator[None]:
+        """Copy the parameters as they are now, in one go, if Triton kernels take the input x and
+        autocast is on. `in_dtype` finds the copies inside."""
+        dtype = product_dtype(x)
+        if kernels_run_on(x) and dtype is not x.dtype:
+            self._copy(dtype)
+            _copies.update(self._pairs)
+        try:
+            yield
+        finally:
+            for parameter in self._pairs:
+                _copies.pop(parameter, None)
+
+    @torch.no_grad()
+    def _copy(self, dtype: torch.dtype) -> None:
+        parameters = [
+            parameter
+            for network in self._networks
+            for layer in network.modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+            for parameter in layer.parameters(recurse=False)
+        ]
+        kept = {p: (p.device, dtype) for p in parameters}
+        if kept != {p: (copy.device, copy.dtype) for p, copy in self._pairs.items()}:
+            self._pairs = {p: torch.empty_like(p, dtype=dtype) for p in parameters}
+        torch._foreach_copy_(list(self._pairs.values()), list(self._pairs))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: that of autocast, if it is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter in `dtype`, without gradient: the step's copy, or one made now."""
+    copy = _copies.get(parameter)
+    if copy is not None and copy.dtype is dtype:
+        return copy
+    return parameter.detach().to(dtype)
+
+
+def half_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, C], weight [D, C], bias [D] -> [T, D]."""
+    return F.linear(x, weight.flatten(1), bias)
+
+
+def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`half_linear_reference` with the step's copies, in the dtype of autocast. The weight may be
+    that of a convolution."""
+    return _HalfLinear.apply(x, weight, bias, product_dtype(x))
+
+
+class _HalfLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        half_x, half_weight = x.to(dtype), in_dtype(weight, dtype).flatten(1)
+        ctx.save_for_backward(half_x, half_weight, weight, bias)
+        ctx.x_dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            if bias is None:
+                return half_x @ half_weight.t()
+            return torch.addmm(in_dtype(bias, dtype), half_x, half_weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, half_weight, weight, bias = ctx.saved_tensors
+        grad_x = (grad @ half_weight).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = weight_gradient([grad], [x], weight).view_as(weight)
+        grad_bias = None if bias is None else grad.sum(dim=0, dtype=bias.dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def weight_gradient(grads: list[Tensor], inputs: list[Tensor], weight: Tensor) -> Tensor:
+    """The sum of grad.T @ input over the pairs, in the dtype of `weight`. On CUDA the products
+    write float32, so nothing is rounded or cast in between."""
+    total: Tensor | None = None
+    for grad, x in zip(grads, inputs, strict=True):
+        if grad.dtype is not weight.dtype and (grad.is_cuda or counted()):
+            product = torch.mm(grad.t(), x, out_dtype=weight.dtype)
+        else:
+            product = (grad.t() @ x).to(weight.dtype)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total

@@ -1,0 +1,70 @@
+"""How this package launches Triton kernels, and how a benchmark counts launches without a GPU."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # builds of PyTorch without CUDA come without it
+    triton = None
+
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]  # and options of the compiler
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def tensors(self) -> list[Tensor]:
+        """What the kernel reads or writes."""
+        return [a for a in self.arguments if isinstance(a, Tensor)]
+
+
+Observer = Callable[[Launch], None]
+_observers: list[Observer] = []
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def counted() -> bool:
+    """Whether launches are counted, on tensors that stand for those of a GPU."""
+    return bool(_observers)
+
+
+def kernels_run_on(x: Tensor) -> bool:
+    """Whether Triton kernels take `x`: it is on CUDA and no float64, and Triton is installed. In
+    the interpreter, or while launches are counted, the device does not matter."""
+    if triton is None or x.dtype is torch.float64:
+        return False
+    return x.is_cuda or counted() or interpreted()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing."""
+    if _observers:
+        _observers[-1](Launch(kernel, arguments, constants))
+    elif all(grid):
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def counting(observer: Observer) -> Iterator[None]:
+    """Inside, kernels do not run: `observer` gets each launch."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.pop()

@@ -1,0 +1,227 @@
+"""Fine-tuning as people run it: it learns, is killed and resumes, runs on two processes, and says
+in one sentence what it cannot do."""
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_runs import STEPS_PER_EPOCH
+from photo_folders import COLORS, write_photos
+
+from ibeton.evaluation.finetune.__main__ import main
+from ibeton.evaluation.finetune.classifier import load_classifier
+from ibeton.evaluation.finetune.score import CenterViews, hits, score
+from ibeton.evaluation.finetune.sets import open_labeled
+from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
+
+STEPS = 4 * STEPS_PER_EPOCH
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, the optimizer's and the average's too."""
+    content = load_checkpoint(folder / "checkpoint.pt")
+    found = {**content["teacher"], **content["classifier"]}
+    found |= {f"ema.{k}": v for k, v in (content["ema"] or {}).items()}
+    for i, state in content["optimizer"]["state"].items():
+        found |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+    return found
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["lr"]) for r in records if "loss" in r]
+
+
+def scores(folder: Path, task: str = "finetune") -> dict[str, float]:
+    return json.loads((folder / "finetune.json").read_text())["scores"]["teacher"][task]
+
+
+def test_it_learns_and_leaves_a_classifier_that_scores_what_it_says(given, tmp_path, capsys):
+    options = ("--epochs", "8", "--mixup", "0", "--cutmix", "0", "--erasing", "0", "--augment", "")
+    assert main(given(tmp_path / "run", *options, "--lr", "2e-3", "--layer-decay", "1")) == 0
+    said = capsys.readouterr().out
+    found = scores(tmp_path / "run")
+    assert found["top1"] >= 80
+    assert f"top-1 {found['top1']:.2f} % after 8 epochs" in said
+    assert "data wait" in said
+    classifier, classes, settings = load_classifier(tmp_path / "run" / "checkpoint.pt")
+    assert classes == sorted(COLORS)
+    sets = open_labeled(settings["train"], settings["val"])
+    again = score(classifier, CenterViews(sets.val, settings["image_size"]), torch.device("cpu"), 4)
+    assert again["top1"] == found["top1"]
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["scores"][-1]["epoch"] == found["best_epoch"]
+    assert best["scores"][-1]["top1"] == found["best_top1"]
+
+
+EVERYTHING = ("--ema", "0.9", "--save-steps", "1", "--resume", "auto")
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(8, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
+def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(kills, start, tmp_path):
+    whole, broken, draws = tmp_path / "whole", tmp_path / "broken", random.Random(0)
+    assert start(whole, *EVERYTHING).wait() == 0
+    for i in range(kills):
+        process = start(broken, *EVERYTHING)
+        process.until_step(min(STEPS - 2, (i + 1) * STEPS // (kills + 1) - draws.randrange(2)))
+        time.sleep(draws.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -1, "it was over before it was killed"
+    last = start(broken, *EVERYTHING, "--workers", "3")
+    assert last.wait() == 0, last.said()[-3000:]
+    assert losses(broken) == losses(whole)
+    assert [step for step, *_ in losses(broken)] == list(range(STEPS))
+    one, other = weights(broken), weights(whole)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert scores(broken) == scores(whole)
+    assert not list(broken.glob(".*.partial"))
+
+
+def test_a_finished_run_is_told_again_and_not_trained_again(given, tmp_path):
+    options = given(tmp_path / "run", "--epochs", "1", "--resume", "auto")
+    assert main(options) == 0
+    before = scores(tmp_path / "run")
+    (tmp_path / "run" / "finetune.json").unlink()
+    assert main(options) == 0
+    assert scores(tmp_path / "run") == before
+
+
+def test_two_processes_and_parts_of_a_batch_do_what_one_process_does(start, tmp_path):
+    options = ("--drop-path", "0", "--epochs", "2", "--ema", "0.5")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    runs = [
+        start(tmp_path / "two", *options, environment={**group, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    runs += [start(tmp_path / "one", *options)]
+    runs += [start(tmp_path / "parts", *options, "--accumulate", "2")]
+    for process in runs:
+        assert process.wait() == 0, process.said()[-3000:]
+    one = weights(tmp_path / "one")
+    for folder in ("two", "parts"):
+        other = weights(tmp_path / folder)
+        assert one.keys() == other.keys()
+        for (step, loss, lr), (_, expected, rate) in zip(
+            losses(tmp_path / folder), losses(tmp_path / "one"), strict=True
+        ):
+            assert (loss, lr) == pytest.approx((expected, rate), rel=1e-4), (folder, step)
+        for name, tensor in one.items():
+            if not name.startswith("optimizer"):
+                torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+        assert scores(tmp_path / folder)["top1"] == pytest.approx(
+            scores(tmp_path / "one")["top1"],
+            abs=12,  # one photo of nine
+        )
+
+
+def test_a_request_to_stop_is_heard_after_the_step_and_the_run_saves(start, tmp_path):
+    process = start(tmp_path / "run", "--epochs", "400")
+    process.until_step(2)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 85
+    assert "stopped (SIGTERM)" in process.said()
+    content = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert 3 <= content["step"] < 400 * STEPS_PER_EPOCH
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "stopped"
+
+
+def test_a_sweep_runs_each_rate_and_reports_the_best(given, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    options = given(folder, "--epochs", "2", "--sweep", "1e-9", "3e-3", "--resume", "auto")
+    assert main(options) == 0
+    report = json.loads((folder / "finetune.json").read_text())
+    tried = report["sweep"]
+    assert set(tried) == {"1e-09", "0.003"}
+    assert report["scores"]["teacher"]["finetune"]["top1"] == max(tried.values())
+    assert "(best)" in capsys.readouterr().out
+    for rate, top1 in tried.items():
+        assert scores(folder / f"lr-{rate}")["top1"] == top1
+
+
+def test_few_labels_and_the_projection_layer_take_part(given, tmp_path):
+    recipe = ("--recipe", "semi", "--labels", "0.5", "--epochs", "2", "--warmup-epochs", "0")
+    assert main(given(tmp_path / "run", *recipe)) == 0
+    found = scores(tmp_path / "run", "semi_0.5")
+    assert found["photos"] == 12
+    assert "ema_top1" in found
+    content = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert content["classifier"]["neck.0.weight"].shape == (16, 32)
+    assert content["finetune"]["label_seed"] == 0
+
+
+def test_hits_count_the_first_and_the_first_five():
+    logits = torch.tensor([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1]])
+    assert hits(logits, torch.tensor([0, 0, 1])).tolist() == [1, 2]
+
+
+def unlike(checkpoint: Path, path: Path) -> Path:
+    """A checkpoint whose settings tell of another architecture than its tensors."""
+    content = load_checkpoint(checkpoint)
+    content["config"] = {**content["config"], "depth": 3}
+    save_checkpoint(path, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("also", "says"),
+    [
+        (["--batch-size", "1000"], "choose at most 24"),
+        (["--batch-size", "9"], "--mix-images"),
+        (["--accumulate", "3"], "3 part(s)"),
+        (["--image-size", "33"], "--image-size 33"),
+        (["--precision", "fp16"], "--precision fp16"),
+        (["--lr", "0"], "--lr"),
+        (["--warmup-epochs", "9"], "--warmup-epochs 9"),
+        (["--augment", "none"], "--augment none"),
+        (["--root", "x"], "--dataset"),
+        (["--labels", "0"], "above 0"),
+        (["--labels", "none.txt"], "none.txt"),
+        (["--network", "student", "--checkpoint", "missing.pt"], "missing.pt"),
+        (["--repeats", "3"], "--repeats 3"),
+        (["--sweep", "1e-3", "1e-3"], "--sweep"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(also, says, given, refused, tmp_path):
+    assert says in refused(given(tmp_path / "run", *also), tmp_path / "run")
+
+
+def test_other_checkpoints_and_folders_are_refused(given, refused, checkpoint, tmp_path):
+    run = tmp_path / "run"
+    said = refused(given(run, "--checkpoint", unlike(checkpoint, tmp_path / "deep.pt")), run)
+    assert "deep.pt: backbone of vit_s does not fit" in said
+    content = load_checkpoint(checkpoint)
+    backbone = {k: v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+    save_checkpoint(tmp_path / "bare.pt", {"teacher": backbone, "config": content["config"]})
+    bare = ("--checkpoint", tmp_path / "bare.pt")
+    assert "no projection head" in refused(given(run, *bare, "--projection"), run)
+    assert "--network student" in refused(given(run, *bare, "--network", "student"), run)
+    (tmp_path / "text.pt").write_text("hello")
+    assert "text.pt" in refused(given(run, "--checkpoint", tmp_path / "text.pt"), run)
+    more = write_photos(tmp_path / "more", {**COLORS, "white": (200, 200, 200)}, 1)
+    assert "white" in refused(given(run, "--val", more), run)
+
+
+def test_two_runs_never_share_a_folder(given, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(given(folder, "--epochs", "1")) == 0
+    for also, says in (
+        ((), "already holds a run"),
+        (("--resume", "auto", "--epochs", "2"), "--epochs 1 is now 2"),
+        (("--resume", "auto", "--epochs", "1", "--labels", "0.5"), "--labels"),
+    ):
+        capsys.readouterr()
+        options = ("--epochs", "1", *also)
+        assert main(given(folder, *options)) == 2
+        assert says in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Each Triton kernel against its reference, values and every gradient. On CUDA where there is a
+device, else in Triton's interpreter: `test_interpreted.py` runs this file so."""
+
+import pytest
+import torch
+
+from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from ibeton.model.kernels.column_sums import column_sums, column_sums_reference
+from ibeton.model.kernels.half_weights import (
+    HalfWeights,
+    half_linear,
+    half_linear_reference,
+    in_dtype,
+)
+from ibeton.model.kernels.launch import interpreted
+from ibeton.model.kernels.packed_attention import (
+    attend,
+    attention_backward,
+    attention_reference,
+    pack_gradients,
+    pack_gradients_reference,
+)
+from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not interpreted(), reason="wants CUDA or Triton's interpreter"
+    ),
+    *([] if DEVICE == "cpu" else [pytest.mark.gpu]),
+]
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+DTYPES = [torch.float32, torch.float16, *slow(torch.bfloat16)]
+# Tokens and width: odd ones, one row, one row over a tile. A norm over a single value has no slope.
+SHAPES = [(41, 24), *slow((1, 5), (70, 300), (129, 16))]
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def outcome(function, leaves, upstream):
+    """Outputs and the gradients of the leaves."""
+    for leaf in leaves:
+        leaf.grad = None
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, upstream[: len(outputs)])
+    return [o.detach() for o in outputs] + [leaf.grad for leaf in leaves]
+
+
+def assert_near(mine, reference):
+    """Within two roundings of the format of each tensor's largest value, and 1e-5 in float32."""
+    for i, (a, b) in enumerate(zip(mine, reference, strict=True)):
+        assert a.dtype == b.dtype, i
+        assert a.shape == b.shape, i
+        error = (a.double() - b.double()).abs().max()
+        tolerance = max(1e-5, 2 * torch.finfo(a.dtype).eps)
+        assert error <= tolerance * (1e-2 + b.double().abs().max()), (i, float(error))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has", ["nothing", "all", *slow("branch", "bias", "factor")])
+def test_residual_norm(shape, dtype, has):
+    tokens, width = shape
+    leaves = {"x": draw(*shape), "gamma": draw(width, seed=1), "beta": draw(width, seed=2)}
+    factor = None
+    if has != "nothing":
+        leaves["out"] = draw(*shape, dtype=dtype, seed=3)
+    if has in ("bias", "all"):
+        leaves["bias"] = draw(width, seed=4)
+    if has == "all":
+        leaves["scale"] = draw(width, seed=5)
+    if has in ("factor", "all"):
+        factor = (draw(tokens, 1, seed=6) > -0.5) / 0.7
+    names = list(leaves)
+    values = [leaf.requires_grad_() for leaf in leaves.values()]
+
+    def run(kernel):
+        def call(*arguments):
+            given = dict(zip(names, arguments, strict=True))
+            branch = None
+            if "out" in given:
+                branch = Branch(given["out"], given.get("bias"), given.get("scale"), factor)
+            return kernel(given["x"], branch, given["gamma"], given["beta"], 1e-6, dtype)
+
+        return outcome(call, values, [draw(*shape, seed=7), draw(*shape, dtype=dtype, seed=8)])
+
+    assert_near(run(residual_norm), run(residual_norm_reference))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_gelu(shape, dtype):
+    leaves = [(3 * draw(*shape, dtype=dtype)).requires_grad_(), draw(shape[1]).requires_grad_()]
+    upstream = [draw(*shape, dtype=dtype, seed=1)]
+    mine, reference = (
+        outcome(function, leaves, upstream) for function in (bias_gelu, bias_gelu_reference)
+    )
+    assert_near(mine, reference)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 65), (33, 128), (70, 7)])
+def test_column_sums(shape):
+    assert_near([column_sums(draw(*shape))], [column_sums_reference(draw(*shape))])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("programs", [3, *slow(1, 40)])
+@pytest.mark.parametrize("strided", [True, *slow(False)])
+def test_pack_gradients(dtype, programs, strided):
+    images, heads, tokens, channels = 3, 2, 7, 12
+    grads = [draw(images, heads, tokens, channels, dtype=dtype, seed=i) for i in range(3)]
+    if strided:  # as attention gives them for packed tokens
+        grads = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads]
+    out = grads[0].new_empty(images * tokens, 3 * heads * channels)
+    partial = torch.full((programs, out.shape[1] + 5), torch.nan, device=DEVICE)
+    pack_gradients(grads, out, partial[:, 2:-3])
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
+    packed, sums = pack_gradients_reference(grads)
+    assert torch.equal(out, packed)
+    assert_near([partial[:, 2:-3].sum(0)], [sums])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shapes", [[(3, 5), (4, 2)], *slow([(3, 5)], [(1, 1), (1, 9), (2, 3)])])
+def test_attention_of_packed_tokens(dtype, shapes):
+    heads, width = 2, 24
+    counts = [images * tokens for images, tokens in shapes]
+    qkv = draw(sum(counts), 3 * width, dtype=dtype)
+    upstream = draw(sum(counts), width, dtype=dtype, seed=1)
+    attended = [
+        attend(part, images, tokens, heads, True)
+        for part, (images, tokens) in zip(qkv.split(counts), shapes, strict=True)
+    ]
+    partial = torch.full((max(4, len(shapes)), 3 * width), torch.nan, device=DEVICE)
+    grad = attention_backward(list(upstream.split(counts)), attended, partial)
+    exact = qkv.double().requires_grad_()
+    out = torch.cat(
+        [
+            attention_reference(part, images, tokens, heads)
+            for part, (images, tokens) in zip(exact.split(counts), shapes, strict=True)
+        ]
+    )
+    out.backward(upstream.double())
+    tolerance = 1e-5 if dtype is torch.float32 else 4e-3
+    for mine, expected in (
+        (torch.cat([a.out for a in attended]), out),
+        (grad, exact.grad),
+        (partial.sum(0), exact.grad.sum(0)),
+    ):
+        assert (mine - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_half_linear(bias, dtype):
+    linear = torch.nn.Linear(24, 40, bias=bias, device=DEVICE)
+    leaves = [draw(37, 24).requires_grad_(), *linear.parameters()]
+    upstream = [draw(37, 40, dtype=dtype or torch.float32, seed=1)]
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        mine, reference = (
+            outcome(lambda x, w, b=None, f=f: f(x, w, b), leaves, upstream)
+            for f in (half_linear, half_linear_reference)
+        )
+    for a, b in zip(mine, reference, strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 1e-5 if dtype is None else 4 * torch.finfo(dtype).eps
+        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
+
+
+def test_copies_of_weights_are_those_of_now_and_gone_afterwards():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).to(DEVICE)
+    weight, copies = network[0].weight, HalfWeights([network])
+    with torch.autocast(DEVICE, torch.float16):
+        for _ in range(2):
+            with copies.fresh(draw(1)):
+                copy = in_dtype(weight, torch.float16)
+                assert in_dtype(weight, torch.float16) is copy
+                assert torch.equal(copy, weight.half())
+            with torch.no_grad():
+                weight.add_(1)
+            assert torch.equal(in_dtype(weight, torch.float16), weight.half())

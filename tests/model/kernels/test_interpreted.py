@@ -1,0 +1,55 @@
+"""The Triton kernels in Triton's interpreter, which is chosen when Triton is imported: hence a
+process of its own, with the tests that hold for every path."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+pytest.importorskip("triton")
+KERNELS = ["tests/model/kernels/test_fused.py"]
+BLOCK = "tests/model/backbones/test_vit.py"
+STEP = "tests/model/test_reference.py"
+PATHS = [  # the published backbone; the step against the reference
+    f"{BLOCK}::test_tokens_with_masks[packed-96]",
+    f"{BLOCK}::test_gradients_through_masked_forward[packed-96]",
+    f"{STEP}::test_every_setting[dtype0-plain]",
+    f"{STEP}::test_every_setting[dtype0-not_recomputed]",
+    f"{STEP}::test_every_setting[dtype0-mean_pool]",
+    f"{STEP}::test_half_precision[plain-dtype1]",
+]
+LONG = [
+    *(BLOCK, f"{STEP}::test_every_setting", f"{STEP}::test_half_precision"),
+    *(f"{STEP}::test_every_batch", "tests/model/test_loss.py", "tests/model/test_trajectory.py"),
+    *("tests/model/test_head.py", "tests/model/test_ibot.py"),
+]
+
+
+def in_interpreter(*tests):
+    """Run these tests in the interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_kernels_equal_their_references():
+    in_interpreter(*KERNELS)
+
+
+def test_the_published_backbone_and_the_step_hold():
+    in_interpreter(*PATHS)
+
+
+@pytest.mark.slow
+def test_every_fixture_and_setting_holds():
+    in_interpreter("-m", "slow or not slow", *KERNELS, *LONG)

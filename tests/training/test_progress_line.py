@@ -1,0 +1,45 @@
+"""What the progress line shows, at 80 columns and piped."""
+
+import pytest
+from small_runs import Start
+
+from ibeton.training.progress_line import clock, place_fields, progress_line, step_fields
+
+RECORD = {
+    **{"loss": 6.8201, "cls": 6.51, "patch": 0.31, "images_per_s": 963.4, "data_wait": 0.02},
+    **{"peak_share": 0.16, "memory_gib": 6.12},
+}
+FIELDS = step_fields(RECORD) | place_fields(150, 6250, 63, 10931.0)
+
+
+def test_a_wide_line_has_everything_in_order() -> None:
+    assert progress_line(FIELDS, 200) == (
+        "epoch 3/100  step 150/6,250  loss 6.820  (cls 6.510 patch 0.310)  963 images/s"
+        "  data wait 2%  16% of peak  6.1 GiB  ETA 3:02:11"
+    )
+
+
+@pytest.mark.parametrize("width", [20, 40, 69, 80, 100])
+def test_a_line_fits_its_width_and_keeps_what_matters_most(width: int) -> None:
+    line = progress_line(FIELDS, width)
+    assert len(line) <= max(width, 24)
+    assert line.startswith("epoch 3/100")
+    assert "loss 6.820" in line
+    if width >= 69:  # 80 columns less the bar
+        assert "963 images/s" in line
+        assert "ETA 3:02:11" in line
+        assert "data wait 2%" in line
+
+
+def test_clocks() -> None:
+    assert [clock(s) for s in (-5, 59.6, 7261, 72 * 3600)] == [
+        *("0:00:00", "0:01:00", "2:01:01", "3.0 days")
+    ]
+
+
+def test_a_short_piped_run_prints_its_losses(start: Start, tmp_path) -> None:
+    process = start(tmp_path / "run", "--stop-after", "3")
+    assert process.wait() == 0, process.said()[-2000:]
+    lines = [line for line in process.said().splitlines() if " loss " in line]
+    assert [line.split("  ")[1] for line in lines] == ["step 1/24", "step 3/24"]
+    assert not any(line.startswith(("{", "}")) for line in process.said().splitlines())

@@ -1,0 +1,123 @@
+"""What a run says of its memory, time and disk: in words, and held against a real run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import Start, records
+
+from ibeton.model import ModelConfig, build
+from ibeton.model.checkpoint import model_state
+from ibeton.training.timing.forecast import (
+    FirstSteps,
+    cache_line,
+    checkpoint_bytes,
+    disk_line,
+    duration,
+    forecast_line,
+    gib,
+    number,
+)
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+def step(wait: float = 0.0) -> dict[str, float]:
+    return {"wait": wait, "backward": 0.5}
+
+
+def test_a_forecast_comes_once_from_steps_after_the_first_two() -> None:
+    steps = FirstSteps(1002, world_size=4, device=CPU)
+    said = [steps.add(8, {"backward": 100.0}) for _ in range(2)]  # compiled: not counted
+    said += [steps.add(8, step()) for _ in range(20)]
+    (line,) = filter(None, said)
+    assert said.index(line) == 11, "two skipped, ten measured"
+    assert "8.25 min left at 64 images/s; the model limits (data wait 0%)" in line
+    assert re.search(r"memory [\d,.]+ [MG]iB at the peak", line)
+
+
+def test_a_slow_step_is_not_waited_for_ten_times() -> None:
+    steps = FirstSteps(100, world_size=1, device=CPU)
+    said = [steps.add(8, {"backward": 11.0}) for _ in range(5)]
+    assert [bool(line) for line in said] == [False, False, False, True, False]
+
+
+def test_a_waiting_model_is_limited_by_its_loader() -> None:
+    steps = FirstSteps(100, world_size=1, device=CPU)
+    said = "".join(steps.add(8, step(wait=0.5)) for _ in range(12))
+    assert "the loader limits (data wait 50%)" in said
+
+
+@pytest.mark.parametrize("left", [-3, 0, 1, 12])
+def test_nothing_is_forecast_of_a_run_that_is_over_by_then(left: int) -> None:
+    steps = FirstSteps(left, world_size=1, device=CPU)
+    assert not any(steps.add(8, step()) for _ in range(13))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.01, "1 s"),
+        (59, "59 s"),
+        (900, "15 min"),
+        (3.5 * 3600, "3.5 h"),
+        (40 * 3600, "40 h"),
+        (72 * 3600, "3 days"),
+        (1250 * 86400, "1,250 days"),
+    ],
+)
+def test_durations_have_a_unit_that_suits(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_numbers_have_three_digits_and_no_powers_of_ten() -> None:
+    assert [number(v) for v in (0.0123, 1.5, 99.94, 1250.4, 1e6)] == [
+        *("0.0123", "1.5", "99.9", "1,250", "1,000,000")
+    ]
+    assert [gib(v) for v in (1.5 * GIB, 300 * 2**20, 120 * GIB)] == [
+        "1.5 GiB",
+        "300 MiB",
+        "120 GiB",
+    ]
+    assert "1,250 images/s" in forecast_line(60, 1250.0, 0.01, "")
+
+
+def test_lines_on_cache_and_disk() -> None:
+    assert "64 GiB of memory free: read from disk once" in cache_line(50 * GIB, 64 * GIB)
+    assert "every epoch reads from disk" in cache_line(129 * GIB, 64 * GIB)
+    assert disk_line(2 * GIB, 9, 20 * GIB).endswith("20 GiB free: fits"), "nine, and one partial"
+    assert "will not fit" in disk_line(2 * GIB, 10, 20 * GIB)
+
+
+def test_a_checkpoint_is_as_large_as_its_tensors() -> None:
+    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "out_dim": 96, "hidden_dim": 40}
+    ibot = build(ModelConfig(**sizes, bottleneck_dim=20))
+    student, teacher, _ = model_state(ibot).values()
+    of_student, of_teacher = (
+        sum(t.nbytes for name, t in state.items() if "last_layer2" not in name)  # saved once
+        for state in (student, teacher)
+    )
+    for optimizer, moments in (("adamw", 2), ("sgd", 1)):
+        expected = (1 + moments) * of_student + of_teacher
+        assert checkpoint_bytes(ibot, optimizer) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_tells_what_it_will_take(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, "--epochs", "100000", "--keep-every", "10", "--stop-after", "16")
+    assert process.wait() == 0, process.said()[-2000:]
+    said = process.said()
+    assert "page cache:" in said
+    assert "read from disk once" in said
+    disk = next(line for line in said.splitlines() if line.startswith("disk:"))
+    assert re.search(r"for 2 checkpoints of [\d.]+ MiB", disk), "two epochs, not 100,000"
+    (line,) = (line for line in said.splitlines() if "forecast from the first steps" in line)
+    assert " left at " in line
+    assert len(records(folder)) == 16
+    again = start(folder, "--epochs", "100000", "--keep-every", "10", "--stop-after", "16",
+                  "--resume", "auto")  # fmt: skip
+    assert again.wait() == 0, again.said()[-2000:]
+    assert "forecast" not in again.said(), "there is nothing left"
+    assert "-0" not in again.said()

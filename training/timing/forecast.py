@@ -1,0 +1,169 @@
+"""What a run will take: page cache and disk before its first step; memory, run time and the
+bottleneck from its first steps, as they were measured. It only informs."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ibeton.model import IBOT
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.training import checkpoints
+from ibeton.training.run import Run
+from ibeton.training.timing.bottleneck import MUCH_WAIT
+from ibeton.training.timing.speed import Window, peak_memory
+
+_LOOKED_AT = 16  # photos of a folder that are weighed
+_MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers an optimizer keeps per weight
+_SKIPPED = 2  # first steps, in which things are compiled and allocated
+_MEASURED, _SECONDS = 10, 20.0  # steps that a forecast is made of, or fewer if they take that long
+_FLOAT = 4  # bytes
+
+
+def preflight(run: Run) -> str:
+    """Whether photos fit in memory and checkpoints on the disk, in two lines. What the machine
+    does not tell is called unknown, with the reason: nothing is raised."""
+    lines = {"page cache": _page_cache, "disk": _disk}
+    return "\n".join(f"{name}: {_told(tell, run)}" for name, tell in lines.items())
+
+
+def _told(tell: Callable[[Run], str], run: Run) -> str:
+    try:
+        return tell(run)
+    except Exception as error:  # a forecast is never worth a run
+        return f"unknown: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _page_cache(run: Run) -> str:
+    path, photos = Path(run.config.pipeline.data), run.loader.photos
+    if path.is_file():
+        return cache_line(path.stat().st_size, available_memory())
+    sizes = []
+    for index in np.linspace(0, len(photos) - 1, _LOOKED_AT).astype(int).tolist():
+        try:
+            sizes.append(len(photos.photo_bytes(index)))
+        except UnreadablePhoto:
+            continue
+    return cache_line(len(photos) * float(np.mean(sizes or [0])), available_memory())
+
+
+def cache_line(photos: float, free: float) -> str:
+    """Whether `photos` bytes stay in `free` bytes of memory between epochs."""
+    head = f"{gib(photos)} of photos, {gib(free)} of memory free: "
+    if photos <= free:
+        return f"{head}read from disk once"
+    return (
+        f"{head}does not fit, so every epoch reads from disk; `ibeton convert --max-resolution`"
+        " makes photos smaller"
+    )
+
+
+def _disk(run: Run) -> str:
+    options, per_epoch = run.config.run, run.loader.steps_per_epoch
+    last = min(options.epochs * per_epoch, options.stop_after or options.epochs * per_epoch)
+    epochs = last // per_epoch
+    stay = epochs // options.keep_every if options.keep_every else 0
+    saves = max(1, epochs + (last // options.save_steps if options.save_steps else 0))
+    rolling = min(options.keep_last, saves)
+    to_come = max(0, stay + rolling - len(checkpoints.listed(run.folder)))
+    folder = run.folder.absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    size = checkpoint_bytes(run.ibot, options.optimizer)
+    return disk_line(size, to_come, shutil.disk_usage(there).free)
+
+
+def checkpoint_bytes(ibot: IBOT, optimizer: str) -> float:
+    """Bytes of a checkpoint: student, teacher, and what the optimizer keeps."""
+    student, teacher = (
+        sum(p.numel() for p in network.parameters()) for network in (ibot.student, ibot.teacher)
+    )
+    return float(_FLOAT * (student * (1 + _MOMENTS[optimizer]) + teacher))
+
+
+def disk_line(checkpoint: float, to_come: int, free: float) -> str:
+    """Whether `to_come` checkpoints and the one being written fit."""
+    need = checkpoint * (to_come + 1)
+    head = f"{gib(need)} for {to_come} checkpoints of {gib(checkpoint)}, {gib(free)} free: "
+    return head + (
+        "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
+    )
+
+
+class FirstSteps:
+    """Turns the first steps of a process into a forecast, once.
+
+    `steps_left` are those from the first one measured on, `world_size` the processes that step
+    together.
+    """
+
+    def __init__(self, steps_left: int, world_size: int, device: torch.device) -> None:
+        self._left, self._world_size, self._device = steps_left, world_size, device
+        self._window, self._seen, self._said = Window(), 0, False
+
+    def add(self, images: int, parts: dict[str, float]) -> str:
+        """Add a step of this process; the forecast, when enough steps are measured, else ""."""
+        self._seen += 1
+        if self._seen <= _SKIPPED or self._said:
+            return ""
+        self._window.add(images, parts, {})
+        enough = self._window.steps >= _MEASURED or self._window.seconds >= _SECONDS
+        if not enough or self._seen >= self._left:
+            return ""
+        self._said = True
+        step = self._window.seconds / self._window.steps
+        return forecast_line(
+            step * (self._left - self._seen),
+            self._window.images_per_s * self._world_size,
+            self._window.waiting / self._window.seconds,
+            memory_words(self._device),
+        )
+
+
+def forecast_line(seconds: float, images_per_s: float, waiting: float, memory: str) -> str:
+    """What is left at the measured rate, what limits, and the memory."""
+    limit = "the loader" if waiting > MUCH_WAIT else "the model"
+    return (
+        f"forecast from the first steps: {duration(seconds)} left at {number(images_per_s)}"
+        f" images/s; {limit} limits (data wait {waiting:.0%}); memory {memory}"
+    )
+
+
+def memory_words(device: torch.device) -> str:
+    """The peak of this process so far, of what its device has."""
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        held = torch.cuda.max_memory_reserved(device)
+        return f"{gib(peak_memory(device))} at the peak, {gib(held)} reserved of {gib(total)}"
+    try:
+        return f"{gib(peak_memory(device))} at the peak, {gib(available_memory())} still free"
+    except (OSError, ValueError):
+        return f"{gib(peak_memory(device))} at the peak"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= (2 if unit == "days" else 1) * length:
+            return f"{number(seconds / length)} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def number(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, small ones in MiB."""
+    return f"{number(size / 2**30)} GiB" if size >= 2**30 else f"{number(size / 2**20)} MiB"
+
+
+def available_memory() -> float:
+    """Bytes that programs may still take, page cache included, as Linux tells. Raises
+    FileNotFoundError elsewhere."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) * 1024
+    raise ValueError("the kernel does not say how much memory is available")
