@@ -4,8 +4,11 @@ the time in which a copy moves the bytes that it must move.
 `python benchmarks/kernels.py` runs Triton on CUDA where there is a device, else the CPU's path. The
 two sides take turns on the same tensors. "of copy" is the speed of a large copy, measured in the
 same rounds, as the limit: 100 % would be a kernel that does nothing but move its bytes. The linear
-layers are bound by their matrix product instead: for them what counts is the bytes that they keep
-for the backward, which the last column gives against the reference.
+layers that recompute norm or GELU are bound by their matrix product instead: for them what counts
+is the bytes that they keep for the backward, which the last column gives against the reference.
+
+With --compile nothing is timed: it compiles all kernels of a training step for sm_70, sm_80 and
+sm_90, without a GPU, and lists their registers, shared memory and spills.
 """
 
 import argparse
@@ -20,10 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ibeton.benchmarks.harness.budget_launches import Settings, record_step
+from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.model import ModelConfig
+from ibeton.model.config import ARCHITECTURES
+from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ibeton.model.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
+from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,6 +63,34 @@ def loss_case(name: str, rows: int, teachers: int, prototypes: int, targets: int
     )
 
 
+def fused_cases(tokens: int, width: int, x: Any) -> list[Case]:
+    """The kernels of a block, on CUDA alone. The stream is float32 in any precision."""
+    stream = torch.randn(tokens, width, device=x["device"])
+    out, hidden = torch.randn(tokens, width, **x), torch.randn(tokens, 4 * width, **x)
+    gamma, beta, bias = torch.randn(3, width, device=x["device"]).unbind()
+    hidden_bias = torch.randn(4 * width, device=x["device"])
+    branch, dtype = Branch(out, bias), x["dtype"]
+    small, wide = out.numel() * out.element_size(), hidden.numel() * hidden.element_size()
+    return [
+        Case(
+            f"residual + norm [{tokens}, {width}]",
+            lambda t: residual_norm(t, branch, gamma, beta, 1e-6, dtype)[1],
+            lambda t: residual_norm_reference(t, branch, gamma, beta, 1e-6, dtype)[1],
+            stream,
+            # Forward: stream read and written, branch read, norm written. Backward: gradient and
+            # stream read, gradients of stream and branch written.
+            4 * 4 * stream.numel() + 4 * small,
+        ),
+        Case(
+            f"bias + GELU [{tokens}, {4 * width}]",
+            lambda t: bias_gelu(t, hidden_bias),
+            lambda t: bias_gelu_reference(t, hidden_bias),
+            hidden,
+            5 * wide,
+        ),
+    ]
+
+
 def linear_cases(tokens: int, width: int, x: Any) -> list[Case]:
     norm = nn.LayerNorm(width).to(**x)
     up, down = nn.Linear(width, 4 * width).to(**x), nn.Linear(4 * width, width).to(**x)
@@ -63,14 +100,14 @@ def linear_cases(tokens: int, width: int, x: Any) -> list[Case]:
     moved_down = (3 * large.numel() + 2 * small.numel()) * small.element_size()
     return [
         Case(
-            f"norm + linear [{tokens}, {width}]",
+            f"recomputed norm + linear [{tokens}, {width}]",
             lambda t: norm_linear(t, norm, up),
             lambda t: norm_linear_reference(t, norm, up),
             small,
             moved,
         ),
         Case(
-            f"GELU + linear [{tokens}, {4 * width}]",
+            f"recomputed GELU + linear [{tokens}, {4 * width}]",
             lambda t: gelu_linear(t, down),
             lambda t: gelu_linear_reference(t, down),
             large,
@@ -128,6 +165,22 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     return {"seconds": times, "bytes": case.bytes, "kept": kept}
 
 
+def show_resources(arch: str, dtype: torch.dtype | None, console: Console) -> None:
+    """What every kernel of a step takes, compiled for three architectures."""
+    table = Table(
+        title=f"kernels of {arch}: registers per thread / bytes of shared memory / spills"
+    )
+    for heading in ("kernel", "width", "warps", "sm_70", "sm_80", "sm_90"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    settings = Settings(ModelConfig(arch=arch, depth=2), 4, dtype=dtype)
+    for launch in distinct(record_step(settings).kernels):
+        made = [compile_launch(launch, capability) for capability in (70, 80, 90)]
+        width = launch.constants.get("WIDTH", launch.constants.get("PROTOTYPES", ""))
+        cells = [f"{m.registers} / {m.shared} / {m.spills}" for m in made]
+        table.add_row(launch.name, str(width), str(made[0].warps), *cells)
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +188,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="of 2 + 10 views of ViT-S/16")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each side")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--compile", choices=tuple(ARCHITECTURES), help="list what its kernels take, and end"
+    )
     args = parser.parse_args()
+    console = Console(width=110)
+    if args.compile:
+        half = args.precision != "fp32"
+        show_resources(args.compile, DTYPES[args.precision] if half else None, console)
+        return
     x = {"device": args.device, "dtype": DTYPES[args.precision]}
     masked = args.images * 2 * 196 * 15 // 100  # the mean share of masked patches
     cases = [
@@ -144,6 +205,8 @@ def main() -> None:
         loss_case("patch loss", max(1, masked // 8), max(1, masked // 8), 65_536, 1, x),
         *linear_cases(args.images * (2 * 197 + 10 * 37), 384, x),
     ]
+    if args.device == "cuda":
+        cases += fused_cases(args.images * (2 * 197 + 10 * 37), 384, x)
     table = Table(title=f"forward and backward, ms, {args.precision} on {args.device}")
     for heading in ("kernel", "fused", "reference", "reference / fused", "of copy", "kept"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
@@ -159,7 +222,6 @@ def main() -> None:
             spread([100 * c * case.bytes / a for a, c in zip(fused, copy, strict=True)]) + " %",
             f"{result['kept']['fused'] / result['kept']['reference']:.2f}",
         )
-    console = Console(width=110)
     console.print(table)
     about = machine("torch", "triton")
     if args.device == "cuda":

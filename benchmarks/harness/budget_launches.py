@@ -8,7 +8,8 @@ read off a profile of an H100 (see `benchmarks.harness.budget_rates`).
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -18,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from ibeton.model import ModelConfig, build, training_step
+from ibeton.model import ModelConfig, build
 from ibeton.model.backbones.blocks import Kept, Shapes
 from ibeton.model.kernels.launch import Launch, counting
-from ibeton.model.masking import MaskedPatches
+from ibeton.model.masking import BUCKETS
 from ibeton.model.optim import build_optimizer
-from ibeton.model.steps import StepInputs
+from ibeton.model.steps import Step, StepInputs
 
 MASKED_SHARE = 0.15  # mean share of masked patches in the published recipe
 SPLIT_K = 8  # a product whose inner dimension is so many times the outer ones runs in two kernels
@@ -162,40 +163,38 @@ def record_step(settings: Settings) -> Recorder:
         scaler = torch.amp.GradScaler("cpu") if settings.dtype is torch.float16 else None
         size, grid = model.image_size, model.image_size // model.patch_size
         views, images, local = model.global_crops_number, settings.images, settings.local_size
-        batch = (
+        masked = views * images * grid * grid
+        unit = -(-masked // BUCKETS)
+        rows = -(-int(MASKED_SHARE * masked) // unit) * unit
+        inputs = StepInputs(
             torch.empty(views, images, 3, size, size),
             torch.empty(model.local_crops_number, images, 3, local, local),
             torch.zeros(views, images, grid, grid, dtype=torch.bool),
+            torch.empty(1, rows, dtype=torch.int64),
+            torch.empty(1, rows, dtype=torch.float64),
+            torch.empty(5, dtype=torch.float64),
         )
+        on_host = SimpleNamespace(is_cuda=False, tolist=lambda: [1e-3, 0.1, 0.99, 0.07, 0.07])
+        step = Step(ibot, optimizer, scaler, autocast_dtype=settings.dtype)
         with (
             recorder,
             mock.patch("ibeton.model.ibot.stage", stage),
             mock.patch("ibeton.model.steps.stage", stage),
         ):
-            training_step(
-                ibot, optimizer, scaler, *batch,
-                epoch=0, lr=1e-3, weight_decay=0.1, momentum=0.99, freeze_last_layer=0,
-                autocast_dtype=settings.dtype,
-            )  # fmt: skip
+            gradients = step.compute_gradients(inputs, epoch=1)
+            step.update_weights(inputs._replace(rates=cast(Tensor, on_host)), 1, gradients)
     return recorder
 
 
 @contextmanager
 def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str], Any]]:
     """Fake tensors that stand for those of a GPU. (They are on the CPU, as PyTorch cannot run a
-    backward on fake CUDA tensors where there is no GPU.) What the host draws and counts from data
-    is given: all samples kept, and the mean number of masked patches."""
+    backward on fake CUDA tensors where there is no GPU.) What the host draws
+    is given: stochastic depth keeps all samples."""
 
     def kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
         tokens = sum(images * length for images, length in shapes)
         return [Kept(None, shapes, 1.0, torch.empty(tokens, 1)) if rate else None for rate in rates]
-
-    def patches(masks: Tensor, *_: Any) -> MaskedPatches:
-        step = -(-masks.numel() // 32)  # sizes are rounded up on CUDA
-        count = -(-int(MASKED_SHARE * masks.numel()) // step) * step
-        return MaskedPatches(
-            torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
-        )
 
     def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, difference = torch.empty(len(student)), torch.empty_like(student)
@@ -219,7 +218,6 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         stack.enter_context(mock.patch("ibeton.model.steps.StepInputs.on", on))
         patch = mock.patch
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
-        stack.enter_context(patch("ibeton.model.steps.masked_patches", patches))
         stack.enter_context(patch("ibeton.model.kernels.cross_entropy.rows_by_chunk", rows))
         if settings.kernels:
             stack.enter_context(counting(recorder.kernel))

@@ -34,7 +34,7 @@ class Resources(NamedTuple):
 
 def distinct(launches: list[Launch]) -> list[Launch]:
     """One launch of each kernel that would be compiled."""
-    seen = {}
+    seen: dict[tuple[str, str, str], Launch] = {}
     for launch in launches:
         key = (launch.name, str(_signature(launch)), str(launch.constants))
         seen.setdefault(key, launch)

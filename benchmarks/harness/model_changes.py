@@ -60,6 +60,10 @@ def one_parameter_at_a_time(side: Side) -> None:
         group.update(fused=True, foreach=None)
 
 
+def no_kernels(x: Tensor) -> bool:
+    return False
+
+
 FORWARD = Network.forward
 BLOCKS = VisionTransformer._blocks
 # What to put back, to see what a change brings: name -> (where, what was there before the change).
@@ -68,12 +72,17 @@ CHANGES: dict[str, list[tuple[str, Any]]] = {
         ("ibeton.model.network.Network.forward", every_patch),
         ("ibeton.model.network.Network.targets", every_target),
     ],
+    "Triton kernels (GPU)": [
+        ("ibeton.model.backbones.vit.kernels_run_on", no_kernels),
+        ("ibeton.model.head.kernels_run_on", no_kernels),
+        ("ibeton.model.kernels.half_weights.kernels_run_on", no_kernels),
+    ],
     "fused loss": [("ibeton.model.loss.cross_entropy", cross_entropy_reference)],
     "scaled_dot_product_attention": [
         ("ibeton.model.backbones.blocks.F.scaled_dot_product_attention", attention_reference)
     ],
     "crop sizes packed": [("ibeton.model.network.Network._views", one_by_one)],
-    "norm and GELU computed again": [
+    "norm and GELU recomputed": [
         ("ibeton.model.backbones.blocks.norm_linear", norm_linear_reference),
         ("ibeton.model.backbones.blocks.gelu_linear", gelu_linear_reference),
     ],

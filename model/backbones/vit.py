@@ -205,8 +205,14 @@ class VisionTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             arguments = (
-                *(block, x, branch, shapes, kept[2 * i], kept[2 * i + 1]),
-                *(rows if last else None, recompute),
+                cast(Block, block),
+                x,
+                branch,
+                shapes,
+                kept[2 * i],
+                kept[2 * i + 1],
+                rows if last else None,
+                recompute,
             )
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x, branch = checkpoint(

@@ -15,7 +15,7 @@ from ibeton.model import ModelConfig
 
 # The step of ViT-S/16 at batch 64 in half precision, 2 x 224 + 10 x 96 pixels. Before the kernels:
 # 1,605 launches (the profile has 1,997, with memsets), 110 GB and 63 ms.
-LAUNCHES, GIGABYTES, MILLISECONDS = 860, 68, 37
+LAUNCHES, GIGABYTES, MILLISECONDS = 870, 68, 36
 
 
 def test_launches_bytes_and_predicted_time_stay_below_their_ceilings():
