@@ -1,4 +1,4 @@
-"""What changes over training, worked out before it starts: float64, as published."""
+"""Schedules over training, computed before it starts: float64, as published."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,9 @@ def cosine_schedule(
     """Value for every step, float64 [epochs * steps_per_epoch].
 
     Linear from `warmup_start` to `base`, both included, then half a cosine towards `final`, which
-    is never quite reached; the peak comes twice (published code, `cosine_scheduler`). Used for
-    learning rate, weight decay and the teacher's momentum.
-    Raises ValueError where the warm-up is longer than the run.
+    is not reached; the peak comes twice (published code, `cosine_scheduler`). Used for learning
+    rate, weight decay, and the teacher's momentum.
+    Raises ValueError if the warm-up is longer than the run.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     cosine_steps = epochs * steps_per_epoch - warmup_steps
@@ -33,11 +33,11 @@ def cosine_schedule(
 def temperature_schedule(
     start: float, final: float, warmup_epochs: int, epochs: int, start_epoch: int = 0
 ) -> NDArray[np.float64]:
-    """Teacher temperature for every epoch, float64 [epochs].
+    """Teacher temperature of every epoch, float64 [epochs].
 
     `start` for `start_epoch` epochs, then linear to `final`, both included, over `warmup_epochs`,
     then `final` (published code, `iBOTLoss`; patches alone have a start epoch).
-    Raises ValueError where that is longer than the run.
+    Raises ValueError if that is longer than the run.
     """
     constant = epochs - warmup_epochs - start_epoch
     if constant < 0:

@@ -1,4 +1,4 @@
-"""Numbers of a step on their way to the host, read a step late so that nothing waits for them."""
+"""Metrics of a step on their way to the host, read one step late so that nothing waits for them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm", "spread
 
 
 class DelayedMetrics:
-    """Holds the record of the last step until the next has been queued on the device."""
+    """Holds the record of the last step until the next one is queued on the device."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -30,9 +30,9 @@ class DelayedMetrics:
         clock: StageClock,
         stop: bool = False,
     ) -> None:
-        """Keep `record` of a step, of `metrics` those that are LOGGED, averaged over ranks, the lap
-        of `clock` that ends here, the loader's work, and whether this rank wants to `stop`. The
-        step before must have been settled."""
+        """Keep the `record` of a step, the LOGGED ones of its `metrics`, averaged over ranks, the
+        lap of `clock` that ends here, the loader's work, and whether this rank wants to `stop`.
+        Call `resolve` for the step before first."""
         self._names = [name for name in LOGGED if name in metrics]
         wish = torch.full((), float(stop), device=metrics["loss"].device)
         values = torch.stack([*(metrics[name].float() for name in self._names), wish])
@@ -40,7 +40,7 @@ class DelayedMetrics:
             with stage("comm"):
                 dist.all_reduce(values)
                 values /= self._world_size
-        if values.is_cuda:  # or reading them would wait for all that is queued by then
+        if values.is_cuda:  # or reading them would wait for everything queued since
             self._values = torch.empty(len(values), pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -50,9 +50,9 @@ class DelayedMetrics:
         self._pending, self._lap, self._efforts = record, clock.lap(), work.take()
 
     def resolve(self) -> dict[str, Any] | None:
-        """The pending record with its numbers, under "parts" the seconds of its lap, under
-        "stage_work" the loader's work and under "stop" whether any rank wants to; waits for the
-        device to end that step. None where none pends. All ranks are given the same numbers."""
+        """The pending record with its metrics, the seconds of its lap as "parts", the loader's work
+        as "stage_work", and whether any rank wants to stop as "stop". None if none is pending.
+        Waits until the device has finished that step. All ranks get the same metrics."""
         if self._pending is None or self._lap is None:
             return None
         if self._copied is not None:
