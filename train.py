@@ -28,6 +28,7 @@ from ibeton.distributed import join_processes
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import Step
 from ibeton.pipeline import Batch, build_loader
 from ibeton.training import checkpoints
 from ibeton.training.config import Config, parse
@@ -111,8 +112,8 @@ def _prepare(
         config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
     )
     run.notes += config.notes
-    resume(run)
     use_graphs(run)
+    resume(run)
     if world_size > 1 and run.graphed_step is None:
         ibot.wrap_ddp(device)
     return run
@@ -129,15 +130,9 @@ def use_graphs(run: Run) -> None:
         if run.device.type == "cuda" and why:
             run.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
         return
-    run.graphed_step = GraphedStep(
-        run.ibot,
-        run.optimizer,
-        run.scaler,
-        clip_grad=options.clip_grad,
-        freeze_last_layer=options.freeze_last_layer,
-        autocast_dtype=DTYPES[run.precision],
-        required=wanted == "on",
-    )
+    settings = (options.clip_grad, options.freeze_last_layer, DTYPES[run.precision])
+    step = Step(run.ibot, run.optimizer, run.scaler, *settings)
+    run.graphed_step = GraphedStep(step, required=wanted == "on")
 
 
 def train(loop: Loop) -> bool:

@@ -38,7 +38,7 @@ from ibeton.command import run_command
 from ibeton.model import IBOT, build
 from ibeton.model.config import SWINS
 from ibeton.options import Parser
-from ibeton.pipeline.loaders import choose_crops
+from ibeton.pipeline.loaders import LOADERS, choose_crops
 from ibeton.training.config import Config, from_values, parse
 from ibeton.training.timing.forecast import checkpoint_bytes, duration, gib, number
 
@@ -57,17 +57,22 @@ def views_of(config: Config) -> list[tuple[int, int]]:
 
 def step_gflop(config: Config) -> float:
     """GFLOP per image of a step's matrix products and attention: the teacher's forward on global
-    views, the student's on all, and a backward of twice the student's."""
+    views, the student's on all, and the backward, which multiplies twice as much, and 2.5 times in
+    fused attention."""
     data, views = config.pipeline, views_of(config)
     global_tokens = views[0][0] * views[0][1]
     masked = sum(data.pred_ratio) / len(data.pred_ratio) * (global_tokens - views[0][0])
     rows = sum(number for number, _ in views) + masked  # what the loss looks at
+    products, attention = _forward_gflop(config, views, rows, rows)
     teacher = _forward_gflop(config, views[:1], global_tokens, views[0][0] + masked)
-    return teacher + 3 * _forward_gflop(config, views, rows, rows)
+    return sum(teacher) + 3 * products + 3.5 * attention
 
 
-def _forward_gflop(config: Config, views: list[tuple[int, int]], last: float, rows: float) -> float:
-    """Of one network: `last` tokens reach the last MLP and the head, `rows` the prototypes."""
+def _forward_gflop(
+    config: Config, views: list[tuple[int, int]], last: float, rows: float
+) -> tuple[float, float]:
+    """Products and attention of one network: `last` tokens reach the last MLP and the head, `rows`
+    the prototypes."""
     model = config.model
     channels, depth, _ = model.backbone_shape()
     tokens, pairs = (sum(n * t**power for n, t in views) for power in (1, 2))
@@ -75,12 +80,12 @@ def _forward_gflop(config: Config, views: list[tuple[int, int]], last: float, ro
     head = [channels, *[model.hidden_dim] * (model.head_layers - 1), model.bottleneck_dim]
     multiply_adds = (
         patches * 3 * model.patch_size**2 * channels
-        + depth * (4 * tokens * channels**2 + 2 * pairs * channels)
+        + depth * 4 * tokens * channels**2
         + ((depth - 1) * tokens + last) * 2 * model.mlp_ratio * channels**2
         + last * sum(k * n for k, n in itertools.pairwise(head))
         + rows * model.bottleneck_dim * model.out_dim
     )
-    return 2 * multiply_adds / 1e9
+    return 2e-9 * multiply_adds, 2e-9 * depth * 2 * pairs * channels
 
 
 def traffic(config: Config) -> float:
@@ -171,7 +176,7 @@ def loader_kind(config: Config) -> str:
     if name == "dali":
         raise ValueError("--loader dali: its rate on a GPU is not known; plan with ffcv or pil")
     name = "ffcv" if name == "auto" else name
-    where = choose_crops(config.pipeline, name, torch.device("cuda"))
+    where = choose_crops(config.pipeline, LOADERS[name], torch.device("cuda"))
     return "ffcv on cpu" if (name, where) == ("ffcv", "cpu") else name
 
 

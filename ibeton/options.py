@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ibeton.published_names import nearest_option, nearest_value
 
 Settings = TypeVar("Settings")
-_SWITCH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def option(
@@ -68,8 +68,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; unknown options are errors."""
-        found, unknown = super().parse_known_args(args, namespace)
+        found, unknown = self.parse_known_args(args, namespace)
         known = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known += [
+                    name for sub in action.choices.values() for name in sub._option_string_actions
+                ]
         options = [word for word in unknown if word.startswith("-")]
         self._problems += [nearest_option(word, known) for word in options or unknown]
         self._report()
@@ -77,9 +82,25 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; unknown options are returned."""
-        found = super().parse_known_args(args, namespace)
+        words = self._plain_switches(list(sys.argv[1:] if args is None else args))
+        found = super().parse_known_args(words, namespace)
         self._report()
         return found
+
+    def _plain_switches(self, words: list[str]) -> list[str]:
+        """`--name true` and `--name false`, as the published trainers have them, as `--name` and
+        `--no-name`."""
+        plain: list[str] = []
+        for word in words:
+            before = plain[-1] if plain else ""
+            switch = isinstance(
+                self._option_string_actions.get(before), argparse.BooleanOptionalAction
+            )
+            if not switch or before.startswith("--no-") or word.lower() not in _SWITCH:
+                plain.append(word)
+            elif not _SWITCH[word.lower()]:
+                plain[-1] = f"--no-{before[2:]}"
+        return plain
 
     def _report(self) -> None:
         problems, self._problems = self._problems, []
@@ -100,25 +121,6 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(action, nearest_value(str(value), choices))
-
-
-class Switch(argparse.Action):
-    """`--name` and `--no-name`, and the published trainer's `--name true` or `--name false`."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
-        negated = [f"--no-{name[2:]}" for name in option_strings]
-        super().__init__([*option_strings, *negated], dest, nargs="?", **settings)
-
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        value = True if values is None else _SWITCH.get(str(values).lower())
-        if value is None:
-            raise argparse.ArgumentError(self, f"{values} is neither true nor false")
-        setattr(namespace, self.dest, value != str(option_string).startswith("--no-"))
-
-    def format_usage(self) -> str:
-        return f"{self.option_strings[0]}, --no-{self.option_strings[0][2:]}"
 
 
 def add_options(parser: argparse.ArgumentParser, *settings: type) -> None:
@@ -142,7 +144,7 @@ def _add_option(group: Any, item: dataclasses.Field, hint: Any) -> None:
     }
     names = list(dict.fromkeys((flag(item.name), f"--{item.name}")))  # published spelling too
     if hint is bool:
-        group.add_argument(*names, action=Switch, metavar="true|false", **arguments)
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, **arguments)
         return
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ibeton.model.optim import build_optimizer, load_optimizer_state
+from ibeton.options import Parser, add_options
+from ibeton.pipeline.convert.plan import ConvertOptions
 from ibeton.training.config import Config, from_values, parse, read_preset
 
 
@@ -72,6 +74,15 @@ def test_switches_take_the_published_true_and_false() -> None:
     model = config.model
     assert (model.shared_head, model.norm_last_layer, model.qkv_bias) == (False, True, False)
     assert config.run.shard_optimizer
+
+
+def test_a_switch_takes_no_file_for_its_value() -> None:
+    parser = Parser()
+    parser.add_argument("source")
+    add_options(parser, ConvertOptions)
+    assert vars(parser.parse_args(["--verify", "photos"])) == {"source": "photos", "verify": True}
+    found = parser.parse_args(["photos", "--verify", "false", "--overwrite", "true"])
+    assert (found.source, found.verify, found.overwrite) == ("photos", False, True)
 
 
 @pytest.mark.parametrize(

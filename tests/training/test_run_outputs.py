@@ -2,7 +2,9 @@
 trackers; and two runs compared."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from small_runs import Start, losses
 import ibeton
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import runs
+from ibeton.training.trackers import Trackers
 
 STEPS = "9"  # one more than an epoch
 
@@ -108,35 +111,61 @@ def test_records_go_to_mlflow_and_a_resumed_run_continues_there(
     assert run.info.status == "FINISHED"
 
 
-def test_records_go_to_wandb_offline(start: Start, tmp_path: Path) -> None:
+RECORDS = [
+    {"step": 0, "loss": 1.5, "stage_ms": {"backward": 2.0}, "indices": [3, 4], "head": None},
+    {"step": 1, "loss": 1.25},
+    {"step": 0, "loss": 1.0},  # after a rollback
+]
+
+
+def test_records_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    folder = tmp_path / "run"
-    fault = "import os\nos.environ['WANDB_MODE'] = 'offline'\nos.environ['WANDB_SILENT'] = 'true'\n"
-    process = start(folder, "--log-to", "wandb", "--stop-after", "2", fault=fault)
-    assert process.wait() == 0, process.said()[-3000:]
-    assert "--log-to wandb: no further" not in process.said()
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, found = DataStore(), []
-    data.open_for_scan(str(path))
-    while (raw := data.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
-        items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
-        if "loss" in items:
-            found.append(
-                (json.loads(items["step"].value_json), json.loads(items["loss"].value_json))
-            )
-    assert found == [(step, loss) for step, loss, *_ in losses(folder)]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trackers = Trackers(["wandb"], "abc123", tmp_path, {"lr": 1e-3, "log_to": ("wandb",)})
+    for record in RECORDS:
+        trackers.record(record)
+    trackers.close()
+    (path,) = tmp_path.glob("wandb/offline-run-*-abc123/*.wandb")
+    found = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(path)
+        if record.history.item
+    ]
+    assert [(items["step"], items["loss"]) for items in found] == [(0, 1.5), (1, 1.25), (0, 1.0)]
+    assert found[0]["stage_ms/backward"] == 2.0
+    assert not {"indices", "head"} & set(found[0])
 
 
-def test_a_tracker_that_fails_costs_a_line_and_not_the_run(start: Start, tmp_path: Path) -> None:
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Records of a .wandb file: LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 2**15 - place % 2**15
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if left < 7 or kind == 0:  # the rest of a block is empty
+            place += left
+            continue
+        part = data[place + 7 : place + 7 + length]
+        place += 7 + length
+        whole = part if kind in (1, 2) else whole + part
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+
+
+def test_a_tracker_that_fails_costs_a_line_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("mlflow.tracking")
     (tmp_path / "file").write_text("in the way")
-    fault = f"import os\nos.environ['MLFLOW_TRACKING_URI'] = 'file:{tmp_path}/file/mlruns'\n"
-    fault += "os.environ['MLFLOW_ALLOW_FILE_STORE'] = 'true'\n"
-    process = start(tmp_path / "run", "--log-to", "mlflow", "--stop-after", "2", fault=fault)
-    assert process.wait() == 0, process.said()[-3000:]
-    assert process.said().count("--log-to mlflow: no further records are sent") == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/file/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    trackers = Trackers(["mlflow"], "abc123", tmp_path, {})
+    for record in RECORDS:
+        trackers.record(record)
+    trackers.close()
+    assert capsys.readouterr().err.count("--log-to mlflow: no further records are sent") == 1
