@@ -292,7 +292,8 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed, 2 when
     it could not begin, 130 at a second Ctrl-C."""
     protect_output()
-    faulthandler.enable()  # SIGBUS, say, of a .beton file that was cut short
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # SIGBUS, say, of a .beton file that was cut short
     with StopSignals() as stops:
         try:
             config = parse(arguments)

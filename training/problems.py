@@ -39,7 +39,8 @@ def check_readable(photos: Photos, data: str) -> None:
 def explain(error: Exception) -> str:
     """What went wrong, in a sentence, if it is something that a user can cause; "" for a bug."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return where + error.strerror
     if isinstance(error, Failure | OSError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _in_thread(failed: threading.ExceptHookArgs) -> None:
+    """Report an exception of a thread. TensorBoard's writer raises its OSErrors (a full disk, a
+    deleted folder) again in the main thread, where they are handled."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+
+
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -48,6 +56,7 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
         self.console = Console(highlight=False, markup=False)  # a path may look like markup
         self.trackers: Trackers | None = None
+        threading.excepthook = _in_thread
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
         self._open(first_step)

@@ -249,3 +249,16 @@ def test_what_a_network_lacks_cannot_be_drawn(photos, tmp_path, capsys):
 
 def swin_sizes() -> dict[str, int]:
     return {"embed_dim": 192, "depth": 0, "num_heads": 0, "image_size": 64}
+
+
+def test_a_picture_that_exists_is_kept(checkpoint, photos, tmp_path, capsys):
+    output = tmp_path / "picture.png"
+    output.write_bytes(b"mine")
+    paths = ["--checkpoint", checkpoint, "--data", photos, "--output", output]
+    with pytest.raises(SystemExit) as stopped:
+        main(["attention", *map(str, paths), "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert f"{output} exists; --overwrite replaces it" in capsys.readouterr().err
+    assert output.read_bytes() == b"mine"
+    main(["attention", *map(str, paths), "--device", "cpu", "--overwrite"])
+    assert Image.open(output).size[0] > 150
