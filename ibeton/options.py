@@ -72,9 +72,8 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known += [
-                    name for sub in action.choices.values() for name in sub._option_string_actions
-                ]
+                for parser in action._name_parser_map.values():
+                    known += parser._option_string_actions
         options = [word for word in unknown if word.startswith("-")]
         self._problems += [nearest_option(word, known) for word in options or unknown]
         self._report()
@@ -109,7 +108,7 @@ class Parser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         try:
-            return super()._get_values(action, arg_strings)  # type: ignore[misc]
+            return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:
             if action.nargs in (argparse.PARSER, argparse.REMAINDER):
                 raise
