@@ -68,7 +68,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; unknown options are errors."""
-        found, unknown = self.parse_known_args(args, namespace)
+        words = self._plain_switches(list(sys.argv[1:] if args is None else args))
+        found, unknown = super().parse_known_args(words, namespace)
         known = list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
