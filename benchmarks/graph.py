@@ -28,6 +28,7 @@ from ibeton.benchmarks.model import DTYPES, peak_flops
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import Step
 from ibeton.training.timing.flops import flop_counter
 
 CASES = (
@@ -38,8 +39,10 @@ CASES = (
 PLAIN_CASES = ("vit_s:fp16:64", "small:fp16:256")  # where the plain model is timed too
 RATES = {"epoch": 1, "lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996}
 TIMED_S = 1.5  # seconds of timed steps
-LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-LAUNCHES = (*LAUNCHES, "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+LAUNCHES = (
+    *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
+    *("cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"),
+)
 
 
 class Case(NamedTuple):
@@ -83,7 +86,7 @@ def step_of(side: str, case: Case, device: str) -> Callable[[], object]:
     scaler = torch.amp.GradScaler(device) if dtype is torch.float16 else None
     inputs = (batch.global_crops, batch.local_crops, batch.masks)
     if side == "graph":
-        graphed = GraphedStep(ibot, optimizer, scaler, autocast_dtype=dtype, required=True)
+        graphed = GraphedStep(Step(ibot, optimizer, scaler, autocast_dtype=dtype), required=True)
         return lambda: graphed(*inputs, **RATES)  # type: ignore[arg-type]
     return lambda: training_step(
         ibot, optimizer, scaler, *inputs, autocast_dtype=dtype, **RATES  # type: ignore[arg-type]

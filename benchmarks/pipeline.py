@@ -42,6 +42,7 @@ from ibeton.pipeline.crops import cut_views, cut_views_reference
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.sampling import draw_views, epoch_order, rank_batches, stack_shape
 from ibeton.pipeline.store import BetonReader, Decoder, decode_photo, is_beton
+from ibeton.workers import end_with_parent
 
 BATCH = 32  # of fewer, threads would wait for the one with the largest photos
 RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
@@ -172,7 +173,7 @@ def measure(data: str, cores: list[int], images: int, rounds: int) -> dict[str, 
 
 def measured_apart(*arguments: Any) -> dict[str, list[float]]:
     """The same in a process of its own: thread pools keep the size that they began with."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
         return process.submit(measure, *arguments).result()
 
 

@@ -6,9 +6,7 @@ features together; rank 0 does the rest.
 """
 
 import argparse
-import datetime
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from ibeton.atomic import write_text
+from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import PRECISIONS, Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained
@@ -95,7 +94,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 def extraction_of(args: argparse.Namespace) -> Extraction:
     """How the command line wants features computed; under torchrun the group is joined. Raises
     ValueError, naming the option, for values that cannot work."""
-    device = join_processes(args.device)
+    device = join_processes(args.device)[0]
     batch_size = getattr(args, "batch_size", 1)  # what takes images one by one has no such option
     if batch_size < 1 or args.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
@@ -180,21 +179,6 @@ def _task(
     )
     classes = max(one.num_classes for one in photos)
     return Task(train, val, classes, args, config, how, backbone, photos[0], network)
-
-
-def join_processes(name: str) -> torch.device:
-    """The device of that name; under torchrun this rank's, and the group is joined."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is usable here; give --device cpu")
-    device = torch.device(name)
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        # Ranks wait for each other at the end of an extraction only.
-        patience = datetime.timedelta(hours=2)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return device
 
 
 def command(

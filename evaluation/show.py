@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ibeton.distributed import checked_device
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
 from ibeton.evaluation.networks import with_head
 from ibeton.evaluation.photos import PhotoSet
@@ -41,9 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
         kind.add_argument("--checkpoint", required=True, help="of train.py, or an imported one")
         kind.add_argument("--data", required=True, help="labelled photos: folder, tar or .beton")
         kind.add_argument("--output", required=True, type=Path, help="PNG to write")
+        kind.add_argument("--overwrite", action="store_true", help="replace an existing --output")
         kind.add_argument("--network", choices=("teacher", "student"), default="teacher")
         kind.add_argument("--image-size", type=int, help="side of a view (as the model was built)")
-        kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        kind.add_argument("--device", default="auto")
     for kind in (attention, matches, neighbors):
         kind.add_argument("--photos", type=int, nargs="+", help="numbers (default: four, spread)")
     matches.add_argument("--pairs", action="store_true", help="photos two by two, not two views")
@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output}: give a name that ends in .png")
     if not args.output.parent.is_dir():
         raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: no CUDA device is usable; give --device cpu")
+    if args.output.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    args.device = str(checked_device(args.device))
     for name in ("patterns", "neighbors"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")

@@ -1,4 +1,4 @@
-"""How the commands of this package end: one sentence and an exit status, whatever happens."""
+"""How commands end: one sentence and an exit status, whatever happens."""
 
 import os
 import signal
@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# What a user can put right by another option or file. FileExistsError and the like are OSErrors,
-# of which the others are failures on the way.
+# What a user can fix with another option or file. Other OSErrors are failures during the work.
 _BAD_INPUT = (
     ValueError,
     FileNotFoundError,
@@ -17,14 +16,18 @@ _BAD_INPUT = (
 )
 
 
+class Failure(RuntimeError):
+    """Work cannot continue, for a reason that its message explains in a sentence."""
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def run_command(action: Callable[[], int], writes: bool = True) -> int:
-    """Run `action` and return its exit status, or 2 for bad input, 1 for a failure on the way and
-    130 for an interrupt (SIGTERM counts as one). `writes`: what `action` raises adds that nothing
-    was written; one that keeps a part speaks for itself."""
+    """Run `action` and return its exit status, or 2 for bad input, 1 for a failure during the work
+    and 130 for an interrupt (SIGTERM included). `writes`: add to failures that nothing was written;
+    give False for actions that keep a part."""
     signal.signal(signal.SIGTERM, _interrupt)
     protect_output()
     try:

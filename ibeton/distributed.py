@@ -1,25 +1,29 @@
-"""Joining the group of processes: a plain process, one of torchrun's, or one of SLURM's."""
+"""Joins the group of processes: a plain process, one of torchrun's, or one of SLURM's."""
 
+import ctypes
 import datetime
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import Mapping, MutableMapping
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-JOIN_S = 300  # until all processes must have come, and have made themselves heard
-# What ranks do together may then take this long, as rank 0 saves and evaluates alone. Whether the
-# others live meanwhile is the watchdog's to see.
+JOIN_S = 300  # by then all processes must have joined
+# Collectives may then take this long, as rank 0 saves and evaluates alone. The watchdog checks
+# meanwhile that the others are alive.
 PATIENCE = datetime.timedelta(hours=4)
-VERDICT = "ibeton/verdict"  # why the group ends; empty as long as it does not
+VERDICT = "ibeton/verdict"  # why the group ends; empty while it runs
+_PR_SET_PDEATHSIG = 1
 _PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
 
 
 def beat_key(rank: int) -> str:
-    """Where rank `rank` leaves its signs of life in the store."""
+    """The store's key for heartbeats of `rank`."""
     return f"ibeton/beat/{rank}"
 
 
@@ -27,16 +31,14 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; under torchrun or srun, joins the group.
 
     `name` is "auto", "cpu", "cuda" or "cuda:N". Raises ValueError, with a sentence for the user,
-    for a device that is not there and for a group that does not come together in JOIN_S.
+    for an unavailable device and for a group that is incomplete after JOIN_S.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is usable here; use --device cpu")
+    device = checked_device(name)
     adopt_slurm(os.environ)
     if "RANK" not in os.environ:
         return device, 0, 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _stop_with_launcher()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
         device = own_gpu(int(os.environ["LOCAL_RANK"]))
@@ -62,25 +64,52 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     return device, rank, world_size
 
 
+def checked_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one. Raises ValueError, with a sentence,
+    if it is unknown or unavailable."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:N or auto")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"--device {name}: no CUDA device is usable here; use --device cpu")
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: the last GPU here is cuda:{count - 1}")
+    return device
+
+
+def _stop_with_launcher() -> None:
+    """Have the kernel ask this process to stop when torchrun, its parent, dies: torchrun cannot do
+    so itself after a SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
 def own_gpu(local_rank: int) -> torch.device:
-    """The GPU of the process that is `local_rank` on this machine. SLURM may show each process one
-    GPU alone. Raises ValueError where there are too few."""
+    """The GPU of process `local_rank` on this machine. SLURM may show each process only its own
+    GPU. Raises ValueError if there are too few."""
     count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
         raise ValueError(
-            f"process {local_rank} of this machine finds {count} GPUs: start one process a GPU"
+            f"process {local_rank} of this machine finds {count} GPUs: start one process per GPU"
             " (torchrun --nproc_per_node, srun --ntasks-per-node)"
         )
     return torch.device("cuda", local_rank if count > 1 else 0)
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> None:
-    """Say in torchrun's words (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) what srun
-    says in its own.
+    """Translate srun's variables to torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT.
 
-    Leaves `environ` as it is where torchrun has spoken, and where srun started one task or none.
-    The address is the first machine of the step; the port follows from the ids of job and step, so
-    that all tasks find the same. Either may be given. Raises ValueError for half of a SLURM.
+    Does nothing under torchrun, nor if srun started one task or none. The address is the first
+    machine of the step; the port follows from the ids of job and step, so that all tasks agree.
+    Both can be set by the user. Raises ValueError if SLURM's variables are incomplete.
     """
     if "RANK" in environ or "SLURM_PROCID" not in environ:
         return
@@ -122,13 +151,13 @@ def address() -> tuple[str, int]:
 
 
 def serves_store(rank: int) -> bool:
-    """Whether the store lives in this process; torchrun keeps one of its own."""
+    """Whether the store runs in this process; torchrun has its own."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def connect(rank: int, serve: bool = False) -> dist.TCPStore:
-    """A connection to the store, which this process serves from now on if it is to. Raises
-    ValueError where there is none within JOIN_S."""
+    """A connection to the store, which this process starts if `serve`. Raises ValueError if there
+    is none within JOIN_S."""
     host, port = address()
     patience = datetime.timedelta(seconds=JOIN_S)
     try:
@@ -144,8 +173,8 @@ def connect(rank: int, serve: bool = False) -> dist.TCPStore:
 
 
 def meet(rank: int, world_size: int) -> dist.TCPStore:
-    """The store, as soon as all ranks have come to it. Raises ValueError, naming those that have
-    not, after JOIN_S."""
+    """The store, once all ranks have joined it. Raises ValueError after JOIN_S, naming those that
+    have not."""
     store = connect(rank, serves_store(rank))
     if rank == 0:
         store.set(VERDICT, "")
@@ -158,7 +187,7 @@ def meet(rank: int, world_size: int) -> dist.TCPStore:
         host, port = address()
         raise ValueError(
             f"rank {rank} of {world_size} waited {JOIN_S} s at {host}:{port}, and rank {missing}"
-            " did not come: look at the machines of those (a SLURM batch script starts all of them"
-            " by `srun python train.py`)"
+            " did not join: check their machines (in a SLURM batch script, `srun python train.py`"
+            " starts all of them)"
         ) from error
     return store

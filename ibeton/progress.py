@@ -1,11 +1,19 @@
-"""How far, how fast, how long still: a bar on a terminal, a plain line now and then elsewhere."""
+"""What a command is doing: a line at start-up, then a bar on a terminal, lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _LINE_EVERY_S = 30.0
+
+
+def announce(what: str) -> None:
+    """Say what is being done, on the first process of a group; not where only help is wanted."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" and not {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Work in processes: results in the order of the jobs, few at a time, and no death unnoticed.
+"""Worker processes: results in the order of the jobs, a few at a time, deaths always noticed.
 
-Each worker has a pipe of its own, which ends when it dies. The queue that all workers of a
-`ProcessPoolExecutor` share does not: killed in mid-message, a worker there leaves the parent
-reading for ever.
+Each worker has its own pipe, which closes when the worker dies. `ProcessPoolExecutor` has one queue
+for all workers: if one is killed while it writes, the parent waits forever.
 """
 
 import multiprocessing
@@ -28,14 +27,31 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def end_with_parent(*_: object) -> None:
+    """End this worker process as soon as the process that asked for it is gone, even by SIGKILL.
+
+    `multiprocessing` alone does not: its fork server waits for its workers and they wait for it.
+    The parent holds one end of a pipe, which the kernel closes. (As `worker_init_fn` of a
+    DataLoader it is given the worker's number.)
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ibeton-parent", daemon=True).start()
+
+
 def in_order(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Generator[Result, None, None]:
     """Run `function(job)` in `workers` processes and yield the results in the order of `jobs`.
 
-    At most two jobs a worker are under way or waiting to be taken. Close the iterator
-    (contextlib.closing) to stop early. Raises RuntimeError when a worker dies, and what `function`
-    raises.
+    At most two jobs per worker are running or queued. Close the iterator (contextlib.closing) to
+    stop early. Raises RuntimeError when a worker dies, and whatever `function` raises.
     """
     team: list[_Worker] = []
     idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -71,13 +87,13 @@ class _Worker:
     """A process that runs `function`, and this end of its pipe."""
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        context = multiprocessing.get_context("spawn")  # nothing inherited: no threads, no locks
+        context = multiprocessing.get_context("spawn")  # inherits no threads and no locks
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(function, theirs), daemon=True)
-        resource_tracker.ensure_running()  # the first start would do so, and let Ctrl-C through
+        resource_tracker.ensure_running()  # or the first start would, and unblock Ctrl-C
         with interrupts_held_back():
             self.process.start()
-        theirs.close()  # the worker's is now the only one, so its death ends the pipe
+        theirs.close()  # now only the worker has it: its death closes the pipe
 
     def run(self, job: Any) -> Any:
         try:
@@ -98,12 +114,11 @@ class _Worker:
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """Act on Ctrl-C and SIGTERM only at the end of the block: a worker that was half started would
-    die with a traceback of its own. One that is born here never hears of Ctrl-C, which is for the
-    parent to act upon."""
+    """Delay Ctrl-C and SIGTERM to the end of the block: a half-started worker would die with its
+    own traceback. Workers started in the block ignore Ctrl-C, which is for the parent to handle."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
     handlers, came = {}, []
-    if threading.current_thread() is threading.main_thread():  # which hears what other threads get
+    if threading.current_thread() is threading.main_thread():  # it handles all signals
         for sign in (signal.SIGINT, signal.SIGTERM):
             handlers[sign] = signal.signal(sign, lambda *heard: came.append(heard))
     try:
@@ -118,7 +133,8 @@ def interrupts_held_back() -> Iterator[None]:
 
 def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
     """Serve jobs until the parent closes the pipe or is gone."""
-    warnings.simplefilter("ignore")  # Pillow's remarks on photos
+    end_with_parent()
+    warnings.simplefilter("ignore")  # Pillow's, about photos
     try:
         while True:
             job = pipe.recv()

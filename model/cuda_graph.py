@@ -3,15 +3,14 @@
 `GraphedStep` is called like `training_step` and gives the same results. The batch and everything
 else that changes from step to step are copied into tensors that stay in place, and the recorded
 work of the device is replayed on them. There is a graph for each combination of shapes: few, as
-masked patches come in buckets. Learning rate, weight decay, momentum, temperatures, and the draws
-of stochastic depth are inputs of the graph; skipping a step and scaling the loss happen inside.
-
-With several processes the step is two graphs, with one all-reduce of all gradients and the batch
-means between them. DDP is not used then.
+masked patches come in buckets. Rates, temperatures, and the draws of stochastic depth are inputs of
+the graph; skipping a step and scaling the loss happen inside. With several processes the step is
+two graphs, with one all-reduce of gradients and batch means between them instead of DDP.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,7 +20,6 @@ from torch.optim import Optimizer
 
 from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.host_inputs import HostInputs
-from ibeton.model.ibot import IBOT
 from ibeton.model.masking import to_device
 from ibeton.model.optim import AdamW
 from ibeton.model.steps import Gradients, Step, StepInputs, set_rates, takes_scalars
@@ -55,7 +53,7 @@ class Recording(NamedTuple):
 
 
 class GraphedStep:
-    """`training_step` on CUDA graphs, with the settings of `Step`.
+    """`step` on CUDA graphs, called as `training_step` is.
 
     The first step of each combination of shapes runs eagerly, the second is captured, later ones
     are replayed. On a device other than CUDA a "replay" runs the recorded functions again, on the
@@ -63,24 +61,14 @@ class GraphedStep:
     with `required` that is a RuntimeError. Raises ValueError as `training_step` does.
     """
 
-    def __init__(
-        self,
-        ibot: IBOT,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler | None,
-        clip_grad: float = 3.0,
-        freeze_last_layer: int = 1,
-        autocast_dtype: torch.dtype | None = None,
-        required: bool = False,
-    ) -> None:
-        self._step = Step(
-            ibot, optimizer, scaler, clip_grad, freeze_last_layer, autocast_dtype, padded=True
-        )
-        self._recorder = CudaRecorder() if next(ibot.parameters()).is_cuda else Recorder()
+    def __init__(self, step: Step, required: bool = False) -> None:
+        self._step = replace(step, padded=True)
+        on_cuda = next(step.ibot.parameters()).is_cuda
+        self._recorder = CudaRecorder() if on_cuda else Recorder()
         self._recordings: dict[Key, Recording] = {}
         self._seen: set[Key] = set()
         self._buffers: dict[Key, Tensor] = {}
-        self._state = optimizer.state
+        self._state = step.optimizer.state
         self._flat: Tensor | None = None
         self._required, self._failed = required, False
         self.note = ""
@@ -107,7 +95,7 @@ class GraphedStep:
             metrics = self._replay(self._recordings[key])
         else:
             metrics = self._run_eagerly(inputs, epoch)
-            self._seen.add(key)
+        self._seen.add(key)
         set_rates(optimizer, lr, weight_decay)  # numbers again, for whoever looks at them
         return metrics
 
@@ -128,7 +116,9 @@ class GraphedStep:
             self._recordings[key] = self._record(inputs, epoch)
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured
             if self._required:
-                raise
+                raise RuntimeError(
+                    "--cuda-graphs on: capturing a step failed; use auto or off"
+                ) from error
             torch.set_rng_state(random)
             self._failed, why = True, str(error).strip().splitlines()[0]
             self.note = f"CUDA graphs are off, as capturing a step failed: {why}"
@@ -166,9 +156,8 @@ class GraphedStep:
             if recording.compute is not None:
                 recording.compute()
                 self._average()
-            metrics = recording.finish()
-            # The next step overwrites them.
-            return {name: value.clone() for name, value in metrics.items()}
+            # Copied, as the next step overwrites them.
+            return {name: value.clone() for name, value in recording.finish().items()}
 
     def _run_eagerly(self, inputs: StepInputs, epoch: int) -> Metrics:
         """The same step, not recorded. It also does what cannot be captured: it compiles kernels
@@ -188,10 +177,8 @@ class GraphedStep:
     def _pack(self, computed: Gradients) -> None:
         """Put gradients and batch means into one tensor, always the same."""
         parts = [t.flatten() for t in (*self._gradients(), computed.batch_means)]
-        if self._flat is None:
-            self._flat = torch.cat(parts)
-        else:
-            torch.cat(parts, out=self._flat)
+        # Made by the first step, which is eager: no graph may own it.
+        self._flat = torch.cat(parts) if self._flat is None else torch.cat(parts, out=self._flat)
 
     def _average(self) -> None:
         """Average that tensor over the processes."""
@@ -214,24 +201,20 @@ class GraphedStep:
     def _static(self, inputs: StepInputs) -> StepInputs:
         """Tensors like `inputs` on the device, shared by all graphs with the same shape."""
         device, scalars = inputs.global_crops.device, takes_scalars(self._step.optimizer)
-        found: list[Tensor | None] = []
+        found: dict[str, Any] = dict.fromkeys(inputs._fields)
         for name, tensor in inputs._asdict().items():
-            if tensor is None:
-                found.append(None)
-                continue
-            place = device if name != "rates" or scalars else tensor.device
-            key = (name, tuple(tensor.shape), tensor.dtype)
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty_like(tensor, device=place)
-            found.append(self._buffers[key])
-        return StepInputs(*found)  # type: ignore[arg-type]
+            if tensor is not None:
+                key = (name, tensor.shape, tensor.dtype)
+                if key not in self._buffers:
+                    place = device if name != "rates" or scalars else tensor.device
+                    self._buffers[key] = torch.empty_like(tensor, device=place)
+                found[name] = self._buffers[key]
+        return StepInputs(**found)
 
     def _forget(self) -> None:
         """Drop all recordings and their memory."""
         self._step.optimizer.zero_grad(set_to_none=True)
-        self._recorder.synchronize()
-        self._recordings.clear()
-        self._recorder.reset()
+        self._recorder.drop(self._recordings)
 
 
 class Recorder:
@@ -256,11 +239,9 @@ class Recorder:
         """Whether an eager step fits into memory beside the recorded ones."""
         return True
 
-    def synchronize(self) -> None:
-        """Wait until no recording is in use."""
-
-    def reset(self) -> None:
-        """Release memory, after all recordings are gone."""
+    def drop(self, recordings: dict[Key, Recording]) -> None:
+        """Empty `recordings` and release their memory."""
+        recordings.clear()
 
 
 class CudaRecorder(Recorder):
@@ -268,7 +249,7 @@ class CudaRecorder(Recorder):
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
-        self.reset()
+        self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
 
     def record(self, function: Callable[[], Result], draws: HostInputs) -> Callable[[], Result]:
         graph = torch.cuda.CUDAGraph()
@@ -303,13 +284,11 @@ class CudaRecorder(Recorder):
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0] > self._pool_bytes
 
-    def synchronize(self) -> None:
+    def drop(self, recordings: dict[Key, Recording]) -> None:
         torch.cuda.synchronize()
-
-    def reset(self) -> None:
+        recordings.clear()
         torch.cuda.empty_cache()
-        self._pool = torch.cuda.graph_pool_handle()
-        self._pool_bytes = 0
+        self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
 
 
 def _fill(static: StepInputs, inputs: StepInputs) -> None:

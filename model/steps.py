@@ -70,9 +70,8 @@ class StepInputs(NamedTuple):
 
     def on(self, device: torch.device, with_rates: bool) -> "StepInputs":
         """The same on `device`; the rates stay on the host unless `with_rates`."""
-        moved = [None if tensor is None else to_device(tensor, device) for tensor in self[:-1]]
-        rates = to_device(self.rates, device) if with_rates else self.rates
-        return StepInputs(*moved, rates)  # type: ignore[arg-type]
+        moved = StepInputs(*(None if t is None else to_device(t, device) for t in self))  # type: ignore[arg-type]
+        return moved if with_rates else moved._replace(rates=self.rates)
 
 
 class Gradients(NamedTuple):

@@ -1,7 +1,9 @@
-"""The one way in which this package compiles with numba."""
+"""How this package compiles with numba."""
 
 import hashlib
 import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,29 @@ def _cache_of_this_source() -> str:
         if b"pipeline.compiled" in text or path == Path(__file__):
             sources.update(text)
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    root = Path(chosen) if chosen else folder / "__pycache__"
-    if not os.access(root if root.exists() else root.parent, os.W_OK):
-        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ibeton"
-    return str(root / f"compiled-{sources.hexdigest()[:12]}")
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ibeton"
+    for root in (Path(chosen) if chosen else folder / "__pycache__", home):
+        cache = root / f"compiled-{sources.hexdigest()[:12]}"
+        if _is_writable(cache):
+            return str(cache)
+    temporary = tempfile.mkdtemp(prefix="ibeton-compiled-")
+    os.environ["NUMBA_CACHE_DIR"] = temporary  # worker processes use the same
+    print(
+        f"compiling to {temporary}, as neither {folder} nor {home} can be written; to keep what is"
+        " compiled, set NUMBA_CACHE_DIR to a folder that can",
+        file=sys.stderr,
+    )
+    return temporary
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 numba.config.CACHE_DIR = _cache_of_this_source()

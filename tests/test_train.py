@@ -205,6 +205,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
         ("--batch-size 1000", "--batch-size 1000"),
         ("--epochs 0", "--epochs"),
         ("--precision fp16", "--precision fp16"),
+        ("--cuda-graphs on", "--cuda-graphs on: they need a GPU"),
         ("--eval-every 1", "--eval-train"),
         ("--eval-every 1 --eval-train {tmp}/none --eval-val {tmp}/none", "none does not exist"),
         ("--eval-every 1 --eval-train {tmp}/empty --eval-val {tmp}/empty", "empty holds no photos"),

@@ -1,39 +1,51 @@
-"""The checkpoints of a run folder: the newest, a rolling few before it, and those that stay.
+"""The checkpoints of a run folder: the newest, a few before it, and those kept for good.
 
-    checkpoint.pt         the newest, there from the first save on
+    checkpoint.pt         the newest, present from the first save on
     checkpoint-1.pt       the one before it, and so on to -2, ...: --keep-last in all
     checkpoint0040.pt     after epoch 40, by --keep-every; never removed
+    diverged.pt           the newest that was saved on the way to NaN; nothing resumes from it
 
-Each is written whole under another name first, so a kill or a full disk loses the one that was
-being written, and no other.
+Each is written under another name first and renamed when complete, so a kill or a full disk loses
+only the one being written.
 """
 
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ibeton.atomic import sync_folder
 from ibeton.model.checkpoint import load_checkpoint, write_through
 
-NEWEST = "checkpoint.pt"
+NEWEST, DIVERGED = "checkpoint.pt", "diverged.pt"
 _ROLLING = re.compile(r"checkpoint-(\d+)\.pt")
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pt")
 _PARTIAL = re.compile(r"\.checkpoint.*\.partial")
 
 
-def write(folder: Path, content: dict[str, Any], keep_last: int, epoch: int | None = None) -> None:
-    """Make `content` the newest checkpoint of `folder`; with `epoch` also one that stays.
+def write(
+    folder: Path,
+    content: dict[str, Any],
+    keep_last: int,
+    epoch: int | None = None,
+    replace: bool = False,
+) -> None:
+    """Make `content` the newest checkpoint of `folder`; with `epoch` also one that is kept.
 
-    Raises OSError, as on a full disk, with the checkpoints that were there untouched.
+    At least two are kept: that the newest can be trained from shows only afterwards. `replace`: the
+    present newest makes no way for an older one, it is overwritten. Raises OSError, as on a full
+    disk, with the checkpoints left as they were.
     """
     newest = folder / NEWEST
     partial = _partial(folder)
     try:
         write_through(partial, content)
-        if newest.exists():
-            _step_aside(newest, keep_last)
+        if newest.exists() and not replace:
+            _step_aside(newest, max(keep_last, 2))
         os.replace(partial, newest)
         if epoch is not None:
             _put(newest, folder / f"checkpoint{epoch:04d}.pt")
@@ -42,25 +54,74 @@ def write(folder: Path, content: dict[str, Any], keep_last: int, epoch: int | No
     sync_folder(folder)
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint of `folder`: its path, its content, and a sentence for each that
-    is damaged and was passed over. None where there is no checkpoint.
+def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest sound checkpoint of `folder`, of step `up_to` at most: its path, its content, and
+    a sentence for each that was skipped because it is damaged or not finite. None if there is none.
 
-    Raises ValueError where all are damaged.
+    Raises ValueError if all are damaged.
     """
     damaged: list[str] = []
     for path in listed(folder):
         try:
-            return path, load_checkpoint(path), damaged
+            content = load_sound(path)
         except ValueError as error:
-            damaged.append(f"passed over: {error}")
-    if damaged:
-        raise ValueError(f"no checkpoint in {folder} can be read; {'; '.join(damaged)}")
+            damaged.append(f"skipped: {error}")
+            continue
+        if up_to is None or content.get("step", 0) <= up_to:
+            return path, content, damaged
+    if damaged and up_to is None:
+        raise ValueError(f"no checkpoint in {folder} can be used; {'; '.join(damaged)}")
     return None
 
 
+def load_sound(path: Path) -> dict[str, Any]:
+    """A checkpoint that is whole and finite. Raises FileNotFoundError, or ValueError naming the
+    file and what is wrong with it."""
+    content = load_checkpoint(path)
+    if name := next(iter(not_finite(content)), ""):
+        raise ValueError(f"{path} holds values that are not finite, in {name}")
+    return content
+
+
+def not_finite(content: Any, name: str = "") -> Iterable[str]:
+    """Names of the tensors in a checkpoint, or a part of one, that are not finite."""
+    if isinstance(content, torch.Tensor):
+        if content.is_floating_point() and not bool(content.isfinite().all()):
+            yield name
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from not_finite(value, f"{name}.{key}" if name else str(key))
+
+
+def set_aside(folder: Path, step: int) -> list[str]:
+    """Take checkpoints of later steps than `step` out of the line, so that `--resume auto` starts
+    from one that could be trained from. The newest of them becomes diverged.pt. Does nothing unless
+    an earlier one remains. Returns the names it took out."""
+    line = [folder / NEWEST, *(path for _, path in sorted(_numbered(folder, _ROLLING).items()))]
+    steps = {path: step_of(path) for path in line if path.exists()}
+    later = [path for path, saved in steps.items() if saved is not None and saved > step]
+    stay = [path for path, saved in steps.items() if saved is not None and saved <= step]
+    if not later or not stay:
+        return []
+    for path in later[1:]:
+        path.unlink()
+    os.replace(later[0], folder / DIVERGED)
+    if not (folder / NEWEST).exists():
+        os.replace(stay[0], folder / NEWEST)
+    sync_folder(folder)
+    return [path.name for path in later]
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint, without reading its tensors; None for a damaged one."""
+    try:
+        return int(torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"])
+    except Exception:  # the ways in which a file can be damaged are endless
+        return None
+
+
 def listed(folder: Path) -> list[Path]:
-    """The checkpoints of `folder` in the order in which a run would go on from them."""
+    """The checkpoints of `folder`, in the order in which a run would resume from them."""
     rolling = _numbered(folder, _ROLLING)
     kept = _numbered(folder, _KEPT)
     newest = [folder / NEWEST] if (folder / NEWEST).exists() else []
@@ -68,14 +129,14 @@ def listed(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process was writing."""
+    """Remove partial files of a killed process."""
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def _step_aside(newest: Path, keep_last: int) -> None:
-    """Let the newest be the one before the newest too, and so on down the line."""
+    """Give the newest the name of the one before it too, and so on down the line."""
     rolling = _numbered(newest.parent, _ROLLING)
     for number in sorted(rolling, reverse=True):
         if number >= keep_last - 1:
@@ -87,8 +148,8 @@ def _step_aside(newest: Path, keep_last: int) -> None:
 
 
 def _put(source: Path, target: Path) -> None:
-    """Give a file a second name: a link, or a copy where the file system has none. `source` keeps
-    its name at every moment, as another process may be reading it."""
+    """Give a file a second name: a link, or a copy if the file system has no links. `source` keeps
+    its name throughout, as another process may be reading it."""
     partial = _partial(source.parent, "-link")
     try:
         try:

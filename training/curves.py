@@ -13,12 +13,12 @@ _ROOM = 1.12  # of the k-NN axis beyond the last epoch, for its label
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draw curves.png in the run folder; None where the log has nothing to draw yet."""
+    """Draw curves.png in the run folder; None if the log has no losses yet."""
     return _draw([folder], folder / "curves.png")
 
 
 def compare_curves(folders: Sequence[Path], path: Path) -> Path | None:
-    """Draw the curves of two runs over each other as a PNG; None where neither has any."""
+    """Draw the curves of two runs over each other as a PNG; None if neither has any."""
     return _draw(folders, path)
 
 

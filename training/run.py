@@ -1,6 +1,8 @@
-"""A run: all that it holds, what of that a checkpoint keeps, and how it goes on from one."""
+"""A run: what it holds, what a checkpoint keeps of that, and how training resumes from one."""
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import torch.distributed as dist
 from ibeton.model import IBOT
 from ibeton.model.checkpoint import (
     check_same_model,
-    load_checkpoint,
     load_weights_into,
     model_state,
     restore_model,
@@ -32,9 +33,9 @@ from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
-_ALARM_AFTER = 1000  # steps of collapse, and an epoch, until the alarm
-_PROBES = 16  # photos that are compared when a run goes on
-# Settings that may change on the way without a word: they do not change what is computed.
+_ALARM_AFTER = 1000  # steps of collapse, or one epoch if that is longer, until the alarm
+_PROBES = 16  # photos compared when a run resumes
+# Settings that may change between starts unmentioned: they do not change what is computed.
 _FREE = {
     *("output_dir", "resume", "init_from", "stop_after", "max_hours", "device", "recipe"),
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
@@ -46,8 +47,12 @@ _FREE = {
 
 @dataclass
 class Run:
-    """Everything that a run holds. `step` counts the steps done since the start of training, `seen`
-    is the name of the run that its folder belonged to, `notes` are lines for the log's start."""
+    """Everything that a run holds.
+
+    `step`: steps done since the start of training. `seen`: name of the run that the folder belonged
+    to at start-up. `notes`: lines for the start of the log. `saved`: step of the last save since
+    the run was last restored, -1 for none. `save_deferred`: a save was due and not allowed.
+    """
 
     config: Config
     device: torch.device
@@ -64,10 +69,15 @@ class Run:
     name: str = ""
     seen: str = ""
     notes: list[str] = field(default_factory=list)
+    saved: int = -1
+    save_deferred: bool = False
 
     def __post_init__(self) -> None:
         per_epoch, model = self.loader.steps_per_epoch, self.config.model
-        self.guard = NonFiniteGuard(self.scaler is not None, grace=per_epoch)
+        prototypes = (model.out_dim, model.patch_prototypes())
+        weights = (model.lambda1, model.lambda2)
+        uniform = sum(w * math.log(k) for w, k in zip(weights, prototypes, strict=True))
+        self.guard = NonFiniteGuard(self.scaler is not None, uniform)
         patience = max(_ALARM_AFTER, per_epoch)
         self.alarm = CollapseAlarm(model.out_dim, model.lambda1, patience)
 
@@ -80,8 +90,8 @@ class Run:
         return self.config.pipeline.batch_size * self.world_size
 
 
-def rates(run: Run) -> list[dict[str, float]]:
-    """Learning rate, weight decay and teacher momentum of every step of the whole run."""
+def rate_schedule(run: Run) -> list[dict[str, float]]:
+    """Learning rate, weight decay and teacher momentum of every step of the run, by name."""
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
     peak = options.lr * run.global_batch / 256
     lr = cosine_schedule(peak, options.min_lr, options.epochs, per_epoch, options.warmup_epochs)
@@ -97,24 +107,66 @@ def rates(run: Run) -> list[dict[str, float]]:
 
 
 def seed_step(run: Run, step: int) -> None:
-    """Stochastic depth draws from (seed, step, rank) alone, so that a resumed run draws what an
-    unbroken one would have drawn."""
+    """Seed torch from (seed, step, rank), so that stochastic depth draws the same in a resumed run
+    as in an unbroken one."""
     entropy = np.random.SeedSequence([run.config.pipeline.seed, step, run.rank])
     torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
 def lock_run_folder(run: Run) -> RunFolder:
-    """The run's folder, from now on held by this process. Raises ValueError, see `RunFolder`."""
+    """The run's folder, locked by this process. Raises ValueError, see `RunFolder`."""
     begins = {"step": run.step, "processes": run.world_size}
     begins["steps_per_epoch"] = run.loader.steps_per_epoch
     return RunFolder(run.folder, run.name, run.seen, run.config.resolved(), begins)
 
 
+def try_save(run: Run) -> bool:
+    """Save, unless the last steps were skipped or a tensor is not finite; then returns False, and
+    the save is due again after the next good step. All ranks take part. Raises RunError if the
+    checkpoint cannot be written."""
+    run.save_deferred = True
+    if run.guard.in_streak:
+        return False
+    if not is_finite(run):
+        run.guard.spoil(run.step - 1)
+        return False
+    save(run)
+    run.save_deferred = False
+    return True
+
+
+def is_finite(run: Run) -> bool:
+    """Whether all weights, centers, statistics and optimizer state are finite on every rank. One
+    pass over memory on the device, one synchronization."""
+    tensors: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in _state_tensors(run):
+        if tensor.is_floating_point() and tensor.numel():
+            tensors.setdefault(tensor.device, []).append(tensor)
+    ok = torch.ones((), device=run.device)
+    for same in tensors.values():  # the maximum is NaN or infinite if one value is
+        largest = torch.stack(torch._foreach_norm([t.detach() for t in same], math.inf))
+        ok *= largest.isfinite().all().to(run.device)
+    if run.world_size > 1:
+        dist.all_reduce(ok, dist.ReduceOp.MIN)
+    return bool(ok > 0)
+
+
+def _state_tensors(run: Run) -> Iterator[torch.Tensor]:
+    yield from run.ibot.state_dict().values()
+    optimizer: Any = getattr(run.optimizer, "optim", run.optimizer)  # of this rank, if sharded
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
 def save(run: Run) -> None:
-    """Write the checkpoint; at every --keep-every epochs one that stays, too. The RNG's state is
-    (seed, step): every draw is a function of the two, see `seed_step`. All ranks take part, rank 0
-    writes. Raises RunError where it cannot."""
+    """Write the checkpoint; every --keep-every epochs also one that is kept. All ranks take part,
+    rank 0 writes. Raises RunError if it cannot.
+
+    A checkpoint that was saved before steps turned implausible is not pushed out by later ones:
+    these overwrite each other. The state of the RNG is (seed, step), see `seed_step`.
+    """
     optimizer = optimizer_state(run.optimizer)
+    replace, run.saved = run.saved > run.guard.last_good, run.step
     if run.rank:
         return
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
@@ -136,7 +188,7 @@ def save(run: Run) -> None:
     keep = options.keep_every
     stays = epoch if keep and run.step % per_epoch == 0 and epoch % keep == 0 else None
     try:
-        checkpoints.write(run.folder, content, options.keep_last, stays)
+        checkpoints.write(run.folder, content, options.keep_last, stays, replace)
     except OSError as error:
         raise RunError(f"no checkpoint could be written at step {run.step} ({error})") from error
     if stays is not None or run.step == options.epochs * per_epoch:
@@ -158,15 +210,15 @@ def export_backbone(run: Run, epoch: int | None) -> None:
 
 
 def resume(run: Run) -> None:
-    """Start, or go on from the checkpoint that --resume names; never mix two runs in a folder.
+    """Start, or resume from the checkpoint that --resume names; never mix two runs in a folder.
 
-    All ranks take the checkpoint that rank 0 finds. Raises ValueError or FileNotFoundError.
+    All ranks use the checkpoint that rank 0 finds. Raises ValueError or FileNotFoundError.
     """
     options = run.config.run
     run.seen = identity(run.folder) if run.rank == 0 else ""
     if options.resume == "no" and run.rank == 0 and (run.seen or checkpoints.listed(run.folder)):
         raise ValueError(
-            f"{run.folder} already holds a run: go on with --resume auto, or give another"
+            f"{run.folder} already holds a run: continue it with --resume auto, or give another"
             " --output-dir"
         )
     path = newest(run) if options.resume == "auto" else Path(options.resume)
@@ -175,31 +227,33 @@ def resume(run: Run) -> None:
         run.name = run.seen or new_identity()
         if options.init_from:
             fresh = load_weights_into(run.ibot, options.init_from)
-            new = f"; new are the heads and {', '.join(fresh)}" if fresh else "; the heads are new"
+            new = f"; heads and {', '.join(fresh)} are new" if fresh else "; the heads are new"
             run.notes.append(f"student and teacher start from {options.init_from}{new}")
         return
-    restore(run, path, load_checkpoint(path))
-    run.name = run.seen or new_identity()  # in a folder of its own, what comes is another run
+    restore(run, path, checkpoints.load_sound(path))
+    run.name = run.seen or new_identity()  # in another folder it is another run
     run.notes.append(
         f"resumed at step {run.step} (epoch {run.step // run.loader.steps_per_epoch}) from {path}"
     )
 
 
 def restore(run: Run, path: Path, content: dict[str, Any]) -> None:
-    """Bring the run to where the checkpoint at `path` left it. Raises ValueError, with nothing
-    changed, where it is of another model, data set, global batch, seed or folder."""
+    """Return the run to the state of the checkpoint at `path`. Raises ValueError, with nothing
+    changed, if it is of another model, optimizer, data set, global batch, seed or folder."""
     _check_same(run, path, content)
     restore_model(run.ibot, content)
     load_optimizer_state(run.optimizer, content["optimizer"])
     if run.scaler is not None and content["fp16_scaler"]:
         run.scaler.load_state_dict(content["fp16_scaler"])
-    run.guard.restore(content.get("guard", run.guard.state()))
     run.step = content["step"]
+    run.guard.restore(content.get("guard", {}), run.step)
+    run.saved, run.save_deferred = -1, False
 
 
-def newest(run: Run) -> Path | None:
-    """The newest whole checkpoint of the run's folder, as rank 0 finds it; all ranks must ask."""
-    found = checkpoints.newest(run.folder) if run.rank == 0 else None
+def newest(run: Run, up_to: int | None = None) -> Path | None:
+    """The newest sound checkpoint of the run's folder, of step `up_to` at most, as rank 0 finds it.
+    All ranks must call this."""
+    found = checkpoints.newest(run.folder, up_to) if run.rank == 0 else None
     path = None
     if found is not None:
         path, _, damaged = found
@@ -214,28 +268,34 @@ def newest(run: Run) -> Path | None:
 def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
     if "optimizer" not in content:
         raise ValueError(
-            f"--resume {path}: it holds weights alone, and no run to go on with; start a run from"
-            f" them by --init-from {path}"
+            f"--resume {path}: it holds only weights, no run to continue; start a run from them"
+            f" with --init-from {path}"
         )
     config = run.config.resolved()
     check_same_model(path, content["config"], config)
+    if (before := content["config"].get("optimizer", "adamw")) != config["optimizer"]:
+        raise ValueError(
+            f"checkpoint {path} was written with --optimizer {before}, this run has"
+            f" {config['optimizer']}, whose state differs: keep --optimizer {before}, or start a"
+            f" new run from its weights with --init-from {path}"
+        )
     saved = (content["steps_per_epoch"], content["global_batch"])
     now = (run.loader.steps_per_epoch, run.global_batch)
     if saved != now:
         raise ValueError(
-            f"checkpoint {path} has {saved[0]} steps an epoch of {saved[1]} images, this run"
-            f" {now[0]} of {now[1]}: keep --data and (--batch-size x processes) as they were"
+            f"checkpoint {path} has {saved[0]} steps per epoch of {saved[1]} images, this run"
+            f" {now[0]} of {now[1]}: keep --data and --batch-size times processes as they were"
         )
     seed = content["rng"]["seed"]
     if seed != config["seed"]:
         raise ValueError(
-            f"checkpoint {path} is of --seed {seed}, this run of {config['seed']}: photos would"
-            " come twice or not at all; give the same seed"
+            f"checkpoint {path} has --seed {seed}, this run {config['seed']}: some photos would be"
+            " seen twice and others not at all; give the same seed"
         )
     if not _same_photos(content.get("data"), fingerprint(run.loader.photos)):
         raise ValueError(
             f"checkpoint {path} was trained on other photos than --data {config['data']}: give the"
-            " same, or start a run from its weights by --init-from"
+            " same, or start a run from its weights with --init-from"
         )
     owner = content.get("run")
     if run.seen and owner and owner != run.seen:
@@ -243,22 +303,22 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
             f"checkpoint {path} is of another run than {run.folder}: give another --output-dir"
         )
     if changed := _changed(content["config"], config):
-        run.notes.append(f"other settings than the run began with: {changed}")
+        run.notes.append(f"settings that differ from the start of the run: {changed}")
 
 
 def _check_begun(run: Run) -> None:
-    """A run that was ended before its first checkpoint may begin again, with the same settings."""
+    """Raise ValueError if the folder's run, which has no checkpoint yet, had other settings."""
     if not run.seen:
         return
     if changed := _changed(read_config(run.folder), run.config.resolved()):
         raise ValueError(
-            f"{run.folder} holds a run of other settings, without a checkpoint yet ({changed}):"
+            f"{run.folder} holds a run with other settings, without a checkpoint yet ({changed}):"
             " give another --output-dir, or remove it"
         )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ and matter, as "--name old is now new"; empty where none does."""
+    """The settings that differ and matter, as "--name old is now new"; "" if none does."""
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
@@ -271,8 +331,8 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def fingerprint(photos: Photos) -> list[str]:
-    """A few words by which a data set is known again, whatever stores it: its labels, and some of
-    its photos; an empty word for one that cannot be read now."""
+    """Hashes that identify a data set, whatever stores it: of its labels and of some photos; ""
+    for a photo that cannot be read."""
     words = [hashlib.sha256(photos.labels.tobytes()).hexdigest()]
     for index in np.linspace(0, len(photos) - 1, _PROBES).astype(int):
         try:
@@ -283,5 +343,5 @@ def fingerprint(photos: Photos) -> list[str]:
 
 
 def _same_photos(saved: list[str] | None, now: list[str]) -> bool:
-    """Whether two fingerprints differ in nothing that both could read."""
+    """Whether two fingerprints agree wherever both could read."""
     return saved is None or all(a == b for a, b in zip(saved, now, strict=True) if a and b)

@@ -1,11 +1,11 @@
-"""The folder of a run: whose it is, who writes to it now, and what was run with what.
+"""The folder of a run: which run owns it, who writes to it now, and how it was run.
 
     config.json     the settings, as resolved
     run.json        the run's name, its state, and each start: command, code, versions, machine
     log.jsonl, tensorboard/, curves.png, checkpoint*.pt
 
-A run has one folder and a folder one run. While a process writes to it, it holds a lock on `.lock`,
-which the kernel lets go with the process, however that ends.
+A run has one folder and a folder one run. A process that writes to it holds a lock on `.lock`,
+which the kernel releases when the process ends, in whatever way.
 """
 
 import fcntl
@@ -27,16 +27,17 @@ from ibeton.training import checkpoints
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
 _CODE = Path(__file__).parents[1]
+_GIT_S = 5.0  # on a large or remote file system git may take minutes
 _PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "nvidia-dali-cuda120", "timm", "pillow")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json says; empty where there is none. Raises ValueError for one that is damaged."""
+    """The content of run.json; empty if there is none. Raises ValueError if it is damaged."""
     return _read(folder / RUN)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says; likewise."""
+    """The content of config.json, likewise."""
     return _read(folder / CONFIG)
 
 
@@ -50,7 +51,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def identity(folder: Path) -> str:
-    """The name of the run that the folder belongs to; empty where it is free."""
+    """The name of the run that the folder belongs to; "" if it is free."""
     return str(read_run(folder).get("id", ""))
 
 
@@ -60,7 +61,7 @@ def new_identity() -> str:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process writes to the folder now (on this machine, or where locks are shared)."""
+    """Whether a process writes to the folder now (here, or wherever locks are shared)."""
     try:
         with open(folder / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -74,9 +75,9 @@ def is_held(folder: Path) -> bool:
 class RunFolder:
     """Holds `folder` for run `name`, from construction until `close`, and keeps its run.json.
 
-    `seen` is the name that the folder bore when the run was made ready; `begins` are "step",
-    "steps_per_epoch" and "processes" of this start. Raises ValueError where
-    another process holds the folder, or has begun another run in it since.
+    `seen`: the folder's run at start-up; `begins`: "step", "steps_per_epoch" and "processes" of
+    this start. Raises ValueError if another process holds the folder, or has since started another
+    run in it; OSError if it cannot be written.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class RunFolder:
         self._note("running")
 
     def close(self, state: str) -> None:
-        """Bring run.json to `state` (stopped, finished, interrupted, or failed with a reason), and
-        let others have the folder."""
+        """Write `state` (stopped, finished, interrupted, or failed with a reason) to run.json, and
+        release the folder."""
         try:
             self._note(state)
         finally:
@@ -130,18 +131,26 @@ def _start() -> dict[str, Any]:
 
 
 def _code_state() -> dict[str, Any]:
-    """The commit of this code, and tracked files that differ from it; empty without git."""
+    """The commit of this code, and tracked files that differ from it; empty without git. What git
+    does not answer in a few seconds is "unknown"."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
-    except (OSError, subprocess.CalledProcessError):
+    except subprocess.TimeoutExpired:
+        return {"commit": "unknown", "changed": "unknown"}
+    except (OSError, subprocess.SubprocessError):
         return {}
+    try:
+        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": commit, "changed": "unknown"}
     return {"commit": commit, "changed": [line[3:] for line in changed]}
 
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_CODE), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=_GIT_S
+    ).stdout
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a run leaves and shows: log.jsonl, TensorBoard scalars, a progress line."""
+"""What a run writes and shows: log.jsonl, TensorBoard scalars, a progress line."""
 
 import json
 import math
@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from ibeton.atomic import write_text
 from ibeton.training.progress_line import place_fields, progress_line, step_fields
@@ -20,7 +19,7 @@ _BAR = 10  # columns of the progress bar
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a log.jsonl; a last line cut short by a kill is left out."""
+    """The records of a log.jsonl, without a last line that a kill cut short."""
     records = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -36,18 +35,18 @@ def _not_finite(value: Any) -> bool:
 
 
 def _done(record: dict[str, Any]) -> int:
-    """Steps done when `record` was written: a score stands between steps, a loss is of a step."""
+    """Steps done when `record` was written: scores belong between steps, losses to a step."""
     return record["step"] + ("loss" in record)
 
 
 class RunLog:
-    """Writes records with a "step" as they come; on resume, forgets those from that step on.
+    """Writes records with a "step"; on resume, drops those from that step on.
 
-    So the log of a run that was killed and went on reads like that of an unbroken one.
+    The log of a run that was killed and resumed reads like that of an unbroken one.
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
-        self.console = Console(stderr=False, highlight=False)
+        self.console = Console(highlight=False, markup=False)  # a path may look like markup
         self.trackers: Trackers | None = None
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
@@ -63,7 +62,9 @@ class RunLog:
         self._progress.start()
 
     def _open(self, first_step: int) -> None:
-        """Keep what was written up to `first_step`, and write on from there."""
+        """Keep the records up to `first_step`, and append from there."""
+        from torch.utils.tensorboard import SummaryWriter  # only here: takes seconds
+
         kept = [r for r in read_records(self._path) if _done(r) <= first_step]
         write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
@@ -72,18 +73,18 @@ class RunLog:
         self._started, self._first = time.monotonic(), first_step
 
     def roll_back(self, step: int) -> None:
-        """Forget all from `step` on: the run goes on from there."""
+        """Drop all records from `step` on: the run continues from there."""
         self._file.close()
         self._board.close()
         self._open(step)
 
     def say(self, text: str) -> None:
-        """One line for the person watching, above the progress line."""
+        """Print a line above the progress line."""
         self.console.print(text, soft_wrap=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one JSON line; numbers also go to TensorBoard, those of a dict as dict/name. What
-        is not finite is written as null: JSON has no word for it."""
+        """Append a JSON line; numbers also go to TensorBoard, those of a dict as dict/name. NaN and
+        infinity, which JSON lacks, become null."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         if self.trackers is not None:
@@ -96,7 +97,7 @@ class RunLog:
                 self._board.add_scalar(name, value, record["step"])
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
-        """Show where the run stands after `step` steps, with the numbers of the step before."""
+        """Show the progress after `step` steps, with the numbers of the last one."""
         self._show(step, step_fields(numbers))
 
     def show(self, step: int, text: str) -> None:

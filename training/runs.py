@@ -90,7 +90,7 @@ def _setting(config: dict[str, Any], name: str) -> str:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError where there is
+    """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError if there is
     none."""
     if (folder / CONFIG).exists():
         return [folder]
@@ -101,8 +101,8 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a run has come to: "arch", "done" of "epochs", and of its last records "loss",
-    "images_per_s" and "knn_top1", None where there is none; "state" and "since"."""
+    """The progress of a run: "arch", "done" of "epochs", the last "loss", "images_per_s" and
+    "knn_top1" (None if it has none), "state" and "since"."""
     config, run = read_config(folder), read_run(folder)
     state = run.get("state", "?")
     if state == "running" and not is_held(folder):
@@ -170,7 +170,7 @@ def _ago(since: str) -> str:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Rows in columns, plain, as they may go to a file."""
+    """Rows in plain columns, which may go to a file."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

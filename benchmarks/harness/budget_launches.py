@@ -30,10 +30,12 @@ SPLIT_K = 8  # a product whose inner dimension is so many times the outer ones r
 
 PRODUCTS, ATTENTION, COPIES, ELEMENTWISE = "products", "attention", "copies", "element-wise"
 NORM, NORM_BACKWARD, GELU, GELU_BACKWARD = "norm", "norm backward", "GELU", "GELU backward"
-CONCATENATION, SUMS, OPTIMIZER, FUSED = "concatenation", "sums", "optimizer and EMA", "fused"
+CONCATENATION, SUMS, OPTIMIZER = "concatenation", "sums", "optimizer and EMA"
+# Triton kernels of ours: those with a reduction along the row, and those that only stream
+ROW_KERNELS, STREAM_KERNELS = "row kernels", "stream kernels"
 CATEGORIES = (
     *(PRODUCTS, ATTENTION, COPIES, ELEMENTWISE, NORM, NORM_BACKWARD, GELU, GELU_BACKWARD),
-    *(CONCATENATION, SUMS, OPTIMIZER, FUSED),
+    *(CONCATENATION, SUMS, OPTIMIZER, ROW_KERNELS, STREAM_KERNELS),
 )
 # operator -> category; all that is not named here is element-wise
 OPERATORS = {
@@ -113,7 +115,9 @@ class Recorder(TorchDispatchMode):
     def kernel(self, launch: Launch) -> None:
         """A Triton kernel of ours, which reads or writes each tensor once."""
         self.kernels.append(launch)
-        self.add(FUSED, launch.name, 1, _bytes(launch.tensors()), 0)
+        rows = launch.name.startswith(("_residual_norm", "_row"))
+        category = ROW_KERNELS if rows else STREAM_KERNELS
+        self.add(category, launch.name, 1, _bytes(launch.tensors()), 0)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
         self.launches.append(Launches(self.stage, category, name, kernels, moved, flops))
@@ -159,8 +163,8 @@ def record_step(settings: Settings) -> Recorder:
         size, grid = model.image_size, model.image_size // model.patch_size
         views, images, local = model.global_crops_number, settings.images, settings.local_size
         batch = (
-            torch.empty(views, images, model.in_chans, size, size),
-            torch.empty(model.local_crops_number, images, model.in_chans, local, local),
+            torch.empty(views, images, 3, size, size),
+            torch.empty(model.local_crops_number, images, 3, local, local),
             torch.zeros(views, images, grid, grid, dtype=torch.bool),
         )
         with (
@@ -196,7 +200,7 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
     def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, difference = torch.empty(len(student)), torch.empty_like(student)
         moved = _bytes([student, arguments[0], difference])
-        recorder.add(FUSED, "_row_kernel", 1, moved, 0)
+        recorder.add(ROW_KERNELS, "_row_kernel", 1, moved, 0)
         return loss, difference
 
     @contextmanager

@@ -11,8 +11,9 @@ import torch
 from ibeton import stages
 from ibeton.pipeline import Batch, Loader, build_loader
 from ibeton.stages import StageClock, StepTiming, stage
-from ibeton.train import DTYPES, Run, rates, train_step
+from ibeton.train import DTYPES, Run, train_step
 from ibeton.training.metrics import DelayedMetrics
+from ibeton.training.run import rate_schedule
 from ibeton.training.timing.speed import Window
 from ibeton.workers import cores
 
@@ -29,7 +30,7 @@ class Bench:
     def __init__(self, run: Run, steps: int) -> None:
         self.run, self.steps = run, steps
         self.images = run.config.pipeline.batch_size
-        self.rates = rates(run)[0]
+        self.rates = rate_schedule(run)[0]
         self.windows: dict[str, list[Window]] = {}
         self.clock = StageClock(run.device)
         self._late = DelayedMetrics(run.world_size)

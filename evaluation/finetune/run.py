@@ -142,7 +142,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
         build_schedule(optimizer, config, loader.steps_per_epoch),
         scaler,
         Mixer(config, len(sets.classes), device),
-        NonFiniteGuard(scaler is not None, loader.steps_per_epoch),
+        NonFiniteGuard(scaler is not None),
         precision,
         group,
     )
@@ -246,7 +246,7 @@ def _resume(run: FinetuneRun) -> None:
     run.optimizer.load_state_dict(content["optimizer"])
     if run.scaler is not None and content["fp16_scaler"]:
         run.scaler.load_state_dict(content["fp16_scaler"])
-    run.guard.restore(content["guard"])
+    run.guard.restore(content["guard"], content["step"])
     run.step, run.scores = content["step"], content["scores"]
     run.notes.append(f"resumed at step {run.step} of {run.steps} from {path}")
 

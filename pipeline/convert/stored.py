@@ -85,7 +85,9 @@ def store_photos(job: tuple[list[Photo], Storage]) -> list[StoredPhoto | str]:
     return results
 
 
-def checksum(crc: int, label: int, mode: int, width: int, height: int, data: memoryview) -> int:
+def checksum(
+    crc: int, label: int, mode: int, width: int, height: int, data: bytes | memoryview
+) -> int:
     """CRC-32 of a sample as stored, going on from `crc`."""
     return zlib.crc32(data, zlib.crc32(struct.pack("<qBHH", label, mode, width, height), crc))
 

@@ -42,7 +42,7 @@ _READ_AHEAD = 2  # batches
 class Read(NamedTuple):
     """The photo used, and its JPEG bytes uint8 [n] for DALI or its pixels uint8 [H, W, 3]."""
 
-    index: int
+    photo: int
     data: np.ndarray
 
 
@@ -106,14 +106,14 @@ class DaliPhotos:
                     return Read(index, np.frombuffer(data, np.uint8))
         return self._decode_by_pillow(index)
 
-    def _is_for_dali(self, index: int, data: bytes) -> bool:
+    def _is_for_dali(self, index: int, data: bytes | memoryview) -> bool:
         """A JPEG without surprises and, in a .beton file, of the size noted there."""
         size = plain_jpeg_size(data)
         if size is not None and isinstance(self._photos, BetonReader):
             return size == (self._photos.heights[index], self._photos.widths[index])
         return size is not None
 
-    def _is_complete(self, index: int, data: bytes) -> bool:
+    def _is_complete(self, index: int, data: bytes | memoryview) -> bool:
         """Whether the compressed data reach to the photo's end, looked at once."""
         if not self._complete[index] and not ends_early(data):
             self._complete[index] = 1

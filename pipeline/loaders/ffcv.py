@@ -109,8 +109,13 @@ class FfcvPixels:
     def _decoded(self, batch: _Batch, slots: list[torch.Tensor]) -> Decoded:
         task, reader = batch.task, self._threads.reader
         flat = torch.from_numpy(task.pixels)
-        sides = (s[task.indices].astype(np.int64) for s in (reader.heights, reader.widths))
-        photos = Decoded([flat], task.offsets, *sides, torch.from_numpy(task.indices))
+        photos = Decoded(
+            parts=[flat],
+            offsets=task.offsets,
+            heights=reader.heights[task.indices].astype(np.int64),
+            widths=reader.widths[task.indices].astype(np.int64),
+            indices=torch.from_numpy(task.indices),
+        )
         end = flat.numel()
         for i in sorted(batch.failed):  # others in their places, behind all of the rest
             index, pixels = self._context.replacements.readable(int(task.indices[i]))
@@ -128,9 +133,10 @@ class _Threads:
     """The file, and the threads that work on its photos."""
 
     def __init__(self, context: LoaderContext) -> None:
-        self.reader = context.photos
-        if not isinstance(self.reader, BetonReader):
+        reader = context.photos
+        if not isinstance(reader, BetonReader):
             raise ValueError(f"{context.data}: the ffcv loader reads .beton files")
+        self.reader: BetonReader = reader
         # One is with the consumer, and one is being finished while the next is begun.
         self.slots = context.batches_ahead + 2
         self._context = context

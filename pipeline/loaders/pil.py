@@ -1,9 +1,10 @@
 """The published recipe: Pillow and torchvision in worker processes, one photo at a time.
 
-Slow by nature (twelve separate crops and a dozen passes each), and needing nothing but Pillow: the
-yardstick for the other loaders, and the one that is there when they are not.
+Slow by design (twelve separate crops with a dozen passes each), but it needs nothing but Pillow:
+the reference for the other loaders, and the fallback when they are not installed.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ibeton.command import Failure
 from ibeton.pipeline.batch import BatchPlan, Crops
 from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loaders.context import LoaderContext
@@ -23,15 +25,21 @@ from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos, open_photos
 from ibeton.stages import work
+from ibeton.workers import end_with_parent
+
+log = logging.getLogger(__name__)
 
 STAGES = ("read", "decode", "crop")
 # Global views, local views, the photo used, unreadable ones, seconds of each of STAGES.
 Sample = tuple[np.ndarray, np.ndarray, int, dict[int, str], np.ndarray]
 Notes = tuple[dict[int, str], np.ndarray]  # the last two, of a batch
+# A batch on its way to the main process: global and local crops, photos used, notes. Crops are
+# tensors in shared memory, or arrays, which go through a pipe.
+Sent = tuple[Any, Any, Any, Notes]
 
 
 class _Views(Dataset):
-    """Sample (epoch, index) -> its views; each worker opens the photos for itself."""
+    """Sample (epoch, index) -> its views. Each worker opens the photos itself."""
 
     def __init__(self, path: str, views: list[ViewSpec], global_views: int, seed: int) -> None:
         self._path = path
@@ -76,22 +84,26 @@ def _stack(views: list[np.ndarray]) -> np.ndarray:
     ]
 
 
-def _collate(samples: list[Sample | Exception]) -> tuple[Crops, Notes] | Exception:
+def _collate(samples: list[Sample | Exception]) -> Sent | Exception:
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
     global_crops, local_crops, used, unreadable, times = zip(*samples, strict=True)
-    crops = Crops(
-        torch.from_numpy(np.stack(global_crops)),
-        torch.from_numpy(np.stack(local_crops)),
-        torch.tensor(used, dtype=torch.int64),
-    )
     lost = {index: reason for part in unreadable for index, reason in part.items()}
-    return crops, (lost, np.sum(times, axis=0))
+    crops = (_shared(np.stack(global_crops)), _shared(np.stack(local_crops)))
+    return *crops, np.array(used, dtype=np.int64), (lost, np.sum(times, axis=0))
+
+
+def _shared(crops: np.ndarray) -> torch.Tensor | np.ndarray:
+    """The crops in shared memory; as they are, to be sent through a pipe, if there is no room."""
+    try:
+        return torch.from_numpy(crops).share_memory_()
+    except RuntimeError:
+        return crops
 
 
 class _Keys:
-    """Batches of (epoch, index); set anew before each stream, as the workers outlive streams."""
+    """Batches of (epoch, index), replaced before each stream: the workers outlive streams."""
 
     def __init__(self) -> None:
         self.plans: Iterator[BatchPlan] = iter(())
@@ -108,12 +120,14 @@ class PilCrops:
 
     def __init__(self, context: LoaderContext) -> None:
         self._keys = _Keys()
+        self._warned = False
         self._replacements = context.replacements
         self._loader = DataLoader(
             _Views(context.data, context.views, context.global_views, context.seed),
             batch_sampler=self._keys,  # type: ignore[arg-type]
             num_workers=context.workers,
             collate_fn=_collate,
+            worker_init_fn=end_with_parent,
             persistent_workers=True,
             prefetch_factor=context.batches_ahead,
             # numba's thread pools do not survive a fork.
@@ -121,17 +135,38 @@ class PilCrops:
         )
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
-        """The views of each planned batch, `batches_ahead` batches ahead in each worker."""
+        """The views of each planned batch, `batches_ahead` batches ahead in each worker. Raises
+        Failure if a worker was killed."""
         self._keys.plans, self._keys.under_way = plans, deque()
-        for batch in self._loader:
+        for batch in self._received():
             if isinstance(batch, Exception):
                 raise batch
-            crops, (unreadable, times) = batch
+            global_crops, local_crops, used, (unreadable, times) = batch
+            crops = Crops(
+                self._tensor(global_crops), self._tensor(local_crops), torch.from_numpy(used)
+            )
             for index, reason in unreadable.items():
                 self._replacements.take_over(index, reason)
             for name, spent in zip(STAGES, times, strict=True):
                 work.add(name, float(spent), len(crops.indices), self._loader.num_workers)
             yield self._keys.under_way.popleft(), crops
+
+    def _received(self) -> Iterator[Sent | Exception]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            raise Failure(worker_failure(error)) from error
+
+    def _tensor(self, crops: torch.Tensor | np.ndarray) -> torch.Tensor:
+        if isinstance(crops, torch.Tensor):
+            return crops
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "no room in /dev/shm for a batch: pipes are used, which are slower (in Docker, give"
+                " --shm-size 8g; or use --loader ffcv)"
+            )
+        return torch.from_numpy(crops)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -139,3 +174,14 @@ class PilCrops:
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None
+
+
+def worker_failure(error: RuntimeError) -> str:
+    """What an error of a DataLoader means, in a sentence: torch names workers that were killed."""
+    text = str(error).strip().splitlines()
+    if text and text[0].startswith("DataLoader worker"):
+        return (
+            "a worker process of the pil loader was killed, perhaps for lack of memory: try fewer"
+            f" --workers ({text[0]})"
+        )
+    return text[-1] if text else type(error).__name__

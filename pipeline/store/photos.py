@@ -15,7 +15,6 @@ class Photos(Protocol):
 
     labels: np.ndarray  # int64 [n], -1 where unlabelled
     classes: list[str]
-    notes: list[str]  # what a user should know of the set, a sentence each
 
     def __len__(self) -> int: ...
 
@@ -58,7 +57,7 @@ def is_beton(path: str | Path) -> bool:
     return Path(path).suffix == ".beton"
 
 
-def open_photos(path: str | Path) -> Photos:
+def open_photos(path: str | Path) -> BetonReader | FolderPhotos:
     """Open a .beton file, a photo folder or a tar.
 
     Raises FileNotFoundError or ValueError, naming the path, for what is none of them.

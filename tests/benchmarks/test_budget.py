@@ -13,6 +13,20 @@ from ibeton.benchmarks.harness.budget_rates import (
 )
 from ibeton.model import ModelConfig
 
+# The step of ViT-S/16 at batch 64 in half precision, 2 x 224 + 10 x 96 pixels. Before the kernels:
+# 1,605 launches (the profile has 1,997, with memsets), 110 GB and 63 ms.
+LAUNCHES, GIGABYTES, MILLISECONDS = 860, 68, 37
+
+
+def test_launches_bytes_and_predicted_time_stay_below_their_ceilings():
+    launches = step_launches(Settings(ModelConfig(recompute="off"), 64))
+    assert sum(x.kernels for x in launches) <= LAUNCHES
+    assert sum(x.bytes for x in launches) <= 1e9 * GIGABYTES
+    predicted = by_category(launches, DEVICES["h100"])
+    assert 1e3 * sum(predicted.values()) <= MILLISECONDS
+    assert {"row kernels", "stream kernels"} < set(predicted)
+    assert not {"norm", "norm backward", "GELU"} & set(predicted)  # nothing escapes the kernels
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", PROFILED)

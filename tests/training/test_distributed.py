@@ -106,7 +106,7 @@ def store_address(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_ranks_that_do_not_come_are_named(store_address: int) -> None:
-    with pytest.raises(ValueError, match=r"rank 0 of 3 waited 2 s .* rank 1, 2 did not come"):
+    with pytest.raises(ValueError, match=r"rank 0 of 3 waited 2 s .* rank 1, 2 did not join"):
         meet(0, 3)
 
 

@@ -1,4 +1,4 @@
-"""Where a loss or gradient that is no number comes from: the step again, with eyes open."""
+"""Finds where a loss or gradient stops being finite, by repeating the step under hooks."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ _NAMED = 8  # tensors named in one list; the others are counted
 def diagnose(
     ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float = 1.0
 ) -> dict[str, Any]:
-    """What is not finite in the step on `batch`, with the weights as they are; without a word to
-    other ranks. `scale` is that of loss scaling. Leaves `ibot` without gradients.
+    """What is not finite in the step on `batch`, with the present weights; no communication between
+    ranks. `scale` is that of loss scaling. Leaves `ibot` without gradients.
 
-    Of each: "images" (indices whose pixels), "weights" and "gradients" (names; gradients in the
-    order of the backward), "layers" (modules in the order of the forward), "terms" (of the loss),
-    and "alone": indices of images that lead to it all by themselves.
+    Returns "images" (indices of photos with such pixels), "weights" and "gradients" (names;
+    gradients in the order of the backward pass), "layers" (modules in the order of the forward
+    pass), "terms" (of the loss), and "alone" (indices of photos that cause it in a batch of one).
     """
     call, ibot.__dict__["student_call"] = ibot.student_call, ibot.student  # off DDP
     report: dict[str, Any] = {
@@ -58,7 +58,9 @@ def diagnose(
 
 
 def sentences(report: dict[str, Any], names: dict[int, str]) -> list[str]:
-    """A report of `diagnose` in words; `names` of photos by index."""
+    """A report of `diagnose` in words; `names` of photos by index. A "diverging_since" in it is the
+    step from which on losses were finite but absurd. Photos are named only if they can be the
+    cause: not if the weights are not finite, the run was diverging, or most of the batch fails."""
 
     def photos(indices: list[int]) -> str:
         return _some([f"{index} ({names[index]})" for index in indices])
@@ -72,10 +74,23 @@ def sentences(report: dict[str, Any], names: dict[int, str]) -> list[str]:
         lines.append("first layer with an output that is not finite: " + report["layers"][0])
     if report["gradients"]:
         lines.append("gradients not finite, from the loss down: " + _some(report["gradients"]))
-    if report["alone"]:
-        lines.append("photos that lead to it alone: " + photos(report["alone"]))
-    if not (report["layers"] or report["gradients"]):
-        lines.append("done again, the step is sound: look at the hardware")
+    since, alone = report.get("diverging_since"), report["alone"]
+    if since is not None:
+        lines.append(
+            f"losses had been implausible since step {since}: the run was diverging, which is due"
+            " to its weights or options (--lr), not to the photos of this step"
+        )
+    elif report["weights"]:
+        lines.append("the weights are to blame, not the photos of this step")
+    elif not report["images"] and len(alone) > len(names) / 2:
+        lines.append(
+            f"{len(alone)} of {len(names)} photos of the batch lead to it alone: the weights or"
+            " options are to blame, not the photos"
+        )
+    elif alone and not report["images"]:
+        lines.append("photos that lead to it alone: " + photos(alone))
+    if not (report["layers"] or report["gradients"] or report["weights"]):
+        lines.append("when repeated, the step is finite: suspect the hardware")
     return lines
 
 

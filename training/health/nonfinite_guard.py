@@ -1,72 +1,129 @@
-"""What becomes of steps that were skipped because their loss or gradients were no numbers.
+"""Decides what skipped steps mean: one is ignored, several in a row send the run back.
 
-The step itself is skipped on the device, see `model.steps`. Here the host, a step later, counts and
-decides; all ranks read the same numbers and come to the same decision.
+A step whose loss or gradients are not finite is skipped on the device, see `model.steps`. One step
+later the host reads its numbers and judges it here. All ranks read the same numbers, so all of them
+decide the same.
 """
 
 import math
 from typing import Any
 
-IN_A_ROW = 4  # skipped steps that make the run go back to its last checkpoint
-# Loss scaling halves its scale at each overflow, from 65536 at the start. After so many in a row it
-# is the gradients that are broken, not the scale that is too large.
+from ibeton.command import Failure
+
+IN_A_ROW = 4  # skipped steps that send the run back to a checkpoint
+# Loss scaling halves its scale at each overflow, from 65536 at the start. After this many in a row
+# the gradients are broken, not the scale.
 OVERFLOWS_IN_A_ROW = 20
+AGAIN_WITHIN = 1000  # steps after a rollback in which more skipped steps are the same trouble
+_PLAUSIBLE = 1.5  # times the loss of a uniform guess, or of the run's first step if that is higher
 
 
-class RunError(RuntimeError):
-    """A run cannot go on, for a reason that a sentence tells; its last checkpoint is sound."""
+class RunError(Failure):
+    """A run cannot continue."""
 
 
 class NonFiniteGuard:
-    """Counts skipped steps. `scaled`: under loss scaling, whose own skips are told apart: those
-    with a finite loss. `grace`: steps after a trouble within which the next is the same again."""
+    """Counts skipped steps and remembers the last good one.
 
-    def __init__(self, scaled: bool, grace: int) -> None:
-        self._scaled, self._grace = scaled, grace
+    `scaled`: under loss scaling, whose overflows (finite loss, gradients that are not) are counted
+    apart. `uniform`: loss of a uniform guess; infinite if no finite loss is implausible. A step is
+    good if its loss and gradients are finite, its loss is plausible, and its gradients are not all
+    zero: a diverging run shows finite, absurd losses before the first NaN, and what was saved then
+    is worthless.
+    """
+
+    def __init__(self, scaled: bool, uniform: float = math.inf) -> None:
+        self._scaled, self._uniform = scaled, uniform
         self.skipped = 0
         self.overflows = 0
-        self._in_a_row = 0
-        self._overflows_in_a_row = 0
-        self.last_bad = -1  # the last step that was skipped
+        self.first_loss: float | None = None  # of the whole run
         self._last_trouble: int | None = None
+        self._last_target = 0
+        self.restore({}, 0)
+
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Start at `step` from what `state()` returned, with no step skipped in a row."""
+        self.skipped = state.get("skipped", self.skipped)
+        self.overflows = state.get("overflows", self.overflows)
+        self.first_loss = state.get("first_loss", self.first_loss)
+        self.start = step
+        self.last_good = -1  # the last good step since `start`
+        self.first_bad = self.last_bad = -1  # the ends of the current or last streak
+        self._in_a_row = self._overflows_in_a_row = 0
+        self._spoiled = False
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        counts = {"skipped": self.skipped, "overflows": self.overflows}
+        return counts if self.first_loss is None else counts | {"first_loss": self.first_loss}
 
     def update(self, record: dict[str, Any]) -> str:
-        """Count the step of `record`, which takes up the counts, and "skipped" with the cause where
-        it was skipped. Returns a line to say about it, empty for a good step and an overflow."""
-        loss_ok, gradient_ok = math.isfinite(record["loss"]), math.isfinite(record["grad_norm"])
+        """Judge the step of `record`; adds "skipped_steps", "overflows" and, if it was skipped,
+        "skipped" with the cause. Returns a line for the user, "" for a good step or an overflow."""
+        step, loss, norm = record["step"], record["loss"], record["grad_norm"]
+        loss_ok, gradient_ok = math.isfinite(loss), math.isfinite(norm)
         overflow = self._scaled and loss_ok and not gradient_ok
         bad = not (loss_ok and gradient_ok) and not overflow
         self.overflows += overflow
         self.skipped += bad
+        in_streak = self.in_streak
         self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
         self._in_a_row = self._in_a_row + 1 if bad or (overflow and self._in_a_row) else 0
         record |= {"skipped_steps": self.skipped, "overflows": self.overflows}
         if not bad and not overflow:
+            if step == 0:
+                self.first_loss = loss
+            most = _PLAUSIBLE * max(self._uniform, self.first_loss or 0.0)
+            if loss <= most and norm > 0:
+                self.last_good = step
             return ""
+        if not in_streak:
+            self.first_bad = step
         what = "overflow" if overflow else "gradient" if loss_ok else "loss"
-        record["skipped"], self.last_bad = what, record["step"]
+        record["skipped"], self.last_bad = what, step
         if overflow:
             return ""
         return (
-            f"step {record['step']} is skipped: its {what} is not finite"
+            f"step {step} is skipped: its {what} is not finite"
             f" ({self.skipped} skipped so far, {self._in_a_row} in a row)"
         )
 
+    def spoil(self, step: int) -> None:
+        """Weights or optimizer state are not finite after `step`, whatever its loss was."""
+        self.first_bad = self.last_bad = step
+        self._spoiled = True
+
+    @property
+    def in_streak(self) -> bool:
+        """Whether the last steps were skipped. Nothing may be saved now."""
+        return self._spoiled or self._in_a_row > 0 or self._overflows_in_a_row >= IN_A_ROW
+
     def should_roll_back(self) -> bool:
-        """Whether it is too much: time to go back."""
-        return self._in_a_row >= IN_A_ROW or self._overflows_in_a_row >= OVERFLOWS_IN_A_ROW
+        """Whether the run must return to a checkpoint."""
+        return (
+            self._spoiled
+            or self._in_a_row >= IN_A_ROW
+            or self._overflows_in_a_row >= OVERFLOWS_IN_A_ROW
+        )
 
-    def again(self) -> bool:
-        """Whether this trouble is the one from which the run went back before. Asked once a
-        trouble, which it remembers."""
-        before, self._last_trouble = self._last_trouble, self.last_bad
-        return before is not None and self.last_bad <= before + self._grace
+    def diverging_since(self) -> int | None:
+        """The first step of those before the streak that were finite but not good; None if the
+        streak came without warning."""
+        since = max(self.last_good + 1, self.start)
+        return since if since < self.first_bad else None
 
-    def state(self) -> dict[str, int]:
-        """For a checkpoint."""
-        return {"skipped": self.skipped, "overflows": self.overflows}
+    def rolled_back_before(self) -> bool:
+        """Whether a recent rollback did not get rid of the trouble."""
+        before = self._last_trouble
+        return before is not None and self.last_bad <= before + AGAIN_WITHIN
 
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on counting from what `state` gave, with no step skipped in a row."""
-        self.skipped, self.overflows = state["skipped"], state["overflows"]
-        self._in_a_row = self._overflows_in_a_row = 0
+    def newest_target(self) -> int:
+        """The highest step of a checkpoint that may be returned to: one from which a good step was
+        made, or else one older than the checkpoint at which training started; and one older than
+        the last target, if that did not help."""
+        limit = self.last_good if self.last_good >= self.start else self.start - 1
+        return min(limit, self._last_target - 1) if self.rolled_back_before() else limit
+
+    def rolled_back(self, target: int) -> None:
+        """Remember a rollback to the checkpoint of step `target`."""
+        self._last_trouble, self._last_target = self.last_bad, target

@@ -1,15 +1,16 @@
-"""How a run is asked to stop, and how it stops: after the step, with a checkpoint.
+"""Requests to stop a run, which then stops after its step, with a checkpoint.
 
-SIGTERM, SIGUSR1 (SLURM's warning before the time is up), the first Ctrl-C and --max-hours are
-requests. A second Ctrl-C ends the run at once.
+SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (SLURM's warning before the time limit), the first
+Ctrl-C and --max-hours are requests. A second Ctrl-C ends the run at once.
 """
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from types import FrameType
 from typing import Any
@@ -17,21 +18,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STOPPED = 85  # exit status: stopped on request, go on with --resume auto
+STOPPED = 85  # exit status: stopped on request, continue with --resume auto
 INTERRUPTED = 130  # exit status of a second Ctrl-C, as shells have it
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_SAME_PRESS_S = 1.0  # a terminal and a launcher may both pass on one Ctrl-C
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_SAME_PRESS_S = 1.0  # a terminal and a launcher may both deliver one Ctrl-C
+_LONGEST_TMPDIR = 70  # a socket's path has 107 bytes, of which multiprocessing uses up to 35
 _HEARD = "\n{}: the run will finish its step and save; Ctrl-C (again) ends it at once\n"
 
 
 class StopRequested(BaseException):
-    """Raised by a request in the midst of what may be left undone; no error, so that no one who
-    handles errors takes it for one."""
+    """Raised by a request inside `StopSignals.interruptible`. Not an Exception, so that no error
+    handler catches it."""
 
 
 class StopSignals:
-    """Hears requests while it is entered, in the main thread. `reason` says what asked, and is
-    empty until then."""
+    """Handles requests while entered, in the main thread. `reason` is the request, "" so far."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -42,7 +43,12 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in REQUESTS}
+            for number in REQUESTS:
+                before = signal.signal(number, self._hear)
+                if number == signal.SIGHUP and before == signal.SIG_IGN:  # by nohup
+                    signal.signal(number, before)
+                else:
+                    self._before[number] = before
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -50,19 +56,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     def limit(self, max_hours: float) -> None:
-        """Stop after so many hours from construction; 0 is no limit."""
+        """Stop this many hours after construction; 0 is no limit."""
         self._max_hours = max_hours
 
     def requested(self) -> bool:
-        """Whether this process has been asked to stop, or its time is up."""
+        """Whether this process has been asked to stop, or has reached --max-hours."""
         hours = (time.monotonic() - self._begun) / 3600
         if not self.reason and 0 < self._max_hours < hours:
             self.reason = f"--max-hours {self._max_hours:g} are over"
         return bool(self.reason)
 
     def requested_on_any_rank(self, device: torch.device) -> bool:
-        """Whether any rank is to stop: the same answer on all of them, who must all ask, and who
-        wait for each other here."""
+        """Whether any rank was asked to stop; the same answer on all. A collective: all ranks must
+        call it, and wait for each other here."""
         if not dist.is_initialized():
             return self.requested()
         flag = torch.tensor(float(self.requested()), device=device)
@@ -71,7 +77,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What runs in it may be left at any moment: a request raises StopRequested there."""
+        """A request raises StopRequested in this block, at any point."""
         try:
             self._leave = True
             yield
@@ -84,16 +90,17 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.reason:
             self.reason, self._heard = signal.Signals(number).name, now
-            os.write(2, _HEARD.format(self.reason).encode())
+            with suppress(OSError):  # a terminal that is closed
+                os.write(2, _HEARD.format(self.reason).encode())
         if self._leave:
             self._leave = False
             raise StopRequested
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """Processes that are started in this block, and theirs, never hear of a request: it is for the
-    run to act upon, and it needs its workers until the step is done."""
+def signals_blocked() -> Iterator[None]:
+    """Processes started in this block, and their children, ignore requests: the run handles them,
+    and needs its workers until the step is done."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, set(REQUESTS))
     try:
         yield
@@ -102,9 +109,18 @@ def unheard() -> Iterator[None]:
 
 
 def block_signals_in_workers() -> None:
-    """Start now, deaf to requests, the process from which multiprocessing forks the loader's, and
-    the tracker of their semaphores."""
-    with unheard():  # by itself the tracker is deaf to two of them, whose mask its start undoes
+    """Start multiprocessing's fork server and resource tracker now, with stop signals blocked, so
+    that the loader's workers inherit that. Raises ValueError if TMPDIR is too long for the fork
+    server's socket."""
+    folder = tempfile.gettempdir()
+    if len(folder) > _LONGEST_TMPDIR:
+        raise ValueError(
+            f"TMPDIR {folder} is too long for the sockets of worker processes: set it to a path of"
+            f" at most {_LONGEST_TMPDIR} characters, such as TMPDIR=/tmp"
+        )
+    with (
+        signals_blocked()
+    ):  # alone, the tracker would block two of them and unblock them when it starts
         resource_tracker.ensure_running()
-    with unheard():
+    with signals_blocked():
         forkserver.ensure_running()

@@ -29,7 +29,7 @@ _SURE_S = 5.0  # of silence: enough, where a failed exchange proves that someone
 _LIMITED = ("batch", "step", "rest")  # what counts as stalled when it takes too long
 _FRAMES = 8  # of each thread's stack, the innermost
 _TORCH = str(Path(torch.__file__).parent)
-_HINT = "the last checkpoint is sound: go on with --resume auto"
+_HINT = "--resume auto continues from the last checkpoint, if there is one"
 
 Item = TypeVar("Item")
 

@@ -12,7 +12,7 @@ QUICK = shlex.split(
     "--epochs 4 --warmup-epochs 1 --batch-size 8 --mix-images 4 --lr 1e-3 --lr-batch-size 8"
     " --workers 1 --log-steps 1 --device cpu"
 )
-_PATIENCE_S = 500
+_PATIENCE_S = 3000
 
 
 class Process:

@@ -21,6 +21,7 @@ from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 
 STEPS = 4 * STEPS_PER_EPOCH
+pytestmark = pytest.mark.timeout(3600)  # on a busy machine imports alone take minutes
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,9 +64,7 @@ def test_it_learns_and_leaves_a_classifier_that_scores_what_it_says(given, tmp_p
 EVERYTHING = ("--ema", "0.9", "--save-steps", "1", "--resume", "auto")
 
 
-@pytest.mark.parametrize(
-    "kills", [2, pytest.param(8, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(kills, start, tmp_path):
     whole, broken, draws = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     assert start(whole, *EVERYTHING).wait() == 0

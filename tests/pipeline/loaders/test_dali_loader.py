@@ -74,7 +74,9 @@ class PilHere:
             samples = [self._views[plan.epoch, index] for index in plan.indices.tolist()]
             batch = pil_loader._collate(samples)
             assert not isinstance(batch, Exception)
-            yield plan, batch[0]
+            global_crops, local_crops, used, _ = batch
+            crops = (torch.as_tensor(global_crops), torch.as_tensor(local_crops))
+            yield plan, Crops(*crops, torch.from_numpy(used))
 
     def close(self) -> None:
         pass

@@ -143,7 +143,7 @@ def neighbor_histograms(masks: np.ndarray) -> dict[str, np.ndarray]:
     down, right = (masks[:, :-1], masks[:, 1:]), (masks[:, :, :-1], masks[:, :, 1:])
     both = sum((a & b).sum((1, 2)) for a, b in (down, right))
     differ = sum((a ^ b).sum((1, 2)) for a, b in (down, right))
-    return {"neighbor_pairs": np.bincount(both), "boundary_edges": np.bincount(differ)}
+    return {"neighbour_pairs": np.bincount(both), "boundary_edges": np.bincount(differ)}
 
 
 def test_masks_fall_short_of_their_ratio_as_much_as_published(drawn):

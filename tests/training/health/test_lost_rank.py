@@ -52,7 +52,9 @@ def test_the_other_rank_ends_and_the_run_goes_on(
     finally:
         end(members)
     assert words in said(tmp_path, 1 - victim)
-    assert "the last checkpoint is sound: go on with --resume auto" in said(tmp_path, 1 - victim)
+    assert "--resume auto continues from the last checkpoint, if there is one" in said(
+        tmp_path, 1 - victim
+    )
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert saved >= 5
     assert summary(folder)["state"] == "killed"

@@ -100,7 +100,7 @@ def step(guard: NonFiniteGuard, number: int, loss: float = 1.0, grad_norm: float
 
 
 def test_several_bad_steps_in_a_row_are_trouble_and_single_ones_are_not() -> None:
-    guard = NonFiniteGuard(scaled=False, grace=10)
+    guard = NonFiniteGuard(scaled=False, uniform=5.0)
     for i in range(3 * IN_A_ROW):
         step(guard, i, loss=NAN if i % 2 else 1.0)
         assert not guard.should_roll_back()
@@ -108,16 +108,17 @@ def test_several_bad_steps_in_a_row_are_trouble_and_single_ones_are_not() -> Non
     for i in range(IN_A_ROW):
         assert "gradient is not finite" in step(guard, 100 + i, grad_norm=INF)
     assert guard.should_roll_back()
-    assert not guard.again(), "the first time"
-    guard.restore(guard.state())
+    assert not guard.rolled_back_before(), "the first time"
+    guard.rolled_back(90)
+    guard.restore(guard.state(), 90)
     assert not guard.should_roll_back()
     for i in range(IN_A_ROW):
         step(guard, 105 + i, loss=NAN)
-    assert guard.again(), "within the steps of grace"
+    assert guard.rolled_back_before(), "soon after"
 
 
 def test_overflows_of_loss_scaling_are_counted_apart_and_bounded() -> None:
-    guard = NonFiniteGuard(scaled=True, grace=10)
+    guard = NonFiniteGuard(scaled=True, uniform=5.0)
     for i in range(OVERFLOWS_IN_A_ROW - 1):
         assert step(guard, i, grad_norm=INF) == "", "the scale is being found"
     assert not guard.should_roll_back()

@@ -21,14 +21,15 @@ def slow(run, *rest):
 train.train_step = slow
 """
 SLOW_EVALUATION = """
-import time, train
-scores = train.quick_scores
+import time
+from ibeton.evaluation.frozen import quick
+scores = quick.quick_scores
 def slow(*arguments):
     print("evaluating", flush=True)
     for _ in range(1200):
         time.sleep(0.1)
     return scores(*arguments)
-train.quick_scores = slow
+quick.quick_scores = slow
 """
 
 
@@ -39,7 +40,7 @@ def asked(process: Process, number: signal.Signals) -> int:
     return process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     number: signal.Signals, start: Start, tmp_path: Path
 ) -> None:

@@ -1,0 +1,176 @@
+"""Dense tasks: memory of the published steps, and on a GPU their throughput and what is learned.
+
+python benchmarks/dense.py                         # memory, counted under fake tensors, no GPU
+python benchmarks/dense.py --measure               # steps on a GPU, two minutes
+python benchmarks/dense.py --measure --checkpoint CHECKPOINT --data camvid      # and mIoU, six
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ibeton.benchmarks.harness.measure import in_words, machine
+from ibeton.evaluation.dense.detector import Detector
+from ibeton.evaluation.dense.segmenter import Segmenter
+from ibeton.evaluation.segment import main as segment
+from ibeton.model.config import ModelConfig
+from ibeton.model.ibot import build_backbone
+
+ADE_CLASSES, COCO_CLASSES = 150, 80
+CROP, SIDES = 512, (800, 1333)  # pixels of a crop of ADE20K, of COCO's largest view
+ROIS, OBJECTS = 512, 8  # regions per image and stage, objects of a drawn image
+
+
+def build(task: str, arch: str, drop_path: float = 0.1) -> nn.Module:
+    """The published model, without weights of any training."""
+    backbone = build_backbone(ModelConfig(arch=arch, drop_path=drop_path), is_student=True)
+    backbone.masked_embed = None
+    if task == "segment":
+        return Segmenter(backbone, ADE_CLASSES, "upernet")
+    return Detector(backbone, COCO_CLASSES)
+
+
+def drawn(task: str, images: int, device: str = "cpu") -> Any:
+    """A batch of the published size."""
+    if task == "segment":
+        photos = torch.randn(images, 3, CROP, CROP, device=device)
+        return photos, torch.randint(ADE_CLASSES, (images, CROP, CROP), device=device)
+    height, width = (-(-side // 32) * 32 for side in SIDES)
+    corner = torch.rand(OBJECTS, 2) * torch.tensor([width / 2, height / 2])
+    boxes = torch.cat([corner, corner + 60 + 300 * torch.rand(OBJECTS, 2)], dim=1)
+    truth = {"boxes": boxes, "labels": torch.arange(OBJECTS) + 1}
+    truth["masks"] = torch.ones(OBJECTS, height, width, dtype=torch.uint8)
+    return {
+        "images": torch.randn(images, 3, height, width, device=device),
+        "sizes": [SIDES] * images,
+        "truth": [{name: t.to(device) for name, t in truth.items()}] * images,
+        "draws": list(range(images)),
+    }
+
+
+def loss_without_matching(model: Detector, batch: Any) -> Tensor:
+    """A sum over all heads at ROIS regions per image: what depends on boxes has no fake tensors."""
+    maps = model.fpn({str(i): m for i, m in enumerate(model.pyramid(batch["images"]))})
+    logits, deltas = model.rpn.head(list(maps.values()))
+    terms = [*logits, *deltas]
+    count = ROIS * len(batch["images"])
+    for boxes, masks in zip(model.cascade.boxes, model.cascade.masks, strict=True):
+        pooled = maps["0"].mean((0, 2, 3)).view(1, -1, 1, 1)
+        terms += boxes(pooled.expand(count, -1, 7, 7).clone())
+        terms.append(masks(pooled.expand(count // 4, -1, 14, 14).clone()))  # a quarter are objects
+    return torch.stack([term.float().mean() for term in terms]).sum()
+
+
+def counted(task: str, arch: str, images: int) -> dict[str, float]:
+    """Of a whole step: millions of weights, GiB of weights, gradients and moments in float32, GiB
+    that the forward keeps for the backward in half precision, and TFLOP of all matrix products."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        model = build(task, arch, drop_path=0.0).train()  # what is dropped has no fake tensors
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        batch = drawn(task, images)
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        flops = FlopCounterMode(display=False)
+        with flops, hooks, torch.autocast("cpu", torch.bfloat16):
+            if task == "segment":
+                loss = model(batch)["loss"]
+            else:
+                loss = loss_without_matching(model, batch)  # type: ignore[arg-type]
+        loss.backward()
+        optimizer.step()
+        weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "weights M": weights / 1e6,
+        "fixed GiB": 16 * weights / 2**30,
+        "kept GiB": sum(kept.values()) / 2**30,
+        "TFLOP": 3 * flops.get_total_flops() / 1e12,  # the backward takes twice the forward
+    }
+
+
+def measured(task: str, arch: str, images: int, steps: int = 10) -> dict[str, float]:
+    """Images/s and peak GiB of published steps in fp16 on the GPU."""
+    model = build(task, arch).cuda().train()
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=1e-5), torch.amp.GradScaler()
+    batch = drawn(task, images, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(steps + 3):
+        if step == 3:
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+        with torch.autocast("cuda", torch.float16):
+            loss = model(batch)["loss"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    rate = images * steps / (time.perf_counter() - begun)
+    return {"images_per_s": rate, "peak": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def learned(checkpoint: str, data: str, steps: int) -> dict[str, float]:
+    """mIoU of UperNet on the pre-trained and on the untrained backbone at equal budget."""
+    found = {}
+    for name, option in {"pre-trained": "--no-untrained", "untrained": "--untrained"}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"--checkpoint {checkpoint} --data {data} --output-dir {folder}"
+            sizes = f"--steps {steps} --crop-size 256 --short-side 256 --warmup-steps {steps // 10}"
+            rest = f"--lr 1e-4 --layer-decay 0.9 --pictures 0 --workers 8 {option}"
+            if segment(f"{out} {sizes} {rest}".split()):
+                raise RuntimeError(f"the run of the {name} backbone failed")
+            found[name] = json.loads((Path(folder) / "scores.json").read_text())["scores"]["miou"]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--measure", action="store_true", help="run steps on a GPU")
+    parser.add_argument("--archs", nargs="+", default=["vit_s", "vit_b"])
+    parser.add_argument("--images", type=int, default=2, help="images per GPU")
+    parser.add_argument("--checkpoint", help="of a backbone, to compare with an untrained one")
+    parser.add_argument("--data", help="folder for evaluation.segment")
+    parser.add_argument("--steps", type=int, default=1000, help="of each run of the comparison")
+    args = parser.parse_args()
+    if args.measure and not torch.cuda.is_available():
+        parser.error("--measure: no CUDA device is usable here")
+    console, side = Console(width=100), (measured if args.measure else counted)
+    work: Callable[[str, str, int], dict[str, float]] = side
+    rows = {
+        f"{t} {a}": work(t, a, args.images)
+        for t, a in itertools.product(("segment", "detect"), args.archs)
+    }
+    table = Table(
+        title=f"a step of {args.images} images, {'measured' if args.measure else 'counted'}"
+    )
+    for heading in ("", *next(iter(rows.values()))):
+        table.add_column(heading)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values.values()))
+    console.print(table)
+    if args.checkpoint and args.data:
+        console.print(learned(args.checkpoint, args.data, args.steps))
+    console.print(in_words(machine("torch", "torchvision", "transformers")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
