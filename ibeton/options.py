@@ -68,13 +68,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; unknown options are errors."""
-        found, unknown = self.parse_known_args(args, namespace)
+        words = self._plain_switches(list(sys.argv[1:] if args is None else args))
+        found, unknown = super().parse_known_args(words, namespace)
         known = list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known += [
-                    name for sub in action.choices.values() for name in sub._option_string_actions
-                ]
+                for parser in action._name_parser_map.values():
+                    known += parser._option_string_actions
         options = [word for word in unknown if word.startswith("-")]
         self._problems += [nearest_option(word, known) for word in options or unknown]
         self._report()
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         try:
-            return super()._get_values(action, arg_strings)  # type: ignore[misc]
+            return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:
             if action.nargs in (argparse.PARSER, argparse.REMAINDER):
                 raise

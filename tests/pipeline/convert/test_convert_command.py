@@ -19,7 +19,7 @@ from PIL import Image
 from ibeton.pipeline.store.beton import FIRST_PAGE, BetonReader
 
 COMMAND = [sys.executable, "-m", "ibeton.pipeline.convert"]
-PATIENCE_S = 60  # a hang is a failure; how fast it is otherwise is no matter
+PATIENCE_S = 500  # a hang is a failure; how fast it is otherwise is no matter
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
