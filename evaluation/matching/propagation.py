@@ -77,12 +77,12 @@ def propagate(
     how: Propagation,
 ) -> Iterator[Tensor]:
     """Labels [N, K] of each frame after the first."""
-    frames = iter(frames)
-    start = F.normalize(next(frames), dim=1)
+    remaining = iter(frames)
+    start = F.normalize(next(remaining), dim=1)
     first = first.to(start)
     near = neighborhood(*grid, how.radius).to(start.device)
     seen: deque[tuple[Tensor, Tensor]] = deque(maxlen=how.previous)
-    for frame in frames:
+    for frame in remaining:
         patches = F.normalize(frame, dim=1)
         context = [(start, first), *seen]
         sources, labels = (torch.stack(parts) for parts in zip(*context, strict=True))

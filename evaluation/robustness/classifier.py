@@ -24,6 +24,9 @@ VIEWS: dict[str, View] = {"bicubic": evaluation_view, "bilinear": bilinear_view}
 class ProbedBackbone(nn.Module):
     """Images [B, 3, S, S] -> logits [B, K], by a linear layer on features of a frozen backbone."""
 
+    weight: Tensor  # [K, C]
+    bias: Tensor  # [K]
+
     def __init__(
         self, backbone: nn.Module, features: tuple[str, ...], weight: Tensor, bias: Tensor
     ) -> None:
