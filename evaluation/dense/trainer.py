@@ -250,10 +250,11 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             seen = identity(out)
             note = run.resume()
             if place.rank == 0:
+                per_epoch = max(1, len(run.task.names) // config.batch_size)
                 begins = {"step": run.step, "processes": place.world_size}
+                begins["steps_per_epoch"] = per_epoch
                 settings = dataclasses.asdict(config)
                 folder = RunFolder(out, seen or new_identity(), seen, settings, begins)
-                per_epoch = max(1, len(run.task.names) // config.batch_size)
                 log = RunLog(out, run.step, run.task.steps, per_epoch)
                 log.say(describe(run) + (f"\n{note}" if note else ""))
             if not train(run, log, stops):
