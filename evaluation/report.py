@@ -82,11 +82,23 @@ def _read(path: Path, asked: bool) -> dict[str, Any]:
             return {}
         raise ValueError(f"{path} is no JSON file, or a damaged one ({error})") from error
     fits = isinstance(content, dict) and isinstance(content.get("scores"), dict)
+    if fits and isinstance(content.get("settings"), dict):
+        content = _dense(content)
     if fits and "checkpoint" in content:
         return content
     if asked:
         raise ValueError(f"{path} holds no scores of an evaluation: it lacks checkpoint or scores")
     return {}
+
+
+def _dense(content: dict[str, Any]) -> dict[str, Any]:
+    """The scores.json of segmentation or detection, in the form of the other evaluations."""
+    settings, scores = content["settings"], content["scores"]
+    task = "detect" if "box_ap" in scores else "segment"
+    if task == "segment" and settings.get("head", "upernet") != "upernet":
+        task = f"segment_{settings['head']}"
+    network = str(settings.get("network", "teacher"))
+    return {**settings, "left_out": {}, "scores": {network: {task: scores}}}
 
 
 def _arch(report: dict[str, Any]) -> str:

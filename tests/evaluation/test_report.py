@@ -66,6 +66,19 @@ def test_backbones_of_two_checkpoints_have_a_section_each(runs, tmp_path):
     assert "| k-NN, top-1 | teacher | 1.00 | not published |" in output.read_text()
 
 
+def test_scores_of_segmentation_and_detection_are_read_too(runs, tmp_path):
+    settings = {"checkpoint": "runs/a/checkpoint.pt", "network": "teacher", "epochs": 1}
+    for folder, scores in (("s", {"miou": 44.0}), ("d", {"box_ap": 40.5, "mask_ap": 35.0})):
+        (tmp_path / folder).mkdir()
+        content = {"settings": settings, "scores": scores}
+        (tmp_path / folder / "scores.json").write_text(json.dumps(content))
+    output = tmp_path / "report.md"
+    folders = [str(tmp_path / folder) for folder in ("s", "d")]
+    assert main([*runs, *folders, "--output", str(output)]) == 0
+    assert "| ADE20K with UperNet, mIoU | teacher | 44.00 | 50.0 |" in output.read_text()
+    assert "| COCO, box AP | teacher | 40.50 | 51.2 |" in output.read_text()
+
+
 @pytest.mark.parametrize(
     ("write", "says"),
     [
