@@ -152,8 +152,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure: no CUDA device is usable here")
-    console, side = Console(width=100), (measured if args.measure else counted)
-    work: Callable[[str, str, int], dict[str, float]] = side
+    console = Console(width=100)
+    work: Callable[[str, str, int], dict[str, float]] = measured if args.measure else counted
     rows = {
         f"{t} {a}": work(t, a, args.images)
         for t, a in itertools.product(("segment", "detect"), args.archs)

@@ -105,7 +105,7 @@ class Segmentation(Task):
         image = normalized(resize(photo, size, antialias=False)).to(device)
         crop = self.config.crop_size
         logits = self.model.slide(image, crop, 2 * crop // 3)
-        said = interpolate(logits[None], truth.shape, mode="bilinear")[0].argmax(0)
+        said = interpolate(logits[None], list(truth.shape), mode="bilinear")[0].argmax(0)
         return photo, truth, said
 
     def evaluate(self, place: Place) -> Scores:

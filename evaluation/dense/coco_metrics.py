@@ -46,7 +46,8 @@ def average_precisions(photos: CocoPhotos, records: list[dict[str, Any]]) -> dic
 
     if not records:
         return {f"{kind}_{name}": 0.0 for kind in KINDS.values() for name in NAMES}
-    truth, scores = COCO(photos.content), {}
+    truth = COCO(photos.content)
+    scores: dict[str, float] = {}
     for iou_type, kind in KINDS.items():
         evaluation = COCOeval_faster(truth, truth.loadRes(records), iou_type)
         evaluation.params.imgIds = photos.ids

@@ -54,7 +54,7 @@ class Pyramid(nn.Module):
             maps = self._vit(x) if vit else self._swin(x)
         if vit:
             return [level(m) for level, m in zip(self.levels, maps, strict=True)]
-        norms = [*self.levels, self.backbone.norm]
+        norms: list[Any] = [*self.levels, self.backbone.norm]
         return [norm(m).permute(0, 3, 1, 2) for norm, m in zip(norms, maps, strict=True)]
 
     def _vit(self, x: Tensor) -> list[Tensor]:

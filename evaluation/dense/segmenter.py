@@ -69,7 +69,7 @@ class LinearHead(nn.Module):
 
 
 def _resized(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return F.interpolate(x, list(size), mode="bilinear", align_corners=False)
 
 
 class Segmenter(nn.Module):

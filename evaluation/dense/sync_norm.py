@@ -25,6 +25,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None  # a float: PyTorch's default
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
