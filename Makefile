@@ -38,8 +38,8 @@ bench: setup     ## loaders, masks and the model's step against the published wa
 	@$(PY) benchmarks/masks.py
 	@$(PY) benchmarks/kernels.py
 	@$(PY) benchmarks/model.py
-	@$(PY) benchmarks/features.py
-	@$(PY) benchmarks/finetune.py
+	@$(PY) benchmarks/evaluation/features.py
+	@$(PY) benchmarks/evaluation/finetune.py
 
 profile: setup   ## where the time goes: loader, model and both against their floors (BETON=file)
 	@$(PY) benchmarks/throughput.py $(if $(BETON),--data $(BETON))

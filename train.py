@@ -42,17 +42,17 @@ from ibeton.training.health.stop_signals import (
     block_signals_in_workers,
 )
 from ibeton.training.health.watchdog import Watchdog
-from ibeton.training.metrics import DelayedMetrics
+from ibeton.training.log.metrics import DelayedMetrics
+from ibeton.training.log.run_log import RunLog
+from ibeton.training.log.trackers import Trackers
 from ibeton.training.problems import check_output_dir, check_readable, explain
 from ibeton.training.rollback import roll_back
 from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, seed_step, try_save
 from ibeton.training.run_folder import RunFolder
-from ibeton.training.run_log import RunLog
 from ibeton.training.timing.bottleneck import LoaderResources
 from ibeton.training.timing.forecast import FirstSteps, preflight
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
-from ibeton.training.trackers import Trackers
 from ibeton.workers import cores
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -271,7 +271,7 @@ def evaluate(loop: Loop) -> None:
     run, log, stops = loop.run, loop.log, loop.stops
     if log is not None and run.step not in log.scores() and not stops.requested():
         from ibeton.evaluation.frozen.quick import quick_scores
-        from ibeton.training.curves import plot_curves
+        from ibeton.training.log.curves import plot_curves
 
         options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
         photos, size = (options.eval_train, options.eval_val), run.config.model.image_size
@@ -398,7 +398,7 @@ def start_log(run: Run) -> RunLog:
 
 def report(run: Run, log: RunLog) -> None:
     """Say in a few lines what the run produced."""
-    from ibeton.training.curves import plot_curves
+    from ibeton.training.log.curves import plot_curves
 
     picture = plot_curves(run.folder)
     newest = run.folder / checkpoints.NEWEST

@@ -22,8 +22,8 @@ from ibeton.options import (
 )
 from ibeton.pipeline import PipelineConfig
 from ibeton.published_names import nearest_value
+from ibeton.training.log.trackers import TRACKERS, missing_packages
 from ibeton.training.recipes import RECIPES, shortened
-from ibeton.training.trackers import TRACKERS, missing_packages
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")

@@ -10,8 +10,8 @@ from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.diagnosis import diagnose, sentences
 from ibeton.training.health.nonfinite_guard import RunError
+from ibeton.training.log.run_log import RunLog
 from ibeton.training.run import Run, newest, restore, seed_step
-from ibeton.training.run_log import RunLog
 
 
 def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:

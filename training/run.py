@@ -27,10 +27,10 @@ from ibeton.pipeline import Loader
 from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
-from ibeton.training.curves import model_facts
 from ibeton.training.health.collapse import CollapseAlarm
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.log.curves import model_facts
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
 _ALARM_AFTER = 1000  # steps of collapse, or one epoch if that is longer, until the alarm

@@ -15,7 +15,7 @@ from typing import Any
 
 from ibeton.command import run_command
 from ibeton.options import Parser, flag
-from ibeton.training.curves import compare_curves
+from ibeton.training.log.curves import compare_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")

@@ -12,7 +12,7 @@ from ibeton import stages
 from ibeton.pipeline import Batch, Loader, build_loader
 from ibeton.stages import StageClock, StepTiming, stage
 from ibeton.train import DTYPES, Run, train_step
-from ibeton.training.metrics import DelayedMetrics
+from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.run import rate_schedule
 from ibeton.training.timing.speed import Window
 from ibeton.workers import cores

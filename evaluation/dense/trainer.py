@@ -37,8 +37,8 @@ from ibeton.training.health.stop_signals import (
     StopSignals,
     block_signals_in_workers,
 )
+from ibeton.training.log.run_log import RunLog
 from ibeton.training.run_folder import RunFolder, identity, new_identity
-from ibeton.training.run_log import RunLog
 
 Settings = TypeVar("Settings", bound=DenseConfig)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}

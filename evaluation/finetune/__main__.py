@@ -26,8 +26,8 @@ from ibeton.training.checkpoints import NEWEST
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED, StopRequested, StopSignals
 from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.log.run_log import RunLog
 from ibeton.training.run_folder import RunFolder
-from ibeton.training.run_log import RunLog
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from ibeton.evaluation.finetune.steps import train_step
 from ibeton.stages import stage
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
-from ibeton.training.metrics import DelayedMetrics
-from ibeton.training.run_log import RunLog
+from ibeton.training.log.metrics import DelayedMetrics
+from ibeton.training.log.run_log import RunLog
 from ibeton.training.timing.bottleneck import LoaderResources
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process

@@ -14,7 +14,7 @@ from small_runs import Start, losses
 import ibeton
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import runs
-from ibeton.training.trackers import Trackers
+from ibeton.training.log.trackers import Trackers
 
 STEPS = "9"  # one more than an epoch
 

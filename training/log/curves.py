@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ibeton.atomic import replacing
-from ibeton.training.run_log import read_records
+from ibeton.training.log.run_log import read_records
 
 _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
 _LINES = ("-", "--")  # of the first run and of the second

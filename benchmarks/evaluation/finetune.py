@@ -1,7 +1,7 @@
 """How fast do training views of fine-tuning come, beside timm's loader with the same recipe?
 
-    python benchmarks/finetune.py --data imagenet/train --workers 8
-    python benchmarks/finetune.py --data imagenet/train --repeats 3      repeated augmentation
+    python benchmarks/evaluation/finetune.py --data imagenet/train --workers 8
+    python benchmarks/evaluation/finetune.py --data imagenet/train --repeats 3
 
 In rounds that take turns, both sides make batches of normalized, erased and mixed images with soft
 targets from the same class folders: timm's `create_loader` in worker processes with `Mixup`, and

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ibeton.atomic import write_text
-from ibeton.training.progress_line import place_fields, progress_line, step_fields
-from ibeton.training.trackers import Trackers
+from ibeton.training.log.progress_line import place_fields, progress_line, step_fields
+from ibeton.training.log.trackers import Trackers
 
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 _BAR = 10  # columns of the progress bar

@@ -3,7 +3,7 @@
 import pytest
 from small_runs import Start
 
-from ibeton.training.progress_line import clock, place_fields, progress_line, step_fields
+from ibeton.training.log.progress_line import clock, place_fields, progress_line, step_fields
 
 RECORD = {
     **{"loss": 6.8201, "cls": 6.51, "patch": 0.31, "images_per_s": 963.4, "data_wait": 0.02},

@@ -1,8 +1,8 @@
 """What do all learning rates of linear probing cost beside one?
 
-    python benchmarks/linear.py --data ../shared/data/clothing10/train --embed-dim 96 --depth 4 \\
-        --num-heads 3 --image-size 64
-    python benchmarks/linear.py --arch vit_s
+    python benchmarks/evaluation/linear.py --data clothing10/train --embed-dim 96 \\
+        --depth 4 --num-heads 3 --image-size 64
+    python benchmarks/evaluation/linear.py --arch vit_s
 
 In rounds that take turns, for one rate and for the 45 published ones: linear layers on stored
 features; with the features computed once before, as `evaluation.frozen.linear` does; and with
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ibeton.benchmarks.features import add_shared_options, on_two_clocks
+from ibeton.benchmarks.evaluation.features import add_shared_options, on_two_clocks
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.evaluation.frozen.features import Extraction, extract

@@ -1,8 +1,8 @@
 """Dense tasks: memory of the published steps, and on a GPU their throughput and what is learned.
 
-python benchmarks/dense.py                         # memory, counted under fake tensors, no GPU
-python benchmarks/dense.py --measure               # steps on a GPU, two minutes
-python benchmarks/dense.py --measure --checkpoint CHECKPOINT --data camvid      # and mIoU, six
+python benchmarks/evaluation/dense.py              # memory, by fake tensors: no GPU
+python benchmarks/evaluation/dense.py --measure    # steps on a GPU, two minutes
+python benchmarks/evaluation/dense.py --measure --checkpoint C --data camvid    # and mIoU, six
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Does feature extraction run as fast as the slower of its two halves, decoding and the network?
 
-    python benchmarks/features.py --data photos.beton --arch vit_s
-    python benchmarks/features.py --embed-dim 96 --depth 4 --num-heads 3 --image-size 64 ...
+    python benchmarks/evaluation/features.py --data photos.beton --arch vit_s
+    python benchmarks/evaluation/features.py --embed-dim 96 --depth 4 --num-heads 3
 
 In rounds that take turns: views decoded by `--workers` threads and thrown away; the network on
 views at hand, by `--threads` threads of a CPU or on a GPU; and both together, as all frozen
@@ -107,7 +107,7 @@ def without_waiting(cpu: dict[str, list[float]]) -> list[float]:
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """The photos, the network and the machine; for benchmarks/linear.py too."""
+    """The photos, the network and the machine; for benchmarks/evaluation/linear.py too."""
     parser.add_argument("--data", help=".beton, folder or tar (default: photos drawn for it)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that each side has")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time")
