@@ -106,7 +106,7 @@ class Detection(Task):
     def found(self, index: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """A validation photo uint8 [3, H, W], and what is found in it, in its pixels."""
         photo, config = self.val.photo(index), self.config
-        size = fitted(*photo.shape[1:], max(config.short_sides), config.long_side)
+        size = fitted(photo.shape[1], photo.shape[2], max(config.short_sides), config.long_side)
         image = resize(photo, size, antialias=False)
         images, sizes = batched([normalized(image)])
         found = self.model.detect(images.to(device), sizes)[0]

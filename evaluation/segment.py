@@ -101,7 +101,7 @@ class Segmentation(Task):
         """Photo uint8 [3, H, W], true and predicted classes [H, W] of a validation photo."""
         photo, truth = self.val.read(index)
         short = self.config.short_side
-        size = fitted(*photo.shape[1:], short, 4 * short)
+        size = fitted(photo.shape[1], photo.shape[2], short, 4 * short)
         image = normalized(resize(photo, size, antialias=False)).to(device)
         crop = self.config.crop_size
         logits = self.model.slide(image, crop, 2 * crop // 3)

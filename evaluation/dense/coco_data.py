@@ -125,7 +125,7 @@ def kept(truth: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def resized(image: Tensor, truth: dict[str, Tensor], short: int, long: int) -> Sample:
     """Image and objects within sides of `short` and `long`."""
-    size = fitted(*image.shape[1:], short, long)
+    size = fitted(image.shape[1], image.shape[2], short, long)
     scale = torch.tensor([size[1] / image.shape[2], size[0] / image.shape[1]]).repeat(2)
     masks = truth["masks"]
     if len(masks):

@@ -136,7 +136,7 @@ def training_view(image: Tensor, labels: Tensor, crop: int, short: int) -> tuple
     """The published view: resize by 0.5 to 2, crop, flip, distort colors; float32 [3, crop, crop]
     and int64 [crop, crop]. Draws from torch's generator."""
     ratio = float(torch.empty(()).uniform_(0.5, 2.0))
-    size = fitted(*image.shape[1:], short * ratio, 4 * short * ratio)
+    size = fitted(image.shape[1], image.shape[2], short * ratio, 4 * short * ratio)
     image = F.resize(image, size, antialias=False)
     labels = F.resize(labels[None], size, v2.InterpolationMode.NEAREST)[0]
     top = left = 0

@@ -106,7 +106,7 @@ def read_frame(path: Path, short_side: int) -> tuple[Tensor, tuple[int, int]]:
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    size = frame_size(*pixels.shape[:2], short_side)
+    size = frame_size(pixels.shape[0], pixels.shape[1], short_side)
     image = F.interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (image - mean) / std, (pixels.shape[0], pixels.shape[1])

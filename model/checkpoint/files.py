@@ -11,6 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ SHAPE_SETTINGS = (
 )
 _IMPORT = "turn one of iBOT, DINO or timm into one by python -m model.checkpoint import"
 _NUMBERS = ("Float32DType", "Float64DType", "Int32DType", "Int64DType", "BoolDType")
+_SCALAR = import_module("numpy._core.multiarray").scalar
 _SAFE: list[Any] = [
     argparse.Namespace,
     np.dtype,
     *(getattr(np.dtypes, name) for name in _NUMBERS),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
 NETWORKS = ("teacher", "student")
 NAMED = 8  # tensors named in one message; the others are counted

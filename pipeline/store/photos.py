@@ -15,6 +15,7 @@ class Photos(Protocol):
 
     labels: np.ndarray  # int64 [n], -1 where unlabelled
     classes: list[str]
+    notes: list[str]  # what a user should know of the set, such as files that were skipped
 
     def __len__(self) -> int: ...
 
