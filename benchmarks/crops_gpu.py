@@ -256,9 +256,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.interpreted:
-        from ibeton.benchmarks.harness.interpreter import mend
+        from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 
-        mend()
+        adapt_interpreter()
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))

@@ -57,7 +57,7 @@ class IBOT(nn.Module):
         """Average the student's gradients over ranks from now on. Networks must be on `device`, and
         the process group initialized. Batch norms in the head take statistics over all ranks.
 
-        Gradients travel in buckets while the backward goes on, and lie in those buckets. All
+        Gradients travel in buckets during the backward, and lie in those buckets. All
         parameters take part in every step, so DDP need not look for unused ones, and the graph
         is static unless micro-steps leave some backwards unreduced.
         Raises ValueError for batch norms on a CPU, where PyTorch cannot synchronize them."""

@@ -29,7 +29,7 @@ class PipelineConfig:
         CROPS_ON,
     )
     batch_size: int = option(64, "images per step in each process")
-    workers: int = option(0, "loader threads or processes in each process (0: the cores at hand)")
+    workers: int = option(0, "loader threads or processes in each process (0: all cores)")
     seed: int = option(0, "seed of order, crops, masks and weights")
     global_crops_number: int = option(2, "global views per image")
     local_crops_number: int = option(10, "local views per image")

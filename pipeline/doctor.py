@@ -37,23 +37,23 @@ _PACKAGES = {
 
 @dataclass
 class Finding:
-    """One line of the report; `mend` says how to install it; empty where all is well."""
+    """One line of the report; `fix` says how to install it; empty where all is well."""
 
     name: str
     state: str
-    mend: str = ""
+    fix: str = ""
     fatal: bool = False
     cuda: bool = False  # of the device
 
 
 def check_package(module: str) -> Finding:
     """Import `module` for real: an installed package whose libraries are missing is not usable."""
-    mend, needed = _PACKAGES[module]
+    fix, needed = _PACKAGES[module]
     try:
         version = getattr(importlib.import_module(module), "__version__", "installed")
     except Exception as error:  # a broken package may raise anything
         reason = "missing" if isinstance(error, ModuleNotFoundError) else f"broken ({error})"
-        return Finding(module, reason, mend, fatal=needed)
+        return Finding(module, reason, fix, fatal=needed)
     return Finding(module, str(version))
 
 
@@ -79,16 +79,16 @@ def check_device() -> Finding:
     # Machine code runs on every later minor version of its major one.
     built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     if not any(arch // 10 == major and arch % 10 <= minor for arch in built):
-        mend = "pip install 'torch<2.11'" if major == 7 else "pip install --upgrade torch"
+        fix = "pip install 'torch<2.11'" if major == 7 else "pip install --upgrade torch"
         return Finding(
-            "device", f"{name}: torch {torch.__version__} has no kernels for it", mend, cuda=True
+            "device", f"{name}: torch {torch.__version__} has no kernels for it", fix, cuda=True
         )
     return Finding("device", name, cuda=True)
 
 
 def loader_line(findings: dict[str, Finding]) -> str:
     """Which loader training will use, in one line."""
-    no_ffcv, no_dali = (bool(findings[name].mend) for name in ("libturbojpeg", "nvidia.dali"))
+    no_ffcv, no_dali = (bool(findings[name].fix) for name in ("libturbojpeg", "nvidia.dali"))
     asked_for = "" if no_dali else "; dali for either, where asked for"
     if not no_ffcv:
         return f"ffcv for .beton files, pil for photo folders{asked_for}"
@@ -102,14 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 1 where something that training needs is missing."""
     python = platform.python_version()
     supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    mend = "" if supported else "make setup PYTHON=python3.12 VENV=.venv312"
-    findings = {"python": Finding("python", python, mend, fatal=not supported)}
+    fix = "" if supported else "make setup PYTHON=python3.12 VENV=.venv312"
+    findings = {"python": Finding("python", python, fix, fatal=not supported)}
     findings |= {module: check_package(module) for module in _PACKAGES}
     findings["libturbojpeg"] = check_turbojpeg()
     findings["device"] = check_device()
     for finding in findings.values():
-        mark = "-" if finding.mend else "+"
-        cure = f"   -> {finding.mend}" if finding.mend else ""
+        mark = "-" if finding.fix else "+"
+        cure = f"   -> {finding.fix}" if finding.fix else ""
         print(f" {mark} {finding.name:<12} {finding.state}{cure}")
     print(f"loader: {loader_line(findings)}")
     return 1 if any(finding.fatal for finding in findings.values()) else 0

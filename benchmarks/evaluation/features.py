@@ -4,7 +4,7 @@
     python benchmarks/evaluation/features.py --embed-dim 96 --depth 4 --num-heads 3
 
 In rounds that take turns: views decoded by `--workers` threads and thrown away; the network on
-views at hand, by `--threads` threads of a CPU or on a GPU; and both together, as all frozen
+views in memory, by `--threads` threads of a CPU or on a GPU; and both together, as all frozen
 evaluations run them. On a CPU give each half the cores that it has in the whole: one and one of
 two. The aim is 0.9 of the slower half. On a machine that others use too the whole may not get the
 cores that both halves need; CPU time tells what it would cost on one of its own: both halves' over

@@ -44,7 +44,7 @@ Times = dict[str, list[float]]  # seconds by side, one figure a round
 def measure(
     photos: PhotoSet, config: ModelConfig, how: Extraction, epochs: tuple[int, int], rounds: int
 ) -> tuple[Times, Times]:
-    """Seconds and CPU seconds. `epochs`: of layers on features at hand, and on new views."""
+    """Seconds and CPU seconds. `epochs`: of layers on stored features, and on new views."""
     network = build_network(config, is_student=False).eval().to(how.device)
     names = feature_names({"arch": config.arch})
     found = extract(network.backbone, photos, names, how)
@@ -90,7 +90,7 @@ def ratios(times: Times) -> Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--sgd-epochs", type=int, default=100, help="on features at hand")
+    parser.add_argument("--sgd-epochs", type=int, default=100, help="on stored features")
     parser.add_argument("--streamed-epochs", type=int, default=1, help="on new views")
     add_shared_options(parser)
     args = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
     about, console = machine("torch", "numpy"), Console(width=100)
     console.print(table)
     console.print(
-        f"{config.arch} at {config.image_size} pixels, {epochs[0]} epochs on features at hand,"
+        f"{config.arch} at {config.image_size} pixels, {epochs[0]} epochs on stored features,"
         f" {epochs[1]} on new views; {args.workers} decoding threads, {args.threads} of the rest;"
         f" {in_words(about)}; medians (quartiles) of {args.rounds} rounds, taken in turns"
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def mend(set_to: Callable[[Any, str, Any], None] = setattr) -> None:
+def adapt_interpreter(set_to: Callable[[Any, str, Any], None] = setattr) -> None:
     """Triton 3.6's interpreter takes loop bounds in a way that NumPy 2.4 refuses (triton #9171),
     and its time goes into the number of operations, however large their blocks: blocks become
     larger. `set_to` sets an attribute; a test gives one that it can undo."""
@@ -14,10 +14,10 @@ def mend(set_to: Callable[[Any, str, Any], None] = setattr) -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
+    def patch_and_adapt(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    set_to(interpreter, "_patch_lang_tensor", patch_and_mend)
+    set_to(interpreter, "_patch_lang_tensor", patch_and_adapt)
     set_to(gpu_kernels, "BLOCK_PIXELS", 4096)
     set_to(gpu_kernels, "BLOCK_TAPS", 64)

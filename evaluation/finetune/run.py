@@ -1,4 +1,4 @@
-"""A run of fine-tuning: all that it holds, what of that a checkpoint keeps, how it goes on.
+"""A run of fine-tuning: all that it holds, what of that a checkpoint keeps, how it resumes.
 
 checkpoint.pt    the last one: backbone ("teacher"), classifier, optimizer, step, scores
 best.pt          weights alone, of the epoch with the best top-1 so far

@@ -196,7 +196,7 @@ def feature_batches(
 
     Decoding, the forward pass and the way back to the CPU overlap. Unreadable photos are left out:
     each is logged by name. `epoch`: of that epoch's random views, see `view_batches`. Raises
-    ValueError for features that are no numbers.
+    ValueError for NaN features.
     """
     device = torch.device(how.device)
     late: tuple[np.ndarray, dict[str, Tensor]] | None = None

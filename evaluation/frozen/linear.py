@@ -42,7 +42,7 @@ from ibeton.model.checkpoint import save_checkpoint
 def shuffled(
     features: Tensor, labels: Tensor, settings: LinearSettings
 ) -> Callable[[int], Batches]:
-    """Batches of features [n, C] at hand, in a new order every epoch; the last one may be small."""
+    """Batches of features [n, C], in a new order every epoch; the last one may be small."""
 
     def batches(epoch: int) -> Batches:
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(labels))

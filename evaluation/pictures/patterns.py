@@ -3,7 +3,7 @@ prototype, at most one a photo, each with its surroundings.
 
 A patch belongs to the prototype that the loss's target gives it most probably (largest logit after
 the center is taken off). It is the more central the further that logit leads over the second one:
-the probability itself is 1 to the last bit for many, at the temperatures of a trained teacher.
+the probability itself is 1 bit for bit for many, at the temperatures of a trained teacher.
 """
 
 from collections.abc import Iterable

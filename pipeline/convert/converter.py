@@ -5,7 +5,7 @@
 
 JPEGs are stored as they are, once their structure proved them whole. Photos that cannot be read are
 left out and listed, with reasons, in DST.beton.json. The file appears only when it is whole; after
-an interrupt, a failure or `kill -9` the same command goes on where it was. `--shard 2/8` converts
+an interrupt, a failure or `kill -9` the same command resumes. `--shard 2/8` converts
 the second of eight parts; `python -m pipeline.convert.merge` makes one file of the eight.
 """
 

@@ -1,4 +1,4 @@
-"""What an unfinished conversion has done, so that the same command goes on after `kill -9`.
+"""What an unfinished conversion has done, so that the same command resumes after `kill -9`.
 
 Beside DST.beton stand, while it is being made, `.DST.beton.partial` (the file itself) and
 `.DST.beton.journal`: a line that binds both to the source and the options, then a line a mark. A
@@ -53,7 +53,7 @@ def left_behind(dst: Path) -> str:
     if not partial_path(dst).exists():
         return ""
     return (
-        f"what was done is kept in {partial_path(dst)}: the same command goes on from there,"
+        f"what was done is kept in {partial_path(dst)}: the same command continues from there,"
         " --restart begins anew"
     )
 

@@ -27,7 +27,7 @@ class ConvertOptions:
         "keep", "keep JPEG bytes; jpg: encode all anew; raw: pixels; smart: by size", WRITE_MODES
     )
     smart_threshold: int = option(0, "smart: bytes of pixels above which a photo becomes JPEG")
-    workers: int = option(0, "workers (0: the cores at hand)")
+    workers: int = option(0, "workers (0: all cores)")
     shuffle: bool = option(False, "store in random order")
     seed: int = option(0, "seed of --shuffle")
     subset: int = option(0, "store so many photos, evenly spread or, with --shuffle, random")

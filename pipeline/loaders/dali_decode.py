@@ -1,6 +1,6 @@
 """JPEG bytes -> pixels by DALI, a batch at a time: by nvJPEG on CUDA, else by libjpeg-turbo.
 
-On the CPU its pixels are Pillow's to the last bit. It fails with a whole batch where one photo is
+On the CPU its pixels are Pillow's bit for bit. It fails with a whole batch where one photo is
 damaged; here the batch is then halved until that photo stands alone.
 """
 

@@ -75,7 +75,7 @@ class FfcvCrops:
 
 class FfcvPixels:
     """Decoded photos, packed, for croppers on another device. With `pinned`, they are in
-    page-locked memory, from which a GPU copies while the program goes on."""
+    page-locked memory, from which a GPU copies meanwhile."""
 
     def __init__(self, context: LoaderContext, pinned: bool) -> None:
         self._context, self._threads, self._pinned = context, _Threads(context), pinned

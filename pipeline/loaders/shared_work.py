@@ -1,4 +1,4 @@
-"""Threads that share jobs: each takes parts one by one and goes on to the next job at once.
+"""Threads that share jobs: each takes parts one by one and moves to the next job without waiting.
 
 No thread waits for the slowest at the end of a job, and results still come in the order of the
 jobs. The number of jobs that are open is bounded, so that their memory can be reused.

@@ -9,13 +9,13 @@ import torch
 from paths import REFERENCE
 from torch import Tensor
 
-from ibeton.benchmarks.harness.interpreter import mend
+from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.model.kernels.launch import interpreted
 
 Arrays = dict[str, Any]
 
 if interpreted():  # by test_interpreted.py
-    mend()
+    adapt_interpreter()
 
 
 @pytest.fixture(autouse=True)

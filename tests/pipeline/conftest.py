@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from smooth_photos import smooth_photo
 
-from ibeton.benchmarks.harness.interpreter import mend
+from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 
 COUNT = 48
@@ -46,4 +46,4 @@ def raw_beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter as it should be, where a test runs under it."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        mend(monkeypatch.setattr)
+        adapt_interpreter(monkeypatch.setattr)

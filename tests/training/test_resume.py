@@ -1,4 +1,4 @@
-"""A run that was killed, and went on, ends as one that was not: to the last bit."""
+"""A run that was killed, and went on, ends as one that was not: bit for bit."""
 
 import os
 import random

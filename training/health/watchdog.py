@@ -1,7 +1,7 @@
 """Ends a run that hangs: a rank that died or stalled, a loader that gives no batch.
 
 A thread looks each second at what this rank does, and, over the heartbeat, at what the others do.
-Where something stands still for too long it says what and who, on every rank, and ends the process
+If something stalls for too long, every rank says what and who, and ends the process
 with status HUNG: the training's own thread cannot, as it stands in a call that does not return.
 """
 
@@ -164,7 +164,7 @@ class Watchdog:
         return ""
 
     def _stalled(self) -> str:
-        """What stands still here for too long; empty where nothing does."""
+        """What has stalled here for too long; empty if nothing has."""
         what, step, since = self._doing
         spent = time.monotonic() - since
         if what not in _LIMITED or spent < self._stall_after:

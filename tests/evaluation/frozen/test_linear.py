@@ -1,4 +1,4 @@
-"""Linear probing: every learning rate as if it were alone, on features at hand or computed anew."""
+"""Linear probing: every learning rate as if it were alone, on stored features or computed anew."""
 
 from argparse import Namespace
 

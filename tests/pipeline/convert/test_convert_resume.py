@@ -132,7 +132,7 @@ def test_an_interrupted_conversion_says_what_it_keeps_and_goes_on(
     assert (process.returncode, out) == (130, "")
     kept = partial_path(tmp_path / "a.beton")
     assert err == (
-        f"interrupted; what was done is kept in {kept}: the same command goes on from there,"
+        f"interrupted; what was done is kept in {kept}: the same command continues from there,"
         " --restart begins anew\n"
     )
     process = started()
