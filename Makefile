@@ -1,4 +1,4 @@
-# What people do with ibeton, one target each. `make` alone lists them.
+# One target per task. `make` alone lists them.
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -8,16 +8,16 @@ DATA   ?=
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 18
 
-setup: $(VENV)/installed  ## make .venv with everything that the machine allows
+setup: $(VENV)/installed  ## create .venv with everything that the machine allows
 
 $(VENV)/installed: setup.py constraints.txt install.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh install.sh
 	@touch $@
 
-ffcv: setup      ## try again to install ffcv (needs root or sudo for system packages)
+ffcv: setup      ## install the ffcv package (needs root or sudo for system packages)
 	@VENV="$(VENV)" sh install.sh ffcv
 
-doctor: setup    ## what is installed, what is missing, and the command that mends it
+doctor: setup    ## what is installed, what is missing, and how to fix it
 	@$(PY) -m pipeline.doctor
 
 train: setup     ## a whole small run: photos, .beton, training, k-NN (DATA=folder for your own)
@@ -32,7 +32,7 @@ test-all: setup  ## all tests, the slow ones too
 lint: setup      ## formatting, imports, types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
-bench: setup     ## loaders, masks and the model's step against the published ways (BETON=file for yours)
+bench: setup     ## loaders, masks and the model's step against the published ones (BETON=file)
 	@$(PY) benchmarks/pipeline.py $(if $(BETON),--data $(BETON))
 	@$(PY) benchmarks/convert.py
 	@$(PY) benchmarks/masks.py
@@ -41,10 +41,10 @@ bench: setup     ## loaders, masks and the model's step against the published wa
 	@$(PY) benchmarks/evaluation/features.py
 	@$(PY) benchmarks/evaluation/finetune.py
 
-profile: setup   ## where the time goes: loader, model and both against their floors (BETON=file)
+profile: setup   ## where the time goes: loader, model and both against lower bounds (BETON=file)
 	@$(PY) benchmarks/throughput.py $(if $(BETON),--data $(BETON))
 
-gpu: setup       ## all that wants a GPU, in one call of eight minutes: tests, then benchmarks
+gpu: setup       ## everything that needs a GPU, in eight minutes: tests, then benchmarks
 	@$(PY) benchmarks/gpu.py --out runs/gpu
 
 clean:           ## remove caches and the synthetic photos; runs and .venv stay

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes $VENV with everything that this machine allows. `sh install.sh ffcv` does ffcv alone.
-# Versions are those of constraints.txt; ranges stand in setup.py.
+# Creates $VENV with everything that this machine allows. `sh install.sh ffcv` installs ffcv alone.
+# Versions are those of constraints.txt; ranges are in setup.py.
 set -eu
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
@@ -8,11 +8,11 @@ SYSTEM_FOR_FFCV="build-essential pkg-config libturbojpeg0-dev libopencv-dev"
 
 say() { printf '%s\n' "ibeton: $*"; }
 
-as_root() {  # run a command as root where that takes no password, else fail
+as_root() {  # run a command as root if no password is needed, else fail
     if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null 2>&1; then sudo -n "$@"; else return 1; fi
 }
 
-apt_install() {  # quietly; fails without root, or where there is no apt
+apt_install() {  # quietly; fails without root or apt
     command -v apt-get >/dev/null 2>&1 || return 1
     as_root true 2>/dev/null || return 1
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >"$LOG" 2>&1 || true
@@ -21,10 +21,20 @@ apt_install() {  # quietly; fails without root, or where there is no apt
 }
 
 packages() {  # install extras of this project with the pinned versions
-    "$VENV/bin/uv" pip install -q --python "$VENV/bin/python" -c constraints.txt "$@"
+    # Where Python may not write bytecode, every start would compile PyTorch's sources again.
+    compile="${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}"
+    "$VENV/bin/uv" pip install -q $compile --python "$VENV/bin/python" -c constraints.txt "$@"
 }
 
-install_ffcv() {
+install_turbojpeg() {  # what the default loader decodes with
+    "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libturbojpeg.so.0")' 2>/dev/null && return 0
+    apt_install libturbojpeg0 || {
+        say "no libturbojpeg: installing it needs root. Training will use the slower pil loader."
+        say "to install it: sudo apt-get install libturbojpeg0"
+    }
+}
+
+install_ffcv() {  # what tests and benchmarks compare .beton files with
     if ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then
         say "installing the system packages that ffcv is built with ($SYSTEM_FOR_FFCV)"
         # A system Python brings its C headers in a package of its own.
@@ -32,14 +42,14 @@ install_ffcv() {
         "$VENV/bin/python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' && headers=""
         apt_install $SYSTEM_FOR_FFCV $headers || {
-            say "no ffcv: its system packages need root. Training will use the slower pil loader."
-            say "to get ffcv: sudo apt-get install $SYSTEM_FOR_FFCV $headers && make ffcv"
+            say "no ffcv: its system packages need root. Training does not need it; some tests are skipped."
+            say "to install it: sudo apt-get install $SYSTEM_FOR_FFCV $headers && make ffcv"
             return 0
         }
     fi
     packages -e '.[ffcv]' >"$LOG" 2>&1 || {
         tail -n 5 "$LOG"
-        say "no ffcv: its build failed (whole output: $LOG). Training will use the slower pil loader."
+        say "no ffcv: its build failed (see $LOG). Training does not need it; some tests are skipped."
         return 0
     }
     say "ffcv is installed"
@@ -64,5 +74,6 @@ if [ "${1:-all}" = all ]; then
     say "installing torch and the rest into $VENV (about 9 GB, most of it CUDA libraries; a minute or more)"
     packages -e '.[dali,export,dense,dev]'
 fi
+install_turbojpeg
 install_ffcv
 "$VENV/bin/python" -m pipeline.doctor
