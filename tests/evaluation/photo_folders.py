@@ -25,7 +25,7 @@ def write_photos(folder: Path, classes: dict[str, tuple[int, int, int]], each: i
     return folder
 
 
-def small_vit(**options) -> VisionTransformer:
+def small_vit(is_student=False, **options) -> VisionTransformer:
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
-    return VisionTransformer(ModelConfig(**{**sizes, **options}), is_student=False)
+    return VisionTransformer(ModelConfig(**{**sizes, **options}), is_student)

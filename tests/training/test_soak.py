@@ -7,7 +7,8 @@ import pytest
 from small_runs import Start
 
 SAMPLE = """
-import os, train
+import os
+from ibeton import train
 save = train.save
 def sample(run):
     save(run)

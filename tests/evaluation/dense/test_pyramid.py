@@ -5,6 +5,7 @@ from torch import nn
 
 from ibeton.evaluation.dense.pyramid import Pyramid
 from ibeton.model.backbones.swin import SwinTransformer
+from ibeton.model.config import ModelConfig
 
 
 @pytest.mark.parametrize("patch", [4, 8, 16])
@@ -15,7 +16,8 @@ def test_a_vit_of_any_patch_gives_strides_4_to_32_of_oblong_images(patch):
 
 
 def test_a_swin_gives_the_outputs_of_its_stages():
-    swin = SwinTransformer(width=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), image_size=64)
+    config = ModelConfig(arch="swin_t7", embed_dim=192, patch_size=32, image_size=64)
+    swin = SwinTransformer(config, is_student=False)
     pyramid = Pyramid(swin).eval()
     images = torch.randn(1, 3, 64, 96)
     maps = pyramid(images)
@@ -55,7 +57,7 @@ def test_every_parameter_that_trains_receives_a_gradient_and_a_frozen_backbone_n
 
 
 def test_stochastic_depth_acts_in_training_alone():
-    pyramid = Pyramid(small_vit(depth=4, drop_path=0.9), resized=False)
+    pyramid = Pyramid(small_vit(True, depth=4, drop_path=0.9), resized=False)
     images = torch.randn(4, 3, 32, 32)
     torch.manual_seed(0)
     assert not torch.allclose(pyramid.train()(images)[3], pyramid(images)[3])

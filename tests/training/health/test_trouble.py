@@ -20,8 +20,8 @@ STEPS = 3 * PER_EPOCH
 NAN_IMAGE = """
 from ibeton.pipeline.loader import Loader
 finish = Loader._finish
-def spoil(self, epoch, wanted, crops):
-    batch = finish(self, epoch, wanted, crops)
+def spoil(self, plan, crops):
+    batch = finish(self, plan, crops)
     batch.global_crops[0, batch.indices == 7] = float("nan")
     return batch
 Loader._finish = spoil
@@ -64,7 +64,8 @@ IBOTLoss.forward = spoil
 
 
 DELETE = """
-import os, train
+import os
+from ibeton import train
 step = train.train_step
 def delete(run, *rest):
     if run.step == 0:
