@@ -191,8 +191,10 @@ def save(run: Run) -> None:
         checkpoints.write(run.folder, content, options.keep_last, stays, replace)
     except OSError as error:
         raise RunError(f"no checkpoint could be written at step {run.step} ({error})") from error
-    if stays is not None or run.step == options.epochs * per_epoch:
+    if stays is not None:
         export_backbone(run, stays)
+    if run.step == options.epochs * per_epoch:
+        export_backbone(run, None)
 
 
 def export_backbone(run: Run, epoch: int | None) -> None:

@@ -102,6 +102,12 @@ def _shared(crops: np.ndarray) -> torch.Tensor | np.ndarray:
         return crops
 
 
+_KILLED = (
+    "a worker process of the pil loader was killed, perhaps for lack of memory: try fewer --workers"
+    " ({})"
+)
+
+
 class _Keys:
     """Batches of (epoch, index), replaced before each stream: the workers outlive streams."""
 
@@ -154,6 +160,8 @@ class PilCrops:
     def _received(self) -> Iterator[Sent | Exception]:
         try:
             yield from self._loader
+        except (ConnectionError, EOFError) as error:  # while it handed over shared memory
+            raise Failure(_KILLED.format(type(error).__name__)) from error
         except RuntimeError as error:
             raise Failure(worker_failure(error)) from error
 
@@ -180,8 +188,5 @@ def worker_failure(error: RuntimeError) -> str:
     """What an error of a DataLoader means, in a sentence: torch names workers that were killed."""
     text = str(error).strip().splitlines()
     if text and text[0].startswith("DataLoader worker"):
-        return (
-            "a worker process of the pil loader was killed, perhaps for lack of memory: try fewer"
-            f" --workers ({text[0]})"
-        )
+        return _KILLED.format(text[0])
     return text[-1] if text else type(error).__name__

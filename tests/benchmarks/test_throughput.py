@@ -139,6 +139,7 @@ class Ticks:
         return self.now
 
 
+@pytest.mark.slow
 def test_a_slow_stage_is_its_verdict_and_its_images_per_s_are_those_of_train(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_slow_stage_is_its_verdict_and_its_images_per_s_are_those_of_train(
     assert record["images_per_s"] == pytest.approx(2.0, rel=1e-3), "a batch of two a second"
 
 
+@pytest.mark.slow
 def test_a_slow_loader_is_its_verdict(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +203,7 @@ if __name__ == "__main__":  # worker processes import this file
 """
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_has_its_figures_and_the_slow_one_is_named(
     beton: Path, tmp_path: Path
 ) -> None:

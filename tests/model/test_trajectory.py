@@ -221,6 +221,7 @@ def test_first_step_changes_nothing_but_moments(run):
     assert all(torch.equal(before[name], t) for name, t in run.ibot.student.state_dict().items())
 
 
+@pytest.mark.slow
 def test_200_steps_in_fp16_stay_with_fp32(reference, under):
     """Losses and weights, with loss scaling, from the published start and on its six batches."""
     runs = [Run(reference("trajectory"), under, "A") for _ in range(2)]

@@ -40,7 +40,7 @@ def test_two_runs_do_not_mix(start: Start, tmp_path: Path, tiny: Path) -> None:
 
     assert "already holds a run" in refused(one)
     assert "of another run" in refused(one, "--resume", str(two / "checkpoint.pt"))
-    assert "of --seed 0" in refused(one, "--resume", "auto", "--seed", "1")
+    assert "has --seed 0" in refused(one, "--resume", "auto", "--seed", "1")
     for path in [*one.glob("checkpoint*"), *two.glob("checkpoint-*")]:
         path.unlink()
     begun = refused(one, "--resume", "auto", "--lr", "1e-3")

@@ -89,6 +89,7 @@ def test_two_runs_are_compared(
     assert "nowhere is no run folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_records_go_to_mlflow_and_a_resumed_run_continues_there(
     start: Start, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_processes_and_micro_steps_change_nothing(
     assert_same_curve(tmp_path / "two", whole)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(
     start: Start, tmp_path: Path, tiny: Path, whole: Path
 ) -> None:

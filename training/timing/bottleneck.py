@@ -76,8 +76,8 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
         )
         if 0 < room.steps_per_epoch < _SHORT_EPOCH:
             why = (
-                f"an epoch has only {room.steps_per_epoch} steps, and the loader starts anew with"
-                " each: more photos, or a smaller batch"
+                f"an epoch has only {room.steps_per_epoch} steps, and each ends with a save: use"
+                " more photos, or a smaller batch"
             )
         return Verdict(
             "idle",

@@ -22,7 +22,7 @@ MEAN, STD = torch.tensor(PipelineConfig.mean), torch.tensor(PipelineConfig.std)
 def test_normalization_is_the_published_one() -> None:
     exact = np.load(REFERENCE / "augment_exact.npz")
     image = torch.from_numpy(exact["input"]).permute(2, 0, 1)[None, None]  # [B, V, 3, H, W]
-    expected = torch.from_numpy(exact["normalize/out_first_8_rows"])
+    expected = torch.from_numpy(exact["normalise/out_first_8_rows"])
     torch.testing.assert_close(
         normalized(image, MEAN, STD)[0, 0, :, :8], expected, rtol=0, atol=1e-6
     )

@@ -83,6 +83,7 @@ def test_views_equal_those_of_the_cpu(beton: Path, mended_interpreter: None) -> 
     assert count == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or DEVICE.type == "cuda", reason="starts the tests above")
 def test_views_equal_those_of_the_cpu_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -272,7 +272,7 @@ def test_a_killed_worker_process_is_an_error_within_seconds(beton: Path) -> None
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"worker|exited"):
         list(batches)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
     loader.close()
 
 

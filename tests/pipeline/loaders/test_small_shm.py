@@ -32,6 +32,7 @@ def private_mounts() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not private_mounts(), reason="needs the right to mount (unshare -m)")
 def test_batches_go_through_pipes_where_shared_memory_is_full(
     photo_folder: Path, tmp_path: Path

@@ -101,6 +101,7 @@ def test_a_slow_stage_of_the_model_stands_in_the_log_the_board_and_the_trace(
     assert {f"stage_ms/{name}" for name in ms} | {"loader_ms/decode", "data_wait"} <= set(board)
 
 
+@pytest.mark.slow
 def test_a_loader_that_sleeps_between_batches_is_found(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +132,7 @@ ssize_t pread(int file, void *to, size_t size, off_t at) {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(LOADERS["ffcv"].problem()), reason="libturbojpeg is not installed")
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
 def test_a_slow_disk_is_found(beton: Path, tmp_path: Path) -> None:
@@ -166,6 +168,7 @@ def large_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_one_worker_where_there_could_be_two_is_found(
     large_photos: Path,
     tmp_path: Path,
@@ -178,7 +181,7 @@ def test_one_worker_where_there_could_be_two_is_found(
     assert max(loader_ms, key=lambda name: loader_ms[name]) == "decode"
     said = " ".join(capsys.readouterr().out.split())
     assert "decode limits" in said
-    assert "a photo on each of 1 worker(s), which are busy" in said
+    assert "per photo on each of 1 worker(s), busy" in said
     assert "Change: --workers 2, as many as there are cores: up to" in said
 
 
@@ -197,6 +200,7 @@ if __name__ == "__main__":  # worker processes import this file
 """
 
 
+@pytest.mark.slow
 def test_the_slowest_of_two_processes_is_named_and_comm_stands_apart(
     beton: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_loader_that_stalls_ends_a_single_process_too(
     assert "loader_that_hangs_on_its_disk" in said(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends_shows_where_each_rank_stands(
     group: Callable[..., Group], tmp_path: Path
 ) -> None:
