@@ -80,7 +80,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="checkpoint that train.py wrote")
     add("--network", choices=("teacher", "student"), default="teacher")
-    add("--workers", type=int, default=0, help="threads that decode (0: one a core)")
+    add("--workers", type=int, default=0, help="threads that decode (0: one per core)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add(
         "--precision",

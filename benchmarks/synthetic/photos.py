@@ -36,10 +36,10 @@ CLASSES = tuple(SHAPES)  # in the order of their labels
 class SyntheticOptions:
     """How many photos to draw."""
 
-    images_per_class: int = option(300, "train photos a class")
-    val_per_class: int = option(50, "val photos a class")
+    images_per_class: int = option(300, "train photos per class")
+    val_per_class: int = option(50, "val photos per class")
     seed: int = option(0, "another seed draws other photos")
-    contact_sheet: str = option("", "PNG to write: a row of train photos a class")
+    contact_sheet: str = option("", "PNG to write: a row of train photos per class")
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""

@@ -92,14 +92,14 @@ def joined(found: dict[str, np.ndarray], names: Sequence[str]) -> Tensor:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=100, help="of linear probing")
-    parser.add_argument("--sgd-batch", type=int, default=1024, help="photos a step of SGD")
+    parser.add_argument("--sgd-batch", type=int, default=1024, help="photos per step of SGD")
     parser.add_argument(
         "--lr", type=float, nargs="+", default=RATES, help="learning rates for a batch of 256"
     )
     parser.add_argument(
         "--augmented",
         action="store_true",
-        help="new random crops and flips every epoch, as published (a forward pass an epoch)",
+        help="new random crops and flips every epoch, as published (a forward pass per epoch)",
     )
 
 
