@@ -49,7 +49,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol and its command `python -m evaluation.NAME`."""
+    """A protocol and its command `python -m evaluation.frozen.NAME`."""
 
     name: str
     about: str
@@ -61,7 +61,8 @@ class Protocol:
 
 
 def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
-    parser = Parser(prog=f"python -m evaluation.{name}", description=about)
+    module = name if len(protocols) > 1 else f"frozen.{name}"
+    parser = Parser(prog=f"python -m evaluation.{module}", description=about)
     add = parser.add_argument
     add_checkpoint_options(parser)
     add("--batch-size", type=int, default=128, help="images at a time")

@@ -190,7 +190,6 @@ def test_a_slow_loader_is_its_verdict(
 SLOW_RANK = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from ibeton.benchmarks.harness.throughput_report import print_report, rows
 from ibeton.benchmarks.throughput import main
 from ibeton.model import IBOT
 update = IBOT.update_teacher
