@@ -8,8 +8,8 @@ import torch
 
 from ibeton.pipeline.batch import Batch, BatchPlan, Crops, DeviceCrops, normalized
 from ibeton.pipeline.config import PipelineConfig
-from ibeton.pipeline.loaders.choice import choose_crops, choose_loader
 from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.kinds import choose_crops, choose_decoding, choose_loader
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
@@ -46,6 +46,8 @@ class Loader:
         self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
         self.kind, self.reason = choose_loader(config, device)
         self.crops_on = choose_crops(config, self.kind, device)
+        gpu_decoding, how = choose_decoding(config, self.kind, self.photos, device)
+        self.reason += f"; {how}" if how else ""
         self._config = config
         self._rank, self._world_size = rank, world_size
         self._mean = torch.tensor(config.mean, device=device)
@@ -65,6 +67,7 @@ class Loader:
                 device=device if self.crops_on == "gpu" else torch.device("cpu"),
                 mean=config.mean,
                 std=config.std,
+                gpu_decoding=gpu_decoding,
             )
         )
         # The work under way, and the (epoch, step) that it gives next.

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -10,6 +10,9 @@ from ibeton.pipeline.batch import BatchPlan, Crops, DeviceCrops
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec
 from ibeton.pipeline.store.photos import Photos
+
+if TYPE_CHECKING:
+    from ibeton.pipeline.loaders.gpu_decode import GpuDecoding
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class LoaderContext:
     device: torch.device  # where views are cut
     mean: Sequence[float]  # [3], as std on the 0..1 scale
     std: Sequence[float]
+    gpu_decoding: "GpuDecoding | None" = None  # the GPU's share of the decoding
 
 
 class Cutter(Protocol):

@@ -76,6 +76,9 @@ class GpuCrops:
             self._clock.enter("copy")
             parts = [part.to(self._device, non_blocking=True).reshape(-1) for part in photos.parts]
             pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if self._stream is not None:
+                for part in parts:  # some were made on another stream
+                    part.record_stream(self._stream)
             self._clock.leave()
             copied = self._event()
             self._clock.enter("crop")
