@@ -47,22 +47,17 @@ class FfcvCrops:
 
     def __init__(self, context: LoaderContext) -> None:
         self._context, self._threads = context, _Threads(context)
-        views, count = context.views, context.global_views
-        self._shapes = stack_shape(views[:count]), stack_shape(views[count:])
+        shapes = [(context.config.batch_size, *stack_shape(views)) for views in context.split()]
+        self._slots = [[np.empty(shape, np.uint8) for shape in shapes] for _ in self._threads.slots]
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
         """Views of each planned batch. Consume one before asking for the next: their memory is
         used again."""
-        size = self._context.batch_size
-        slots = [
-            tuple(np.empty((size, *shape), np.uint8) for shape in self._shapes)
-            for _ in range(self._threads.slots)
-        ]
 
         def task(number: int, plan: BatchPlan) -> Task:
-            views = slots[number % len(slots)]
-            zeros = np.zeros(size, np.int64)
-            return _task(plan, _NOTHING, zeros, *(part[: len(plan.indices)] for part in views))
+            count, slot = len(plan.indices), self._slots[number % len(self._slots)]
+            zeros = np.zeros(count, np.int64)
+            return _task(plan, _NOTHING, zeros, *(part[:count] for part in slot))
 
         with closing(self._threads.run(plans, task, self._replace)) as batches:
             for batch in batches:
@@ -89,22 +84,23 @@ class FfcvPixels:
         reader = self._threads.reader
         pixels = reader.heights.astype(np.int64) * reader.widths
         self._sizes = 3 * np.where(pixels > MAX_PIXELS, 0, pixels)  # larger ones are not decoded
+        # Kept from one stream to the next: decoding into fresh memory takes twice as long.
+        self._slots = [torch.empty(0, dtype=torch.uint8) for _ in self._threads.slots]
 
     def stream(
         self, plans: Iterator[BatchPlan]
     ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
         """Photos of each planned batch. Have them copied before asking for the next: their memory
         is used again."""
-        slots = [torch.empty(0, dtype=torch.uint8) for _ in range(self._threads.slots)]
 
         def task(number: int, plan: BatchPlan) -> Task:
-            slot, sizes = number % len(slots), self._sizes[plan.indices]
+            slot, sizes = number % len(self._slots), self._sizes[plan.indices]
             ends, total = np.cumsum(sizes), int(sizes.sum())
-            if slots[slot].numel() < total:  # with a margin, as growing is slow
+            if self._slots[slot].numel() < total:  # with a margin, as growing is slow
                 room = int(total * 1.25)
-                slots[slot] = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned)
+                self._slots[slot] = torch.empty(room, dtype=torch.uint8, pin_memory=self._pinned)
             none = np.empty((len(sizes), 0, 3, 1, 1), np.uint8)
-            return _task(plan, slots[slot][:total].numpy(), ends - sizes, none, none)
+            return _task(plan, self._slots[slot][:total].numpy(), ends - sizes, none, none)
 
         def note(batch: _Batch, i: int) -> None:
             batch.failed.append(int(batch.places[i]))
@@ -146,12 +142,13 @@ class _Threads:
     def __init__(self, context: LoaderContext) -> None:
         reader = context.photos
         if not isinstance(reader, BetonReader):
-            raise ValueError(f"{context.data}: the ffcv loader reads .beton files")
+            raise ValueError(f"{context.config.data}: the ffcv loader reads .beton files")
         self.reader: BetonReader = reader
         # One is with the consumer, and one is being finished while the next is begun.
-        self.slots = context.batches_ahead + 2
+        self.slots = range(context.config.batches_ahead + 2)
         self._context = context
         self._photos, self._specs = stored(self.reader), spec_table(context.views)
+        self._seed = context.config.seed
 
     def run(
         self,
@@ -185,7 +182,7 @@ class _Threads:
         workers = [cpu_worker] * self._context.workers
         if self._context.gpu_decoding is not None:
             workers.append(gpu_worker)
-        with closing(share(batches(), workers, self.slots)) as finished:
+        with closing(share(batches(), workers, len(self.slots))) as finished:
             for batch in finished:
                 self._note_times(batch, len(workers))
                 yield batch
@@ -193,9 +190,7 @@ class _Threads:
     def _work(self, batch: _Batch, decoder: int, replace: Callable[[_Batch, int], None]) -> int:
         finished = 0
         while True:
-            done, failed = work_on(
-                batch.task, self._photos, decoder, self._specs, self._context.seed
-            )
+            done, failed = work_on(batch.task, self._photos, decoder, self._specs, self._seed)
             finished += done
             if failed < 0:
                 return finished

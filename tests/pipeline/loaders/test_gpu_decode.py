@@ -15,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan, Decoded
 from ibeton.pipeline.loaders import LOADERS
-from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.context import context_of
 from ibeton.pipeline.loaders.ffcv import FfcvPixels
 from ibeton.pipeline.loaders.gpu_decode import (
     GpuDecoding,
@@ -26,13 +26,11 @@ from ibeton.pipeline.loaders.gpu_decode import (
     row_means,
 )
 from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.sampling.draws import published_views
 from ibeton.pipeline.store import BetonReader, Decoder
 
 if problem := LOADERS["ffcv"].problem():
     pytest.skip(problem, allow_module_level=True)
 COUNT, SIZE = 48, 8
-VIEWS = published_views(2, 2, 24, 16, (0.25, 1.0), (0.05, 0.25))
 PLANS = [
     BatchPlan(0, np.random.default_rng(seed).permutation(COUNT)[i : i + SIZE])
     for seed in range(2)
@@ -83,21 +81,8 @@ FAULTS: dict[str, Fault] = {
 def stream_of(path: Path, gpu: GpuDecoding) -> tuple[list[tuple[BatchPlan, Decoded]], Replacements]:
     """Two epochs, and the photos that were lost."""
     reader = BetonReader(path)
-    context = LoaderContext(
-        data=str(path),
-        photos=reader,
-        views=VIEWS,
-        global_views=2,
-        batch_size=SIZE,
-        workers=2,
-        batches_ahead=1,
-        seed=3,
-        replacements=Replacements(reader, VIEWS, 3),
-        device=torch.device("cpu"),
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        gpu_decoding=gpu,
-    )
+    config = replace(SMALL, data=str(path), workers=2, batches_ahead=1, seed=3)
+    context = context_of(config, reader, gpu_decoding=gpu)
     batches = []
     for plan, decoded in FfcvPixels(context, pinned=False).stream(iter(PLANS)):
         batches.append((plan, replace(decoded, parts=[torch.cat(decoded.parts).clone()])))
