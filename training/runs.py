@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder")
         parser.add_argument("--png", type=Path, default=Path("compare.png"), help="to write")
         args = parser.parse_args(given[1:])
-        return run_command(lambda: compare(*args.runs, args.png), writes=False)
+        first, second = args.runs
+        return run_command(lambda: compare(first, second, args.png), writes=False)
     parser = Parser(
         prog="python -m training.runs",
         description="List runs and their state; `compare A B` shows what differs between two.",
