@@ -93,6 +93,7 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
         bench("kernels", 45, "kernels", *half, "--images", "64"),
         end_to_end(90, "--arch", "vit_s", "--batch-size", "64", "--rounds", "2"),
         Part("tests_other", other_tests, 90),
+        bench("decode", 60, "loader", "--decode", "gpu", "--batch-size", "64", "--rounds", "3"),
         bench("crops", 60, "crops_gpu"),
     ]
 

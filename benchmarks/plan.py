@@ -37,12 +37,9 @@ SLOWER = 1.3  # the slow end: other shapes and devices reach less of their rates
 PUBLISHED = 152.5 / 66.5
 # Photos/s of one core: ImageNet photos (0.2 megapixels), 2 x 224 + 10 x 96 views. The slow end has
 # all hyper-threads busy (docs/results.md); "published" was measured on one older machine.
-PHOTOS_PER_S = {
-    "published": (18, 23),
-    "pil": (33 / SLOWER, 33),
-    "ffcv on cpu": (197 / SLOWER, 197),
-    "ffcv": (572 / SLOWER, 572),
-}
+# Photos/s of one core with the published code, on one older machine. Those of our loaders are in
+# their table, pipeline/loaders/kinds.py.
+PUBLISHED_LOADER = (18, 23)
 
 
 def step_cost(config: Config, gpu: str, precision: str, kernels: bool) -> tuple[float, float]:
@@ -79,8 +76,8 @@ def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, A
     fused = plain / SLOWER if own.published else step_cost(config, own.gpu, precision, True)[0]
     times = PUBLISHED if own.published else 1.0
     model = [own.gpus * config.pipeline.batch_size / (s * times) for s in (SLOWER * plain, fused)]
-    kind = "published" if own.published else loader_kind(config)
-    loader = [own.gpus * own.cores_per_gpu * rate for rate in PHOTOS_PER_S[kind]]
+    rates = PUBLISHED_LOADER if own.published else loader_rates(config)
+    loader = [own.gpus * own.cores_per_gpu * rate for rate in rates]
     speed = [min(pair) for pair in zip(model, loader, strict=True)]
     return {
         **{"gpu": own.gpu, "gpus": own.gpus, "epochs": config.run.epochs},
@@ -95,15 +92,19 @@ def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, A
     }
 
 
-def loader_kind(config: Config) -> str:
-    """The loader that a run with a .beton file on a GPU would take. Raises ValueError for DALI,
-    which was not measured on a GPU."""
+def loader_rates(config: Config) -> tuple[float, float]:
+    """Photos/s of one core, from slow to fast, of the loader that a run with a .beton file on a GPU
+    takes. Raises ValueError for one that was not measured."""
+    known = {name: kind for name, kind in LOADERS.items() if kind.decode_rate}
     name = config.pipeline.loader
-    if name == "dali":
-        raise ValueError("--loader dali: its rate on a GPU is not known; plan with ffcv or pil")
-    name = "ffcv" if name == "auto" else name
-    where = choose_crops(config.pipeline, LOADERS[name], torch.device("cuda"))
-    return "ffcv on cpu" if (name, where) == ("ffcv", "cpu") else name
+    if name not in (*known, "auto"):
+        raise ValueError(
+            f"--loader {name}: its rate on a GPU is not known; plan with {' or '.join(known)}"
+        )
+    kind = known.get(name) or max(known.values(), key=lambda kind: kind.crop_rate)
+    on_gpu = choose_crops(config.pipeline, kind, torch.device("cuda")) == "gpu"
+    rate = kind.decode_rate if on_gpu else kind.crop_rate
+    return rate / SLOWER, rate
 
 
 def show(result: dict[str, Any], console: Console) -> None:

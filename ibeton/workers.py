@@ -57,6 +57,19 @@ def end_with_parent(*_: object) -> None:
     threading.Thread(target=watch, name="ibeton-parent", daemon=True).start()
 
 
+def worker_failure(error: Exception) -> str:
+    """What an error of a DataLoader means, in a sentence. Torch names workers that were killed; one
+    that dies while it hands over shared memory breaks the connection."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cut_off = isinstance(error, ConnectionError | EOFError)
+    if not cut_off and not lines[0].startswith("DataLoader worker"):
+        return lines[-1]
+    return (
+        "a worker process of the loader was killed, perhaps for lack of memory: try fewer --workers"
+        f" ({type(error).__name__ if cut_off else lines[0]})"
+    )
+
+
 def in_order(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Generator[Result, None, None]:

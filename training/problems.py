@@ -9,6 +9,7 @@ import torch
 from ibeton.command import Failure
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos
+from ibeton.workers import worker_failure
 
 _PROBES = 16  # photos of which one must be readable
 
@@ -49,7 +50,5 @@ def explain(error: Exception) -> str:
             " --micro-steps, or --checkpoint-blocks"
         )
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        from ibeton.pipeline.loaders.pil import worker_failure
-
         return worker_failure(error)
     return ""

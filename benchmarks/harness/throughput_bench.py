@@ -10,6 +10,7 @@ import torch
 
 from ibeton import stages
 from ibeton.pipeline import Batch, Loader, build_loader
+from ibeton.pipeline.loaders import RECIPE
 from ibeton.stages import StageClock, stage
 from ibeton.train import DTYPES, Run, train_step
 from ibeton.training.log.metrics import DelayedMetrics
@@ -20,7 +21,7 @@ from ibeton.workers import cores
 LOADER_STEPS = 16  # of a turn of the loader at least: single batches come in bursts
 UNTIMED = 2  # steps at the beginning of a turn, until the loader is in its stride
 LOADER, MODEL, BOTH = "loader", "model", "both"
-PIL, PLAIN = "published loader", "plain model"
+PUBLISHED, PLAIN = "published loader", "plain model"
 
 
 class Bench:
@@ -92,10 +93,11 @@ class Bench:
         if baseline:
             from ibeton.benchmarks.model import Baseline
 
-            pil = build_loader(dataclasses.replace(run.config.pipeline, loader="pil"), run.device)
-            stack.callback(pil.close)
+            recipe = dataclasses.replace(run.config.pipeline, loader=RECIPE)
+            published = build_loader(recipe, run.device)
+            stack.callback(published.close)
             plain = Baseline(run.config.model, run.device.type, DTYPES[run.precision]).step
-            sides += [take(self.loader, PIL, pil), take(self.model, PLAIN, plain)]
+            sides += [take(self.loader, PUBLISHED, published), take(self.model, PLAIN, plain)]
         return sides
 
     def _batches(self, loader: Loader) -> Generator[Batch, None, None]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ibeton.pipeline.batch import BatchPlan, Crops, DeviceCrops
+from ibeton.pipeline.batch import BatchPlan, Crops, Decoded, DeviceCrops
 from ibeton.pipeline.config import PipelineConfig
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec
@@ -50,6 +50,16 @@ def context_of(
     views = config.views() if views is None else views
     replacements = Replacements(photos, views, config.seed)
     return LoaderContext(config, photos, replacements, views, torch.device(device), gpu_decoding)
+
+
+class PhotoSource(Protocol):
+    """Decodes photos, in order, ahead of who asks."""
+
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]: ...
+
+    def close(self) -> None: ...
 
 
 class Cutter(Protocol):

@@ -76,11 +76,12 @@ class FfcvCrops:
 
 
 class FfcvPixels:
-    """Decoded photos, packed, for croppers on another device. With `pinned`, those of the CPU are
-    in page-locked memory, from which a GPU copies meanwhile."""
+    """Decoded photos, packed, for croppers on another device. For a GPU, those of the CPU are in
+    page-locked memory, from which it copies meanwhile."""
 
-    def __init__(self, context: LoaderContext, pinned: bool) -> None:
-        self._context, self._threads, self._pinned = context, _Threads(context), pinned
+    def __init__(self, context: LoaderContext) -> None:
+        self._context, self._threads = context, _Threads(context)
+        self._pinned = context.device.type == "cuda"
         reader = self._threads.reader
         pixels = reader.heights.astype(np.int64) * reader.widths
         self._sizes = 3 * np.where(pixels > MAX_PIXELS, 0, pixels)  # larger ones are not decoded

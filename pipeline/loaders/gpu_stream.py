@@ -3,25 +3,14 @@
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
-from typing import Protocol
 
 import torch
 
 from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
 from ibeton.pipeline.crops.gpu import GpuCropper
-from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.context import LoaderContext, PhotoSource
 from ibeton.pipeline.sampling.draws import draw_batch, spec_table
 from ibeton.stages import StageClock, StepTiming, work
-
-
-class PhotoSource(Protocol):
-    """Decodes photos, in order, ahead of who asks."""
-
-    def stream(
-        self, plans: Iterator[BatchPlan]
-    ) -> Generator[tuple[BatchPlan, Decoded], None, None]: ...
-
-    def close(self) -> None: ...
 
 
 class GpuCrops:

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ibeton.workers import cores
 
@@ -18,15 +18,12 @@ if TYPE_CHECKING:
     import torch
 
     from ibeton.pipeline.config import PipelineConfig
-    from ibeton.pipeline.loaders.context import Cutter, LoaderContext
+    from ibeton.pipeline.loaders.context import Cutter, LoaderContext, PhotoSource
     from ibeton.pipeline.loaders.gpu_decode import GpuDecoding
-    from ibeton.pipeline.sampling.draws import ViewSpec
     from ibeton.pipeline.store.photos import Photos
 
 INSTALL_TURBOJPEG = "sudo apt-get install libturbojpeg0"
 INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
-
-
 # --decode ("auto" or "gpu"), photos, the GPU, workers -> the GPU's part, if any, and the reason
 ShareDecoding = Callable[[str, "Photos", "torch.device", int], "tuple[GpuDecoding | None, str]"]
 
@@ -35,24 +32,46 @@ ShareDecoding = Callable[[str, "Photos", "torch.device", int], "tuple[GpuDecodin
 class LoaderKind:
     """One way from photos to views.
 
-    build: makes it; `context.device` says where views are cut.
-    problem: why it cannot run here, and what to install; empty where it can.
+    crops: makes it with views cut on the CPU.
+    pixels: makes what decodes photos for croppers on a GPU; None if it cuts on the CPU only.
+    problem: why it cannot run here, and what to install; empty if it can.
     decode: one photo to uint8 [H, W, 3] as this loader does it, to be timed.
-    cut: all views of such a photo on the CPU, likewise: photo, draws, views, count of global ones.
+    decode_rate, crop_rate: photos/s of one core, decoded, and cut into 2 x 224 + 10 x 96 views on
+    the CPU as well (docs/results.md); 0 if not measured.
     """
 
     name: str
     about: str
-    build: "Callable[[LoaderContext], Cutter]"
+    crops: "Callable[[LoaderContext], Cutter]"
+    pixels: "Callable[[LoaderContext], PhotoSource] | None"
     problem: Callable[[], str]
     decode: "Callable[[Photos, int], np.ndarray]"
-    cut: "Callable[[np.ndarray, np.ndarray, list[ViewSpec], int], None]"
+    decode_rate: float = 0.0
+    crop_rate: float = 0.0
     reads_folders: bool = True  # or .beton files alone
-    cuts_on_gpu: bool = True  # where there is one
-    decodes_on_gpu: bool = False  # where it cuts there
-    share_decoding: "ShareDecoding | None" = None  # with a GPU, as --decode says
+    decodes_on_gpu: bool = False  # if it cuts there
+    share_decoding: ShareDecoding | None = None  # with a GPU, as --decode says
     worker_processes: bool = False  # which need shared memory, and to be shielded from signals
     faster: str = ""  # what to use in its place, to be faster
+
+    def build(self, context: "LoaderContext") -> "Cutter":
+        """The loader, which cuts on `context.device`."""
+        if context.device.type == "cpu" or self.pixels is None:
+            return self.crops(context)
+        from ibeton.pipeline.loaders.gpu_stream import GpuCrops
+
+        return GpuCrops(context, self.pixels(context))
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A class of a module beside this one, which is imported when the class is called."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"ibeton.pipeline.loaders.{module}"), name)(
+            *arguments
+        )
+
+    return call
 
 
 def turbojpeg_problem() -> str:
@@ -78,32 +97,6 @@ def dali_problem() -> str:
             " explains"
         )
     return ""
-
-
-def _build_ffcv(context: "LoaderContext") -> "Cutter":
-    from ibeton.pipeline.loaders.ffcv import FfcvCrops, FfcvPixels
-
-    if context.device.type == "cpu":
-        return FfcvCrops(context)
-    from ibeton.pipeline.loaders.gpu_stream import GpuCrops
-
-    return GpuCrops(context, FfcvPixels(context, pinned=True))
-
-
-def _build_dali(context: "LoaderContext") -> "Cutter":
-    from ibeton.pipeline.loaders.dali import DaliCrops, DaliPixels
-
-    if context.device.type == "cpu":
-        return DaliCrops(context)
-    from ibeton.pipeline.loaders.gpu_stream import GpuCrops
-
-    return GpuCrops(context, DaliPixels(context))
-
-
-def _build_pil(context: "LoaderContext") -> "Cutter":
-    from ibeton.pipeline.loaders.pil import PilCrops
-
-    return PilCrops(context)
 
 
 def _share_with_nvjpeg(
@@ -134,63 +127,45 @@ def _decode_by_pillow(photos: "Photos", index: int) -> "np.ndarray":
     return photos.pixels(index)
 
 
-def _cut_compiled(
-    photo: "np.ndarray", draws: "np.ndarray", views: "list[ViewSpec]", global_views: int
-) -> None:
-    import numpy as np
-
-    from ibeton.pipeline.crops.cpu import cut_views
-    from ibeton.pipeline.sampling.draws import stack_shape
-
-    stacks = (views[:global_views], views[global_views:])
-    cut_views(photo, draws, *(np.empty(stack_shape(some), np.uint8) for some in stacks))
-
-
-def _cut_by_pillow(
-    photo: "np.ndarray", draws: "np.ndarray", views: "list[ViewSpec]", global_views: int
-) -> None:
-    from PIL import Image
-
-    from ibeton.pipeline.crops.reference import cut_views_reference
-
-    cut_views_reference(Image.fromarray(photo), draws, [view.size for view in views])
-
-
 LOADERS = {
     kind.name: kind
     for kind in (
         LoaderKind(
             name="ffcv",
             about=".beton files only",
-            build=_build_ffcv,
+            crops=_later("ffcv", "FfcvCrops"),
+            pixels=_later("ffcv", "FfcvPixels"),
             problem=turbojpeg_problem,
             decode=_decode_by_turbojpeg,
-            cut=_cut_compiled,
+            decode_rate=572,
+            crop_rate=197,
             share_decoding=_share_with_nvjpeg,
             reads_folders=False,
         ),
         LoaderKind(
             name="dali",
             about="NVIDIA's decoders",
-            build=_build_dali,
+            crops=_later("dali", "DaliCrops"),
+            pixels=_later("dali", "DaliPixels"),
             problem=dali_problem,
             decode=_decode_by_pillow,
-            cut=_cut_compiled,
             decodes_on_gpu=True,
         ),
         LoaderKind(
             name="pil",
             about="the published recipe",
-            build=_build_pil,
+            crops=_later("pil", "PilCrops"),
+            pixels=None,
             problem=lambda: "",
             decode=_decode_by_pillow,
-            cut=_cut_by_pillow,
-            cuts_on_gpu=False,
+            decode_rate=410,
+            crop_rate=33,
             worker_processes=True,
             faster="a .beton file and --loader ffcv",
         ),
     )
 }
+RECIPE = "pil"  # what others are compared with
 
 
 def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[LoaderKind, str]:
@@ -229,10 +204,10 @@ def _faster(config: "PipelineConfig") -> str:
 def choose_crops(config: "PipelineConfig", kind: LoaderKind, device: "torch.device") -> str:
     """Where a loader cuts views: "gpu" or "cpu". Raises ValueError where --crops-on gpu is asked
     for and impossible."""
-    able = device.type == "cuda" and kind.cuts_on_gpu
+    able = device.type == "cuda" and kind.pixels is not None
     if config.crops_on == "gpu" and not able:
         why = f"the device is {device.type}"
-        if not kind.cuts_on_gpu:
+        if kind.pixels is None:
             why = f"the {kind.name} loader cuts on the CPU"
         raise ValueError(f"--crops-on gpu: {why}")
     return "gpu" if able and config.crops_on != "cpu" else "cpu"
@@ -252,7 +227,7 @@ def choose_decoding(
         why = "needs views cut on the GPU: leave out --crops-on cpu"
         if device.type != "cuda":
             why = "needs an NVIDIA GPU and a CUDA build of torch; use --decode cpu"
-        elif not kind.cuts_on_gpu:
+        elif kind.pixels is None:
             why = f"is not possible with the {kind.name} loader; use {kind.faster}"
         raise ValueError(f"--decode gpu {why}")
     return None, ""

@@ -26,7 +26,7 @@ from ibeton.pipeline.sampling.draws import draw_views
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos, open_photos
 from ibeton.stages import work
-from ibeton.workers import end_with_parent
+from ibeton.workers import end_with_parent, worker_failure
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +100,6 @@ def _shared(crops: np.ndarray) -> torch.Tensor | np.ndarray:
         return crops
 
 
-_KILLED = (
-    "a worker process of the pil loader was killed, perhaps for lack of memory: try fewer --workers"
-    " ({})"
-)
-
-
 class _Keys:
     """Batches of (epoch, index), replaced before each stream: the workers outlive streams."""
 
@@ -158,9 +152,7 @@ class PilCrops:
     def _received(self) -> Iterator[Sent | Exception]:
         try:
             yield from self._loader
-        except (ConnectionError, EOFError) as error:  # while it handed over shared memory
-            raise Failure(_KILLED.format(type(error).__name__)) from error
-        except RuntimeError as error:
+        except (ConnectionError, EOFError, RuntimeError) as error:
             raise Failure(worker_failure(error)) from error
 
     def _tensor(self, crops: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -180,11 +172,3 @@ class PilCrops:
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None
-
-
-def worker_failure(error: RuntimeError) -> str:
-    """What an error of a DataLoader means, in a sentence: torch names workers that were killed."""
-    text = str(error).strip().splitlines()
-    if text and text[0].startswith("DataLoader worker"):
-        return _KILLED.format(text[0])
-    return text[-1] if text else type(error).__name__

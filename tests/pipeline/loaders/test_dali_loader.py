@@ -353,10 +353,10 @@ def test_the_gpu_way_gives_the_same_batches(
     gpu_stream = pytest.importorskip("ibeton.pipeline.loaders.gpu_stream")
     monkeypatch.setattr(gpu_stream, "GpuCropper", CropperOfTheCpu)
 
-    def build(context: Any) -> Any:
+    def crops(context: Any) -> Any:
         return gpu_stream.GpuCrops(context, dali_loader.DaliPixels(context))
 
-    monkeypatch.setitem(LOADERS, "dali", replace(LOADERS["dali"], build=build))
+    monkeypatch.setitem(LOADERS, "dali", replace(LOADERS["dali"], crops=crops))
     loader = build_loader(replace(SMALL, data=str(mixed_folder)))
     assert_same(list(loader.epoch(0)), batches_of(mixed_folder))
     loader.close()

@@ -84,7 +84,7 @@ def stream_of(path: Path, gpu: GpuDecoding) -> tuple[list[tuple[BatchPlan, Decod
     config = replace(SMALL, data=str(path), workers=2, batches_ahead=1, seed=3)
     context = context_of(config, reader, gpu_decoding=gpu)
     batches = []
-    for plan, decoded in FfcvPixels(context, pinned=False).stream(iter(PLANS)):
+    for plan, decoded in FfcvPixels(context).stream(iter(PLANS)):
         batches.append((plan, replace(decoded, parts=[torch.cat(decoded.parts).clone()])))
     return batches, context.replacements
 

@@ -55,7 +55,7 @@ def test_views_equal_those_of_the_cpu(beton: Path, mended_interpreter: None) -> 
     plans = plans_of(48, 1)[:3]
     on_cpu = FfcvCrops(context_for(beton))
     context = context_for(beton, DEVICE)
-    on_gpu = GpuCrops(context, FfcvPixels(context, pinned=DEVICE.type == "cuda"))
+    on_gpu = GpuCrops(context, FfcvPixels(context))
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     count = 0
     for (plan, expected), (other, found) in zip(
@@ -97,7 +97,7 @@ def test_pixels_are_packed_and_those_of_the_photos(
     reader = BetonReader(path)
     plans = [plan for epoch in range(2) for plan in plans_of(48, epoch)]
     seen = []
-    for plan, decoded in FfcvPixels(context_for(path), pinned=False).stream(iter(plans)):
+    for plan, decoded in FfcvPixels(context_for(path)).stream(iter(plans)):
         assert decoded.indices.tolist() == plan.indices.tolist()
         (pixels,), end = decoded.parts, 0
         for b, index in enumerate(plan.indices):
@@ -123,7 +123,7 @@ def test_a_photo_that_does_not_decode_gives_way_to_its_neighbor(
         file.write(bytes(40))  # the header of photo 5
     context = context_for(path)
     plan = BatchPlan(0, np.array([3, 5, 7, 9]))
-    ((_, decoded),) = FfcvPixels(context, pinned=False).stream(iter([plan]))
+    ((_, decoded),) = FfcvPixels(context).stream(iter([plan]))
     assert decoded.indices.tolist() == [3, 6, 7, 9]
     pixels = torch.cat(decoded.parts)
     for b, index in enumerate([3, 6, 7, 9]):
@@ -138,7 +138,7 @@ def test_a_photo_that_does_not_decode_gives_way_to_its_neighbor(
 def test_streams_may_be_left_half_way(beton: Path) -> None:
     before = threading.active_count()
     for epoch in range(4):
-        stream = FfcvPixels(context_for(beton), pinned=False).stream(iter(plans_of(48, epoch)))
+        stream = FfcvPixels(context_for(beton)).stream(iter(plans_of(48, epoch)))
         for _ in range(epoch + 1):
             _, decoded = next(stream)
             assert len(decoded.offsets) == 4

@@ -161,7 +161,7 @@ def test_no_process_of_a_run_outlives_another_that_is_killed(
     os.kill(killed, signal.SIGKILL)
     if victim == "worker":
         assert process.wait() == 1, process.said()[-2000:]
-        assert "a worker process of the pil loader was killed" in process.said()
+        assert "a worker process of the loader was killed" in process.said()
         assert "Traceback" not in process.said(), process.said()[-3000:]
     process.wait()
     assert_all_end(below)
