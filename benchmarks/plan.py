@@ -35,10 +35,9 @@ SLOWER = 1.3  # the slow end: other shapes and devices reach less of their rates
 # The published trainer's own loop took 152.5 ms where ours, without kernels, took 66.5: one H100,
 # ViT-S, fp16, batch 64, commit 216b8a1, November 2026, torch 2.11.
 PUBLISHED = 152.5 / 66.5
-# Photos/s of one core: ImageNet photos (0.2 megapixels), 2 x 224 + 10 x 96 views. The slow end has
-# all hyper-threads busy (docs/results.md); "published" was measured on one older machine.
-# Photos/s of one core with the published code, on one older machine. Those of our loaders are in
-# their table, pipeline/loaders/kinds.py.
+# Photos/s of one core with the published code: ImageNet photos (0.2 megapixels), 2 x 224 + 10 x 96
+# views, on one older machine. Those of our loaders are in their table, pipeline/loaders/kinds.py;
+# the slow end has all hyper-threads busy (docs/results.md).
 PUBLISHED_LOADER = (18, 23)
 
 
