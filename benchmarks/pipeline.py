@@ -6,13 +6,15 @@
 
 Side by side, in rounds that take turns: reading the bytes, decoding them by libjpeg-turbo (the
 limit), the published recipe (Pillow), and our loaders. All see the same bytes and make the same
-views: normalized float32 tensors, or uint8 where a row says pixels or views.
+views: normalized float32 tensors, or uint8 where a row says pixels or views. On one core rates are
+per CPU second, so other processes do not distort them.
 """
 
 import argparse
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -44,7 +46,7 @@ from ibeton.pipeline.loaders import LOADERS, RECIPE
 from ibeton.pipeline.loaders.context import Cutter, PhotoSource, context_of
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem
 from ibeton.pipeline.sampling import ViewSpec, draw_views, stack_shape
-from ibeton.pipeline.store import BetonReader, Decoder, decode_photo, is_beton
+from ibeton.pipeline.store import JPG, BetonReader, Decoder, is_beton
 from ibeton.workers import end_with_parent
 
 BATCH = 32
@@ -92,7 +94,7 @@ class Bench:
         sizes = [view.size for view in self.views]
         few = max(1, self.images // 8)
         for index in self.some(few):
-            photo = Image.fromarray(decode_photo(self.reader.photo_bytes(index)))
+            photo = Image.fromarray(self.reader.pixels(index))
             draws = draw_views(self.views, 0, 0, index, photo.height, photo.width)
             for view in cut_views_reference(photo, draws, sizes):
                 planes = torch.from_numpy(view.transpose(2, 0, 1).copy())
@@ -137,7 +139,7 @@ class Bench:
         """By name, for as many cores as the process may use; those that use but one are marked."""
         self.decoded = [self.reader.pixels(i) for i in range(min(64, len(self.reader)))]
         sides: dict[str, Side] = {"read bytes": self.read}
-        if not turbojpeg_problem():
+        if not turbojpeg_problem() and (self.reader.modes == JPG).all():
             self.decoder = Decoder()
             sides[LIMIT] = self.decode
         sides |= {RECIPE_ROW: self.recipe, CROPS: self.crops}
@@ -157,14 +159,17 @@ class Bench:
 def measure(
     data: str, cores: list[int], images: int, rounds: int, two_crops: bool
 ) -> dict[str, list[float]]:
-    """Rates of all sides on `cores`. The single-threaded ones have but one core to run on."""
+    """Rates of all sides on `cores`. On one core they are per CPU second of the process, which is a
+    second where it has the core to itself; the single-threaded ones run on no more than one."""
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
     with ExitStack() as stack:
         sides = Bench(data, len(cores), images, two_crops, stack).sides()
         if len(cores) > 1:
             sides = {name: side for name, side in sides.items() if name not in ON_ONE_CORE}
-        return take_turns(sides, rounds)
+        return take_turns(
+            sides, rounds, time.process_time if len(cores) == 1 else time.perf_counter
+        )
 
 
 def measured_apart(*arguments: Any) -> dict[str, list[float]]:
