@@ -116,9 +116,9 @@ class Training:
         config, workers = self.config, self.config.workers
         ahead = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"} if workers else {}
         return DataLoader(
-            Samples(self.task.read, config.seed),
+            Samples(self.task.photos, self.task.view, config.seed),
             batch_sampler=keys(
-                *(len(self.task.names), config.batch_size, config.seed),
+                *(len(self.task.photos), config.batch_size, config.seed),
                 *(self.step, self.task.steps, self.place),
             ),  # type: ignore[arg-type]
             num_workers=workers,
@@ -142,7 +142,7 @@ class Training:
         }
 
     def digest(self) -> str:
-        return hashlib.sha256("\n".join(map(str, self.task.names)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.task.photos.names).encode()).hexdigest()
 
     def resume(self) -> str:
         """Continue from the newest checkpoint of --output-dir where --resume auto asks for it; a
@@ -258,7 +258,7 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             seen = identity(out)
             note = run.resume()
             if place.rank == 0:
-                per_epoch = max(1, len(run.task.names) // config.batch_size)
+                per_epoch = max(1, len(run.task.photos) // config.batch_size)
                 begins = {"step": run.step, "processes": place.world_size}
                 begins["steps_per_epoch"] = per_epoch
                 settings = dataclasses.asdict(config)
@@ -299,7 +299,7 @@ def describe(run: Training) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     config = run.config
     return (
-        f"{len(run.task.names):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
+        f"{len(run.task.photos):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
         f" {run.place.world_size} process(es) on {run.place.device}, {run.dtype or 'fp32'};"
         f" {trained / 1e6:.1f} M parameters train, lr {config.lr:g}, layer decay"
         f" {config.layer_decay:g}"
