@@ -27,9 +27,9 @@ from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.photos import fitted, normalized, palette
 from ibeton.evaluation.dense.pictures import objects, panels
-from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, spread, watched
+from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
-from ibeton.evaluation.pictures.canvas import save
+from ibeton.evaluation.pictures.canvas import save, spread
 from ibeton.options import option
 
 # architecture -> layer decay; others take ViT-B's (not published)
@@ -116,7 +116,7 @@ class Detection(Task):
     def draw(self, place: Place, folder: Path) -> None:
         """Photo, true objects, and those that are found with a score of DRAWN_SCORE or more."""
         classes, colors = self.val.classes, palette(len(self.val.classes))
-        for index in spread(len(self.val), self.config.pictures):
+        for index in spread(self.val, self.config.pictures):
             photo, found = self.found(index, place.device)
             sure = found["scores"].cpu() >= DRAWN_SCORE
             found = {name: values.cpu()[sure] for name, values in found.items()}

@@ -25,9 +25,9 @@ from ibeton.evaluation.dense.photos import fitted, normalized, palette
 from ibeton.evaluation.dense.pictures import legend, panels
 from ibeton.evaluation.dense.segmentation_data import IGNORED, LabeledPhotos, training_view
 from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
-from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, spread, watched
+from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
-from ibeton.evaluation.pictures.canvas import save
+from ibeton.evaluation.pictures.canvas import save, spread
 from ibeton.options import option
 
 # head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)
@@ -107,7 +107,7 @@ class Segmentation(Task):
         """Photo, true and predicted classes, black where unlabeled; and the prediction alone, as a
         label map."""
         classes, colors = self.val.classes, palette(len(self.val.classes))
-        for index in spread(len(self.val), self.config.pictures):
+        for index in spread(self.val, self.config.pictures):
             photo, *both = self.predicted(index, place.device)
             maps = [m.cpu().numpy().clip(max=len(classes)) for m in both]
             figure, axes = panels(photo)

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ibeton.evaluation.dense.config import DenseConfig
+from ibeton.evaluation.trainable import trainable_backbone
 from ibeton.model.checkpoint import load_backbone
 from ibeton.model.config import ModelConfig
-from ibeton.model.ibot import build_backbone
 from ibeton.options import fill
 from ibeton.progress import progress
 
@@ -129,21 +129,13 @@ def watched(place: Place, photos: int) -> Iterator[int]:
             advance(1)
 
 
-def spread(photos: int, count: int) -> list[int]:
-    """`count` photos at equal distances."""
-    count = min(count, photos)
-    return [(2 * i + 1) * photos // (2 * count) for i in range(count)]
-
-
 def load_trunk(config: DenseConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone to train, with stochastic depth, and its run's settings. Raises as
     `load_backbone`."""
     trained, settings = load_backbone(config.checkpoint, config.network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        wanted = fill(ModelConfig, {**settings, "drop_path": config.drop_path})
-        backbone = build_backbone(wanted, is_student=True)
-    backbone.masked_embed = None
+        backbone = trainable_backbone(fill(ModelConfig, settings), config.drop_path)
     fc_norm = getattr(backbone, "fc_norm", None)
     if fc_norm is not None:  # of the class output alone
         fc_norm.requires_grad_(False)

@@ -77,7 +77,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(unbroken, checkpoint, scenes,
     assert "already holds a run" in capsys.readouterr().err
     again = ("--resume", "auto")
     assert segment(checkpoint, scenes, folder, *LINEAR, *again, "--lr", "0.02") == 2
-    assert "--lr 0.01 (now 0.02)" in capsys.readouterr().err
+    assert "--lr 0.01 is now 0.02" in capsys.readouterr().err
     assert segment(checkpoint, scenes, folder, *LINEAR, *again) == 0
     assert losses(folder) == losses(unbroken)
     ended, expected = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, unbroken))
