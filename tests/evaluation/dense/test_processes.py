@@ -12,26 +12,43 @@ from ibeton.model.checkpoint import load_checkpoint
 COMMON = (
     "--warmup-steps 2 --workers 0 --device cpu --log-steps 1 --pictures 0 --drop-path 0 --lr 1e-3"
 )
-TASKS = {  # detection so that every batch is filled up to 64 x 64 pixels, however it is shared
-    "segment": "--head-width 16 --crop-size 64 --short-side 48 --batch-size 4 --steps 8",
+SEGMENT = "--crop-size 64 --short-side 48 --batch-size 4 --steps 8 --head-width 16 --head"
+TASKS = {
+    "segment upernet": f"{SEGMENT} upernet",
+    "segment linear": f"{SEGMENT} linear",
+    # Every batch is filled up to 64 x 64 pixels, however it is shared.
     "detect": "--short-sides 64 --long-side 64 --fpn-width 16 --batch-size 2 --epochs 3 --drops 2",
 }
 pytestmark = pytest.mark.timeout(3600)  # on a busy machine imports alone take minutes
 
 
-@pytest.fixture(params=TASKS, scope="module")
-def start(request, checkpoint, scenes, coco, tmp_path_factory):
-    """Begins a run as a process: `start(folder, *options, environment={})`."""
-    forker = Forker(f"ibeton.evaluation.{request.param}", tmp_path_factory.mktemp("said"))
-    data = scenes if request.param == "segment" else coco
+@pytest.fixture(scope="module")
+def forkers(tmp_path_factory):
+    """What has imported a command, by its name."""
+    made = {}
+
+    def forker(name):
+        if name not in made:
+            made[name] = Forker(f"ibeton.evaluation.{name}", tmp_path_factory.mktemp("said"))
+        return made[name]
+
+    yield forker
+    for one in made.values():
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def start(request, forkers, checkpoint, scenes, coco):
+    """Begins a run of a task as a process: `start(folder, *options, environment={})`."""
+    name = request.param.split()[0]
+    data = {"segment": scenes, "detect": coco}[name]
 
     def begin(folder, *options, environment=None):
         paths = ("--checkpoint", checkpoint, "--data", data, "--output-dir", folder)
         arguments = (*paths, *COMMON.split(), *TASKS[request.param].split(), *options)
-        return forker.start(folder, [str(one) for one in arguments], environment)
+        return forkers(name).start(folder, [str(one) for one in arguments], environment)
 
-    yield begin
-    forker.close()
+    return begin
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +74,7 @@ def model(folder):
     return load_checkpoint(folder / "checkpoint.pt")["model"]
 
 
+@pytest.mark.parametrize("start", ["segment upernet", "detect"], indirect=True)
 def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_path):
     folder, draws = tmp_path / "broken", random.Random(0)
     again = ("--save-steps", "1", "--resume", "auto")
@@ -74,14 +92,16 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
     assert scores(folder) == scores(whole)
 
 
+# Not UperNet, whose dropout draws for each process.
+@pytest.mark.parametrize("start", ["segment linear", "detect"], indirect=True)
 def test_two_processes_do_what_one_does(start, whole, tmp_path):
     folder = tmp_path / "two"
     for run in [start(folder, environment=rank) for rank in two_ranks()]:
         assert run.wait() == 0, run.said()[-3000:]
     expected, found = losses(whole), losses(folder)
     assert found.keys() == expected.keys()
-    # Dropout draws for each process; rounding grows from step to step under AdamW. Without the mean
-    # of gradients over processes, losses part by 1 % in these steps.
-    for step in range(5):
-        assert found[step] == pytest.approx(expected[step], rel=4e-3), step
+    # Rounding grows from step to step under AdamW. Without the mean of gradients over processes,
+    # losses part by more than this at the second step.
+    for step in range(4):
+        assert found[step] == pytest.approx(expected[step], rel=2e-3), (step, found, expected)
     assert scores(folder).keys() == scores(whole).keys()
