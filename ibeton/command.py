@@ -16,6 +16,25 @@ _BAD_INPUT = (
 )
 
 
+# package that only some commands need -> the extra of setup.py that installs it
+EXTRAS = {
+    "timm": "timm",
+    "matplotlib": "plots",
+    "sklearn": "cluster",
+    "scipy": "cluster",
+    "transformers": "export",
+    "faster_coco_eval": "dense",
+}
+
+
+def missing_extra(package: str | None) -> str:
+    """How to install the optional package that an import lacks; "" if it is none of EXTRAS."""
+    top = (package or "").split(".")[0]
+    if top not in EXTRAS:
+        return ""
+    return f"{top} is not installed: `make setup` or `pip install -e '.[{EXTRAS[top]}]'` does it"
+
+
 class Failure(RuntimeError):
     """Work cannot continue, for a reason that its message explains in a sentence."""
 
@@ -38,6 +57,11 @@ def run_command(action: Callable[[], int], writes: bool = True) -> int:
     except (OSError, RuntimeError) as error:
         print(f"error: {error}{'; nothing was written' if writes else ''}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if not (words := missing_extra(error.name)):
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -131,18 +131,15 @@ def _start() -> dict[str, Any]:
 
 
 def _code_state() -> dict[str, Any]:
-    """The commit of this code, and tracked files that differ from it; empty without git. What git
-    does not answer in a few seconds is "unknown"."""
+    """The commit of this code and the tracked files that differ from it; empty without git,
+    "unknown" if git takes more than a few seconds."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
     except subprocess.TimeoutExpired:
         return {"commit": "unknown", "changed": "unknown"}
     except (OSError, subprocess.SubprocessError):
         return {}
-    try:
-        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": commit, "changed": "unknown"}
     return {"commit": commit, "changed": [line[3:] for line in changed]}
 
 
