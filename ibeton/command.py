@@ -1,4 +1,4 @@
-"""How commands end: one sentence and an exit status, whatever happens."""
+"""Runs commands: an error is one sentence and an exit status."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# What a user can fix with another option or file. Other OSErrors are failures during the work.
+# Errors that another option or file would fix. Other OSErrors are failures during the work.
 _BAD_INPUT = (
     ValueError,
     FileNotFoundError,
@@ -36,7 +36,7 @@ def missing_extra(package: str | None) -> str:
 
 
 class Failure(RuntimeError):
-    """Work cannot continue, for a reason that its message explains in a sentence."""
+    """The work cannot continue. The message says why, in a sentence."""
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -68,9 +68,9 @@ def run_command(action: Callable[[], int], writes: bool = True) -> int:
 
 
 def protect_output() -> None:
-    """Let nothing that stdout or stderr cannot take end a command: characters that their encoding
-    lacks are escaped, and after a failed write (full disk, closed pipe) the rest is dropped. What
-    was done decides the exit status, not what was printed of it."""
+    """Let no failure of stdout or stderr end a command: characters that their encoding lacks are
+    escaped, and after a failed write (full disk, closed pipe) further output is dropped. The exit
+    status depends on the work, not on its output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):
@@ -101,7 +101,7 @@ class _Protected:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        """Send what is still buffered, and all that follows, nowhere."""
+        """Discard what is buffered and all that follows."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

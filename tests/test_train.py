@@ -51,54 +51,42 @@ def finish(process: Process) -> str:
     return process.said()
 
 
-def test_a_run_leaves_log_curves_checkpoint_and_a_k_nn_margin(
+def evaluated(beton: Path, photos: Path) -> list[str]:
+    """Options of a run of three epochs that evaluates after each."""
+    options = ["--data", str(beton), "--save-steps", "5", "--resume", "auto", "--loader", "auto"]
+    return [*options, "--eval-train", str(beton), "--eval-val", str(photos), "--eval-every", "1"]
+
+
+def test_a_run_leaves_log_curves_and_checkpoint_and_one_that_is_killed_and_resumes_the_same(
     start: Start, beton: Path, photos: Path, tmp_path: Path
 ) -> None:
-    evaluation = ["--eval-train", str(beton), "--eval-val", str(photos), "--eval-every", "2"]
-    folder = tmp_path / "run"
-    said = finish(start(folder, "--data", str(beton), "--loader", "auto", *evaluation))
-    assert [r[0] for r in losses(folder)] == list(range(36))
-    scores = {r["step"]: r["knn_top1"] for r in records(folder) if "knn_top1" in r}
-    assert list(scores) == [0, 24, 36]
+    options, unbroken, folder = evaluated(beton, photos), tmp_path / "unbroken", tmp_path / "killed"
+    said = finish(start(unbroken, *options))
+    assert [r[0] for r in losses(unbroken)] == list(range(36))
+    scores = {r["step"]: r["knn_top1"] for r in records(unbroken) if "knn_top1" in r}
+    assert list(scores) == [0, 12, 24, 36]
     assert f"untrained {scores[0]:.2f} %, now {scores[36]:.2f} %" in said
     assert "loader ffcv" in said or "loader pil" in said
-    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    content = torch.load(unbroken / "checkpoint.pt", weights_only=True)
     assert content["step"] == 36
     assert content["epoch"] == 3
     assert {"student", "teacher", "ibot_loss", "optimizer", "rng", "config"} <= set(content)
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((unbroken / "config.json").read_text())
     assert saved == json.loads(json.dumps(content["config"]))
-    assert Image.open(folder / "curves.png").size[0] > 500
-    assert list((folder / "tensorboard").iterdir())
+    assert Image.open(unbroken / "curves.png").size[0] > 500
+    assert list((unbroken / "tensorboard").iterdir())
 
-
-def test_a_killed_run_that_resumes_ends_as_an_unbroken_one(
-    start: Start, beton: Path, photos: Path, tmp_path: Path
-) -> None:
-    common = ["--data", str(beton), "--save-steps", "5", "--resume", "auto"]
-    common += ["--eval-train", str(beton), "--eval-val", str(photos), "--eval-every", "1"]
-    finish(start(tmp_path / "unbroken", *common))
-    folder = tmp_path / "killed"
-    process = start(folder, *common)
+    process = start(folder, *options)
     process.until(lambda: '"step": 17' in process.log())
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = len(losses(folder))
-    assert before < 36
-    said = finish(start(folder, *common))
+    assert len(losses(folder)) < 36
+    said = finish(start(folder, *options))
     assert "resumed at step 15" in said or "resumed at step 20" in said
-    assert losses(folder) == losses(tmp_path / "unbroken")
-    scores = [
-        [(r["step"], r["knn_top1"]) for r in records(tmp_path / name) if "knn_top1" in r]
-        for name in ("unbroken", "killed")
-    ]
-    assert scores[0] == scores[1]
-    assert [step for step, _ in scores[0]] == [0, 12, 24, 36]
-    one, other = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["teacher"]
-        for name in ("unbroken", "killed")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(folder) == losses(unbroken)
+    assert {r["step"]: r["knn_top1"] for r in records(folder) if "knn_top1" in r} == scores
+    other = torch.load(folder / "checkpoint.pt", weights_only=True)["teacher"]
+    assert all(torch.equal(content["teacher"][name], other[name]) for name in other)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
-"""The folder of a run: which run owns it, who writes to it now, and how it was run.
+"""The folder of a run: which run it belongs to, which process writes to it, and how it was run.
 
     config.json     the settings, as resolved
     run.json        the run's name, its state, and each start: command, code, versions, machine
     log.jsonl, tensorboard/, curves.png, checkpoint*.pt
 
-A run has one folder and a folder one run. A process that writes to it holds a lock on `.lock`,
-which the kernel releases when the process ends, in whatever way.
+A run has one folder and a folder one run. The process that writes to it holds a lock on `.lock`,
+which the kernel releases however the process ends.
 """
 
 import fcntl

@@ -35,8 +35,8 @@ class CollapseAlarm:
         self._warned: set[str] = set()
 
     def add(self, record: dict[str, Any]) -> list[str]:
-        """Warnings for a record with "step", "cls", "teacher_entropy" and "spread". Adds "cls_share"
-        and "entropy_share" to the record, as shares of ln(out_dim)."""
+        """Warnings for a record with "step", "cls", "teacher_entropy" and "spread". Adds
+        "cls_share" and "entropy_share" to it, as shares of ln(out_dim)."""
         record["entropy_share"] = record["teacher_entropy"] / self._uniform
         if self._lambda1:
             record["cls_share"] = record["cls"] / self._lambda1 / self._uniform
