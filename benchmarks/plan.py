@@ -35,14 +35,10 @@ SLOWER = 1.3  # the slow end: other shapes and devices reach less of their rates
 # The published trainer's own loop took 152.5 ms where ours, without kernels, took 66.5: one H100,
 # ViT-S, fp16, batch 64, commit 216b8a1, November 2026, torch 2.11.
 PUBLISHED = 152.5 / 66.5
-# Photos/s of one core: ImageNet photos (0.2 megapixels), 2 x 224 + 10 x 96 views. The slow end has
-# all hyper-threads busy (docs/results.md); "published" was measured on one older machine.
-PHOTOS_PER_S = {
-    "published": (18, 23),
-    "pil": (33 / SLOWER, 33),
-    "ffcv on cpu": (197 / SLOWER, 197),
-    "ffcv": (572 / SLOWER, 572),
-}
+# Photos/s of one core by what it does: ImageNet photos (0.2 megapixels), 2 x 224 + 10 x 96 views.
+# The slow end has all hyper-threads busy (docs/results.md); the published recipe's loader was also
+# measured on an older machine.
+DECODE, CUT, PUBLISHED_CUT = (572 / SLOWER, 572), (197 / SLOWER, 197), (18, 33)
 
 
 def step_cost(config: Config, gpu: str, precision: str, kernels: bool) -> tuple[float, float]:
@@ -79,8 +75,8 @@ def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, A
     fused = plain / SLOWER if own.published else step_cost(config, own.gpu, precision, True)[0]
     times = PUBLISHED if own.published else 1.0
     model = [own.gpus * config.pipeline.batch_size / (s * times) for s in (SLOWER * plain, fused)]
-    kind = "published" if own.published else loader_kind(config)
-    loader = [own.gpus * own.cores_per_gpu * rate for rate in PHOTOS_PER_S[kind]]
+    rates = photos_per_s(config, own.published)
+    loader = [own.gpus * own.cores_per_gpu * rate for rate in rates]
     speed = [min(pair) for pair in zip(model, loader, strict=True)]
     return {
         **{"gpu": own.gpu, "gpus": own.gpus, "epochs": config.run.epochs},
@@ -95,15 +91,17 @@ def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, A
     }
 
 
-def loader_kind(config: Config) -> str:
-    """The loader that a run with a .beton file on a GPU would take. Raises ValueError for DALI,
-    which was not measured on a GPU."""
-    name = config.pipeline.loader
-    if name == "dali":
-        raise ValueError("--loader dali: its rate on a GPU is not known; plan with ffcv or pil")
-    name = "ffcv" if name == "auto" else name
-    where = choose_crops(config.pipeline, LOADERS[name], torch.device("cuda"))
-    return "ffcv on cpu" if (name, where) == ("ffcv", "cpu") else name
+def photos_per_s(config: Config, published: bool) -> tuple[float, float]:
+    """Slow and fast rate of one core in the loader that a run with a .beton file on a GPU takes.
+    Raises ValueError for a loader that was not measured on a GPU."""
+    kind = LOADERS.get(config.pipeline.loader, next(iter(LOADERS.values())))
+    if published or kind.worker_processes:
+        return PUBLISHED_CUT
+    if choose_crops(config.pipeline, kind, torch.device("cuda")) == "cpu":
+        return CUT
+    if kind.decodes_on_gpu:
+        raise ValueError(f"--loader {kind.name}: its rate on a GPU is not known; plan with another")
+    return DECODE
 
 
 def show(result: dict[str, Any], console: Console) -> None:
