@@ -125,12 +125,6 @@ class RunConfig:
                 f"--resume {self.resume} is a folder: give a checkpoint file in it, or"
                 f" --output-dir {self.resume} --resume auto to continue its run"
             )
-        if (
-            self.output_dir
-            and Path(self.output_dir).exists()
-            and not Path(self.output_dir).is_dir()
-        ):
-            yield f"--output-dir {self.output_dir} is a file: give a folder"
 
 
 @dataclass
