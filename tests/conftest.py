@@ -1,4 +1,4 @@
-"""Small runs in real processes, started by the dozen."""
+"""Small runs in real processes, started by the dozen; and the order of the files."""
 
 import json
 import os
@@ -13,6 +13,12 @@ from PIL import Image
 from small_runs import FORKER, PER_EPOCH, SMALL, Process, Start
 
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few and long tests first, so that both workers of `make test` end together."""
+    long = ("test_train", "training", "finetune", "dense", "loaders")
+    items.sort(key=lambda item: not {*item.path.parts, item.path.stem} & {*long})
 
 
 @pytest.fixture(scope="session")
