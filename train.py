@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ibeton.command import protect_output
+from ibeton.command import missing_extra, protect_output
 from ibeton.distributed import join_processes
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
                 run = prepare(config)
             with run.watchdog.report_errors():
                 folder = lock_run_folder(run) if run.rank == 0 else None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             print(f"error: {explain(error) or error}", file=sys.stderr)
             return 2
         except StopRequested:
@@ -407,7 +407,7 @@ def report(run: Run, log: RunLog) -> None:
     """Say in a few lines what the run produced."""
     from ibeton.training.log.curves import plot_curves
 
-    picture = plot_curves(run.folder)
+    picture = plot_curves(run.folder) or f"none ({missing_extra('matplotlib')})"
     newest = run.folder / checkpoints.NEWEST
     log.say(f"checkpoint {newest}, log {run.folder / 'log.jsonl'}, plot {picture}")
     scores = log.scores()

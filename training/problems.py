@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ibeton.command import Failure
+from ibeton.command import Failure, missing_extra
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos
 from ibeton.workers import worker_failure
@@ -44,6 +44,8 @@ def explain(error: Exception) -> str:
         return where + error.strerror
     if isinstance(error, Failure | OSError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error.name)
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU has too little memory for a step: give a smaller --batch-size, more"

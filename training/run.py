@@ -1,4 +1,4 @@
-"""A run: what it holds, what a checkpoint keeps of that, and how training resumes from one."""
+"""The state of a run, how it is saved in checkpoints, and how training resumes from them."""
 
 import hashlib
 import math
@@ -35,7 +35,7 @@ from ibeton.training.run_folder import RunFolder, identity, new_identity, read_c
 
 _ALARM_AFTER = 1000  # steps of collapse, or one epoch if that is longer, until the alarm
 _PROBES = 16  # photos compared when a run resumes
-# Settings that may change between starts unmentioned: they do not change what is computed.
+# Settings that may change between starts without a note: they do not change what is computed.
 _FREE = {
     *("output_dir", "resume", "init_from", "stop_after", "max_hours", "device", "recipe"),
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
@@ -162,8 +162,8 @@ def save(run: Run) -> None:
     """Write the checkpoint; every --keep-every epochs also one that is kept. All ranks take part,
     rank 0 writes. Raises RunError if it cannot.
 
-    A checkpoint that was saved before steps turned implausible is not pushed out by later ones:
-    these overwrite each other. The state of the RNG is (seed, step), see `seed_step`.
+    Checkpoints saved after losses became implausible overwrite each other, so that they do not push
+    out good ones. The state of the RNG is (seed, step), see `seed_step`.
     """
     optimizer = optimizer_state(run.optimizer)
     replace, run.saved = run.saved > run.guard.last_good, run.step
@@ -198,9 +198,8 @@ def save(run: Run) -> None:
 
 
 def export_backbone(run: Run, epoch: int | None) -> None:
-    """Write the teacher's backbone beside a checkpoint that stays, with a model card: as
-    backbone0040.safetensors after `epoch` 40, as backbone.safetensors (None) at the end. Raises
-    RunError where it cannot."""
+    """Write the teacher's backbone with a model card: as backbone0040.safetensors after `epoch` 40,
+    as backbone.safetensors (None) at the end. Raises RunError if it cannot be written."""
     name = "backbone" if epoch is None else f"backbone{epoch:04d}"
     facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
     facts["photos"] = f"{len(run.loader.photos):,} of {Path(run.config.pipeline.data).name}"

@@ -1,5 +1,5 @@
-"""What no implementation of a stage can go below on this machine: its bytes over the measured
-bandwidth, its operations over the measured matrix rate, its JPEGs over the decoder alone."""
+"""Lower bounds of each stage on this machine: its bytes over the measured bandwidth, its operations
+over the measured matrix rate, its JPEGs over the rate of the decoder alone."""
 
 import time
 from dataclasses import dataclass

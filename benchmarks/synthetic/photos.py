@@ -1,12 +1,12 @@
-"""A small labelled set of drawn photos, for a first run where there are no photos.
+"""A small labeled set of synthetic photos, for a first run without photos.
 
     python -m benchmarks.synthetic.photos DST
 
 It writes DST/train/<class>/00000.jpg and DST/val/<class>/00000.jpg.
 
 Ten classes of shape, from branches to waves. Size, pose, colors, surfaces, light and clutter are
-drawn from the same distributions for every class, so only the shape tells. A photo follows from
-(seed, split, class, number) alone. DST/train and DST/val appear only when they are whole.
+drawn from the same distributions for every class, so only the shape tells them apart. A photo
+depends only on (seed, split, class, number). DST/train and DST/val appear when they are complete.
 """
 
 import io

@@ -15,7 +15,7 @@ def plan(line: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ours() -> dict[str, Any]:
-    return plan("--arch vit_s --epochs 800 --gpu v100 --gpus 16 --cores-per-gpu 5")
+    return plan("--arch vit_t --depth 2 --epochs 800 --gpu v100 --gpus 16 --cores-per-gpu 50")
 
 
 def within(value: float, pair: list[float]) -> bool:
@@ -51,7 +51,7 @@ def test_figures_follow_from_each_other(ours: dict[str, Any]) -> None:
     for hours, rate in zip(ours["hours"], (slow, fast), strict=True):
         assert hours == pytest.approx(1281167 * 800 / rate / 3600)
     assert ours["page_cache"] == pytest.approx(1281167 * 108e3)
-    half = plan("--arch vit_s --epochs 800 --gpu v100 --gpus 8 --cores-per-gpu 5")
+    half = plan("--arch vit_t --depth 2 --epochs 800 --gpu v100 --gpus 8 --cores-per-gpu 50")
     assert half["images_per_s"][0] == pytest.approx(slow / 2)
 
 
@@ -76,7 +76,7 @@ def test_the_pil_loader_starves_a_gpu_and_more_cores_feed_it() -> None:
 def test_the_command_shows_a_range_and_where_it_comes_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = f"--gpu v100 --gpus 16 --json {tmp_path}/new/plan.json"
+    line = f"--arch vit_t --depth 2 --gpu v100 --gpus 16 --json {tmp_path}/new/plan.json"
     assert main(line.split()) == 0
     said = capsys.readouterr().out
     assert "slow" in said

@@ -1,4 +1,4 @@
-"""What limits a run and what to change, from what was measured."""
+"""Finds the bottleneck of a run from measured times, and what would change it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from ibeton.training.timing.speed import MUCH_WAIT, WAITING, Window, loader_ceil
 _MUCH_COMM = 0.1
 _SHORT_EPOCH = 50  # steps: below it, the start of an epoch is a noticeable part
 _IDLE = 0.4  # workers of a loader that limits are busier than this
-_ALIKE = 1.05  # two changes whose gains differ by less count as equal: the cheaper one is named
+_ALIKE = 1.05  # gains that differ by less count as equal: the cheaper change is named
 
 
 @dataclass(frozen=True)
 class LoaderResources:
-    """What the loader of one process has and could have."""
+    """What the loader of one process uses and could use."""
 
-    kind: LoaderKind | None  # None: not one of the training loaders
+    kind: LoaderKind | None  # None: none of the training loaders
     workers: int
     cores: int  # for each process
     on_gpu: bool
@@ -44,8 +44,8 @@ class Verdict:
 def verdict(
     window: Window, room: LoaderResources, floors: dict[str, float] | None = None
 ) -> Verdict:
-    """What limits over `window`. `floors`: seconds per step below which a stage cannot go; if they
-    are known, the stage with the most to gain is named."""
+    """What limits over `window`. `floors`: the least seconds per step that a stage can take; if
+    they are known, the stage with the most to gain is named."""
     share = window.waiting / window.seconds
     if share > MUCH_WAIT:
         return _loader_verdict(window, room, share)
@@ -168,7 +168,7 @@ def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:
 
 
 def rank_line(ranks: list[dict[str, float]]) -> str:
-    """The slowest rank in a sentence; empty where none stands out."""
+    """The slowest rank in a sentence; "" if none stands out."""
     rank, own, stage, behind = slowest(ranks)
     if behind < MUCH_WAIT * own:
         return ""

@@ -10,7 +10,7 @@ import torch
 from ibeton.stages import PARTS, StageWork
 
 WAITING = ("wait", "copy", "mask")  # what the training thread spends on its next batch
-MUCH_WAIT = 0.05  # share of the step above which waiting is no accident
+MUCH_WAIT = 0.05  # share of the step above which waiting counts as a bottleneck
 
 
 @dataclass
