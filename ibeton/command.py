@@ -20,27 +20,73 @@ class Failure(RuntimeError):
     """Work cannot continue, for a reason that its message explains in a sentence."""
 
 
+def explain(error: BaseException) -> str:
+    """What went wrong, in a sentence, if it is something that a user can cause; "" for a bug."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return where + error.strerror
+    if isinstance(error, Failure | OSError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
+        return "the GPU has too little memory: give a smaller --batch-size"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"there is too little memory: give a smaller --batch-size or model ({_last(text)})"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        first = text.splitlines()[0]
+        return f"a worker process was killed: is memory short? Try fewer --workers ({first})"
+    return ""
+
+
+def refusal(error: BaseException) -> str:
+    """As `explain`, for what ends a command before its work begins: any ValueError then explains
+    itself."""
+    return explain(error) or (str(error) if isinstance(error, ValueError) else "")
+
+
+def _last(text: str) -> str:
+    """The last sentence of a message, without what stands before a colon in torch's."""
+    return text.strip().splitlines()[-1].rpartition("memory: ")[2] if text.strip() else "no details"
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def run_command(action: Callable[[], int], writes: bool = True) -> int:
     """Run `action` and return its exit status, or 2 for bad input, 1 for a failure during the work
-    and 130 for an interrupt (SIGTERM included). `writes`: add to failures that nothing was written;
-    give False for actions that keep a part."""
+    that `explain` knows, and 130 for an interrupt (SIGTERM included). `writes`: add to failures
+    that nothing was written; give False for actions that keep a part."""
     signal.signal(signal.SIGTERM, _interrupt)
     protect_output()
+    nothing = "; nothing was written" if writes else ""
     try:
         return action()
     except _BAD_INPUT as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error) or error}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}{'; nothing was written' if writes else ''}", file=sys.stderr)
+    except Exception as error:
+        message = explain(error)
+        if not message:
+            raise
+        print(f"error: {message}{nothing}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(f"interrupted{nothing}", file=sys.stderr)
         return 130
+
+
+def run_or_exit(action: Callable[[], object]) -> int:
+    """Run an action that keeps what it has written. Returns 0, or raises SystemExit with the status
+    of `run_command`."""
+
+    def act() -> int:
+        action()
+        return 0
+
+    if status := run_command(act, writes=False):
+        raise SystemExit(status)
+    return 0
 
 
 def protect_output() -> None:

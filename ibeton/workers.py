@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from ibeton.command import Failure
+
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 Job = TypeVar("Job")
@@ -63,7 +65,7 @@ def in_order(
     """Run `function(job)` in `workers` processes and yield the results in the order of `jobs`.
 
     At most two jobs per worker are running or queued. Close the iterator (contextlib.closing) to
-    stop early. Raises RuntimeError when a worker dies, and whatever `function` raises.
+    stop early. Raises Failure when a worker dies, and whatever `function` raises.
     """
     team: list[_Worker] = []
     idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -112,7 +114,7 @@ class _Worker:
             self._pipe.send(job)
             result, error = self._pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(
+            raise Failure(
                 "a worker process died (killed, or out of memory: try fewer --workers)"
             ) from None
         if error is not None:
