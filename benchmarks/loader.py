@@ -145,7 +145,8 @@ def borders(args: argparse.Namespace, folder: Path, console: Console) -> object:
     began = time.perf_counter()
     steps = list(loader.epoch(1))
     pause = 1.5 * (time.perf_counter() - began) / len(steps)
-    first, others = [], []
+    first: list[float] = []
+    others: list[float] = []
     for epoch in range(2, 2 + EPOCHS):
         batches = loader.epoch(epoch)
         for step in range(loader.steps_per_epoch):

@@ -28,13 +28,13 @@ from rich.table import Table
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.evaluation.frozen.features import (
-    PRECISIONS,
     Extraction,
     feature_batches,
     normalized,
     tokens_of,
 )
 from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_network
 from ibeton.options import add_options, fill

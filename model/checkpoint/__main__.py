@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ibeton.command import protect_output
+from ibeton.command import run_or_exit
 from ibeton.model.checkpoint.backbone_file import read_backbone
 from ibeton.model.checkpoint.export import refuse_existing
 from ibeton.model.checkpoint.export_huggingface import export_huggingface
@@ -119,12 +119,8 @@ def _parts(name: str, value: Any) -> list[tuple[str, list[Tensor]]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    protect_output()
     commands = {"import": run_import, "export": run_export, "inspect": run_inspect}
-    try:
-        commands[args.command](args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    run_or_exit(lambda: commands[args.command](args))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 
 import PIL
 
-from ibeton.command import run_command
+from ibeton.command import Failure, run_command
 from ibeton.options import Parser, add_options, fill
 from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
 from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
@@ -125,7 +125,7 @@ def convert(
             problems = verify(str(partial), done.checksums, len(source.classes), workers)
             if problems:
                 journal.discard()
-                raise RuntimeError(f"{len(problems)} faults on reading back: {problems[0]}")
+                raise Failure(f"{len(problems)} faults on reading back: {problems[0]}")
         report = ConversionReport(dst, source.classes, writer.count, done, before)
         report.notes = source.notes()
         writer.publish(_sidecar(source, options, report, digest))
