@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ibeton.options import flag, option, refuse
 from ibeton.pipeline.loaders.kinds import LOADERS
@@ -70,7 +71,7 @@ class PipelineConfig:
         counts = self.global_crops_number, self.local_crops_number
         sizes = self.global_crops_size, self.local_crops_size
         scales = self.global_crops_scale, self.local_crops_scale
-        jitter = {
+        jitter: dict[str, Any] = {
             **{"brightness": brightness, "contrast": contrast, "saturation": saturation},
             **{"hue": hue, "gray_p": self.gray_p, "blur_radius": self.blur_radius},
         }
