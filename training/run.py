@@ -203,7 +203,8 @@ def export_backbone(run: Run, epoch: int | None) -> None:
     RunError where it cannot."""
     name = "backbone" if epoch is None else f"backbone{epoch:04d}"
     facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
-    facts["photos"] = f"{len(run.loader.photos):,} of {Path(run.config.pipeline.data).name}"
+    names = ", ".join(Path(path).name for path in run.config.pipeline.data)
+    facts["photos"] = f"{len(run.loader.photos):,} of {names}"
     path = run.folder / f"{name}.safetensors"
     try:
         write_backbone(path, run.ibot.teacher.backbone, run.config.resolved(), facts)
@@ -296,7 +297,7 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
         )
     if not _same_photos(content.get("data"), fingerprint(run.loader.photos)):
         raise ValueError(
-            f"checkpoint {path} was trained on other photos than --data {config['data']}: give the"
+            f"checkpoint {path} was trained on other photos than --data {' '.join(config['data'])}: give the"
             " same, or start a run from its weights with --init-from"
         )
     owner = content.get("run")

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ibeton.pipeline.config import PipelineConfig
 
 
-def _is_beton(path: str) -> bool:
-    return Path(path).suffix == ".beton"
+def _is_beton(paths: tuple[str, ...]) -> bool:
+    return all(Path(path).suffix == ".beton" for path in paths)
 
 
 def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[LoaderKind, str]:
@@ -45,7 +45,8 @@ def _asked_for(config: "PipelineConfig", kind: LoaderKind) -> tuple[LoaderKind, 
 
 
 def _faster(config: "PipelineConfig") -> str:
-    return f"to make one: python -m pipeline.convert {config.data} photos.beton"
+    folder = next(path for path in config.data if not _is_beton((path,)))
+    return f"to make one: python -m pipeline.convert {folder} photos.beton"
 
 
 def choose_crops(config: "PipelineConfig", kind: LoaderKind, device: "torch.device") -> str:

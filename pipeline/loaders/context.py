@@ -16,7 +16,7 @@ from ibeton.pipeline.store.photos import Photos
 class LoaderContext:
     """The data, the views to cut of each photo, and the means to do it."""
 
-    data: str  # path
+    data: tuple[str, ...]  # paths
     photos: Photos
     views: list[ViewSpec]  # global ones first
     global_views: int

@@ -135,7 +135,7 @@ class _Threads:
     def __init__(self, context: LoaderContext) -> None:
         reader = context.photos
         if not isinstance(reader, BetonReader):
-            raise ValueError(f"{context.data}: the ffcv loader reads .beton files")
+            raise ValueError(f"{' '.join(context.data)}: the ffcv loader reads .beton files")
         self.reader: BetonReader = reader
         # One is with the consumer, and one is being finished while the next is begun.
         self.slots = context.batches_ahead + 2

@@ -23,7 +23,8 @@ from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
 from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import Photos, open_photos
+from ibeton.pipeline.store.joined import open_all
+from ibeton.pipeline.store.photos import Photos
 from ibeton.stages import work
 from ibeton.workers import end_with_parent
 
@@ -41,8 +42,10 @@ Sent = tuple[Any, Any, Any, Notes]
 class _Views(Dataset):
     """Sample (epoch, index) -> its views. Each worker opens the photos itself."""
 
-    def __init__(self, path: str, views: list[ViewSpec], global_views: int, seed: int) -> None:
-        self._path = path
+    def __init__(
+        self, paths: str | tuple[str, ...], views: list[ViewSpec], global_views: int, seed: int
+    ) -> None:
+        self._paths = paths
         self._views = views
         self._global_views = global_views
         self._seed = seed
@@ -57,7 +60,7 @@ class _Views(Dataset):
 
     def _sample(self, epoch: int, index: int) -> Sample:
         if self._replacements is None:
-            self._photos: Photos = open_photos(self._path)
+            self._photos: Photos = open_all(self._paths)
             self._replacements = Replacements(self._photos, self._views, self._seed)
         times = [time.perf_counter()]
         with suppress(UnreadablePhoto):  # what follows finds it in memory
