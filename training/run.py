@@ -27,13 +27,12 @@ from ibeton.pipeline import Loader
 from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
-from ibeton.training.health.collapse import CollapseAlarm
+from ibeton.training.health.collapse import CollapseAlarm, patience
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.curves import model_facts
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
-_ALARM_AFTER = 1000  # steps of collapse, or one epoch if that is longer, until the alarm
 _PROBES = 16  # photos compared when a run resumes
 # Settings that may change between starts unmentioned: they do not change what is computed.
 _FREE = {
@@ -78,8 +77,8 @@ class Run:
         weights = (model.lambda1, model.lambda2)
         uniform = sum(w * math.log(k) for w, k in zip(weights, prototypes, strict=True))
         self.guard = NonFiniteGuard(self.scaler is not None, uniform)
-        patience = max(_ALARM_AFTER, per_epoch)
-        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, patience)
+        lasts = patience(self.config.run.epochs * per_epoch, per_epoch)
+        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, lasts)
 
     @property
     def folder(self) -> Path:
