@@ -24,7 +24,7 @@ train: setup     ## a whole small run: photos, .beton, training, k-NN (DATA=fold
 	@PY="$(PY)" RUN="$(RUN)" DATA="$(DATA)" sh first_run.sh
 
 test: setup      ## the fast tests, in two processes
-	@$(PY) -m pytest -q -n 2 --dist loadfile
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## all tests, the slow ones too
 	@$(PY) -m pytest -q -m 'slow or not slow'

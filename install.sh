@@ -71,8 +71,8 @@ if [ ! -x "$VENV/bin/pip" ]; then
 fi
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install -q uv
 if [ "${1:-all}" = all ]; then
-    say "installing torch and the rest into $VENV (about 9 GB, most of it CUDA libraries; a minute or more)"
-    packages -e '.[dali,export,dense,dev]'
+    say "installing into $VENV (9 GB, of which torch, Triton and the CUDA libraries take 8; a minute or more)"
+    packages -e '.[timm,plots,cluster,export,dense,dali,dev]'
 fi
 install_turbojpeg
 install_ffcv

@@ -35,7 +35,7 @@ HOST_MS, LAUNCHES = 5.0, 500  # of a step; as a graph, and without
 MODEL, SMALL = "vit_s:fp16:64", "small:fp16:256"
 TINY = (
     *("--arch", "vit_t", "--batch-size", "2", "--local-crops-number", "2", "--out-dim", "256"),
-    *("--rounds", "2", "--device", "cpu", "--no-ablation"),
+    *("--rounds", "2", "--device", "cpu"),
 )
 END_TO_END = (
     *("--arch", "vit_t", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"),
@@ -89,10 +89,11 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
     return [
         Part("tests_model", graph_tests, 90),
         bench("steps", 130, "graph", "--seconds", "90"),
-        bench("memory", 60, "model", *half, "--batch-size", "64", "--no-ablation"),
+        bench("memory", 60, "model", *half, "--batch-size", "64"),
         bench("kernels", 45, "kernels", *half, "--images", "64"),
         end_to_end(90, "--arch", "vit_s", "--batch-size", "64", "--rounds", "2"),
         Part("tests_other", other_tests, 90),
+        bench("decode", 60, "loader", "--decode", "gpu", "--batch-size", "64", "--rounds", "3"),
         bench("crops", 60, "crops_gpu"),
     ]
 

@@ -1,18 +1,19 @@
 """Do the loader's workers ever stand idle? Its images/s over what its decoder gives alone.
 
     python benchmarks/loader.py --data photos.beton      # 1, 2, 4 workers, batches of 16 to 256
-    python benchmarks/loader.py --like two-crops         # 2 x RandomResizedCrop 224 and a flip
+    python benchmarks/loader.py --decode gpu             # nvJPEG alone, cores alone, both
+    python benchmarks/loader.py --borders                # waits at the borders of short epochs
 
-Both sides use the same threads and the same photos, in rounds that take turns. `--like two-crops`
-measures the task that slipstream publishes (one decode, two crops, no colors), for each core.
+All sides use the same threads and the same photos, in rounds that take turns.
 """
 
 import argparse
+import json
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -21,28 +22,31 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import in_words, machine, spread, take_turns
+from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan
-from ibeton.pipeline.loaders.context import LoaderContext
-from ibeton.pipeline.loaders.ffcv import FfcvCrops, FfcvPixels
-from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.sampling import ViewSpec
+from ibeton.pipeline.loaders import LOADERS
+from ibeton.pipeline.loaders.context import context_of
+from ibeton.pipeline.loaders.gpu_decode import GpuDecoding, NvJpeg, nvjpeg_problem
+from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.store import BetonReader, Decoder, is_beton
+from ibeton.workers import cores
 
-PLAIN = ViewSpec(224, (0.08, 1.0), blur_p=0.0, solarize_p=0.0, jitter_p=0.0, gray_p=0.0)
+BATCHES = 8  # of a round at least: the first ones fill an empty pipeline, the last ones empty it
+EPOCHS, STEPS, SMALL_BATCH = 10, 20, 16  # of --borders
 
 
-@dataclass
 class Sides:
     """Two ways to work on `images` photos, with `workers` threads each."""
 
-    reader: BetonReader
-    path: str
-    workers: int
-    batch: int
-    images: int
-    crops: bool
+    def __init__(self, reader: BetonReader, workers: int, batch: int, images: int) -> None:
+        self.reader, self.workers, self.batch = reader, workers, batch
+        self.images = max(images, BATCHES * batch) // batch * batch
+        config = PipelineConfig(data=str(reader.path), workers=workers, batch_size=batch)
+        pixels = next(kind.pixels for kind in LOADERS.values() if kind.share_decoding)
+        assert pixels is not None
+        self.source = pixels(context_of(config, reader))
 
     def decode(self) -> int:
         """Each thread decodes photos one after the other, and does nothing else."""
@@ -62,70 +66,158 @@ class Sides:
             thread.join()
         return self.images
 
+    def plans(self) -> Iterator[BatchPlan]:
+        """The same photos, in batches."""
+        order = np.arange(self.images) % len(self.reader)
+        return (BatchPlan(0, indices) for indices in order.reshape(-1, self.batch))
+
     def loader(self) -> int:
-        """The loader over whole batches."""
-        context = LoaderContext(
-            data=self.path,
-            photos=self.reader,
-            views=[PLAIN, PLAIN],
-            global_views=2,
-            batch_size=self.batch,
-            workers=self.workers,
-            batches_ahead=2,
-            seed=0,
-            replacements=Replacements(self.reader, [PLAIN, PLAIN], 0),
-            device=torch.device("cpu"),
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-        )
-        batches = self.images // self.batch
-        order = np.arange(batches * self.batch) % len(self.reader)
-        plans = (BatchPlan(0, indices) for indices in order.reshape(batches, self.batch))
-        made = FfcvCrops(context) if self.crops else FfcvPixels(context, pinned=False)
-        return sum(len(plan.indices) for plan, _ in made.stream(plans))
+        return sum(len(plan.indices) for plan, _ in self.source.stream(self.plans()))
 
 
-def measure(sides: Sides, rounds: int) -> tuple[str, str, str]:
-    """Rates of both sides and their ratio, in words."""
-    sides.loader()  # compiles, and brings the photos into memory
-    rates = take_turns({"decode": sides.decode, "loader": sides.loader}, rounds)
-    ratio = [a / b for a, b in zip(rates["loader"], rates["decode"], strict=True)]
-    return spread(rates["decode"]), spread(rates["loader"]), spread(ratio, 2)
+def idle_workers(args: argparse.Namespace, reader: BetonReader, console: Console) -> object:
+    """A row for each number of workers and each batch size."""
+    table = Table(title="images/s of the loader, pixels for a GPU")
+    for heading in ("workers", "batch", "decode alone", "loader", "loader / decode"):
+        table.add_column(heading, justify="right")
+    figures = []
+    for workers in args.workers:
+        for batch in args.batch_size:
+            sides = Sides(reader, workers, batch, args.images)
+            rates = take_turns({"decode": sides.decode, "loader": sides.loader}, args.rounds)
+            ratio = [a / b for a, b in zip(rates["loader"], rates["decode"], strict=True)]
+            cells = spread(rates["decode"]), spread(rates["loader"]), spread(ratio, 2)
+            table.add_row(str(workers), str(batch), *cells)
+            figures.append({"workers": workers, "batch": batch, **rates})
+    console.print(table)
+    return figures
 
 
-def main() -> None:
+def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) -> object:
+    """nvJPEG with its checks, CPU threads, and both together; and how far their pixels differ."""
+    workers, batch, device = max(args.workers), max(args.batch_size), torch.device("cuda", 0)
+    gpu = GpuDecoding(reader, NvJpeg(device))
+    good, tried = gpu.trial(workers)
+    sides = Sides(reader, workers, batch, args.images)
+    for plan in sides.plans():  # the GPU decodes what a CPU has seen
+        for i in plan.indices:
+            pixels = torch.from_numpy(reader.pixels(int(i)).reshape(-1))
+            gpu.remember(np.array([i]), pixels, np.zeros(1, np.int64))
+    config = PipelineConfig(data=str(reader.path), workers=workers, batch_size=batch)
+    kind = next(kind for kind in LOADERS.values() if kind.share_decoding)
+    assert kind.pixels is not None
+    both = kind.pixels(context_of(config, reader, device, gpu))
+
+    def by_gpu() -> int:
+        return sum(int(gpu.decode(plan.indices).good.sum()) for plan in sides.plans())
+
+    def by_both() -> int:
+        return sum(len(plan.indices) for plan, _ in both.stream(sides.plans()))
+
+    rates = take_turns({"GPU": by_gpu, "CPU": sides.loader, "both": by_both}, args.rounds)
+    table = Table("", "images/s", title=f"decode, {workers} threads, batch {batch}")
+    for name, values in rates.items():
+        table.add_row(name, spread(values))
+    console.print(table)
+    some = np.arange(min(batch, len(reader)))
+    photos, away = gpu.decode(some), []
+    for i in np.flatnonzero(photos.good):
+        ours = torch.from_numpy(reader.pixels(int(i)).reshape(-1)).int()
+        begin = int(photos.offsets[i])
+        theirs = photos.pixels[begin : begin + ours.numel()].cpu().int()
+        away.append([float((ours - theirs).abs().float().mean()), int((ours - theirs).abs().max())])
+    mean, most = np.mean(away, axis=0)[0], np.max(away, axis=0)[1]
+    console.print(
+        f"{good} of {tried} photos decoded by nvJPEG; its pixels differ from libjpeg-turbo's by"
+        f" {mean:.3f} of 255 in the mean, {most:.0f} at most"
+    )
+    return {"images_per_s": rates, "good": good, "tried": tried, "mean": mean, "most": most}
+
+
+def borders(args: argparse.Namespace, folder: Path, console: Console) -> object:
+    """How long each step of short epochs waits for its batch, beside a consumer as slow as the
+    loader. Each wait is that of a step; those of first steps are listed apart."""
+    data = args.data or synthetic_beton(folder, 1 + STEPS * SMALL_BATCH // 10)
+    size = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2}
+    config = PipelineConfig(data=data, batch_size=SMALL_BATCH, patch_size=8, **size)  # type: ignore[arg-type]
+    loader = build_loader(config)
+    steps = list(loader.epoch(0))  # compiles
+    began = time.perf_counter()
+    steps = list(loader.epoch(1))
+    pause = 1.5 * (time.perf_counter() - began) / len(steps)
+    first, others = [], []
+    for epoch in range(2, 2 + EPOCHS):
+        batches = loader.epoch(epoch)
+        for step in range(loader.steps_per_epoch):
+            began = time.perf_counter()
+            next(batches)
+            (others if step else first).append(1000 * (time.perf_counter() - began))
+            time.sleep(pause)
+        next(batches, None)
+    loader.close()
+    table = Table(
+        "step", "waits", "ms, median (quartiles)", "longest ms", title="waits for a batch"
+    )
+    for name, waits in (("first of an epoch", first), ("others", others)):
+        table.add_row(name, str(len(waits)), spread(waits), f"{max(waits):.2f}")
+    console.print(table)
+    console.print(
+        f"{EPOCHS} epochs of {loader.steps_per_epoch} steps of {SMALL_BATCH} small photos,"
+        f" {1000 * pause:.1f} ms each"
+    )
+    return {"first": first, "others": others, "median_ms": quartiles(others)[0]}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
-    parser.add_argument("--like", choices=("decode", "two-crops"), default="decode")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--decode", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--borders", action="store_true", help="list waits of short epochs instead")
+    parser.add_argument("--workers", type=int, nargs="+", help="(default: 1 2 4; all cores)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16, 64, 256])
-    parser.add_argument("--images", type=int, default=512, help="images per round")
+    parser.add_argument(
+        "--images", type=int, default=512, help=f"images per round, at least {BATCHES} batches"
+    )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+    args.workers = args.workers or ([cores()] if args.decode == "gpu" else [1, 2, 4])
     if args.data and not is_beton(args.data):
         parser.error(
             f"--data {args.data} is not a .beton file: python -m pipeline.convert makes one"
         )
-    if args.images < max(args.batch_size) or min(args.workers) < 1 or args.rounds < 2:
-        parser.error("--images must fill a batch, --workers be at least 1 and --rounds at least 2")
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        data = args.data or synthetic_beton(Path(folder))
-        table = Table(title=f"images/s of the ffcv loader, {args.like}")
-        for heading in ("workers", "batch", "decode alone", "loader", "loader / decode"):
-            table.add_column(heading, justify="right")
-        began = time.perf_counter()
-        for workers in args.workers:
-            for batch in args.batch_size:
-                crops = args.like == "two-crops"
-                sides = Sides(BetonReader(data), str(data), workers, batch, args.images, crops)
-                table.add_row(str(workers), str(batch), *measure(sides, args.rounds))
-        console = Console(width=100)
-        console.print(table)
-        console.print(
-            f"{in_words(machine('torch', 'numba', 'pillow'))}; medians (quartiles) of {args.rounds}"
-            f" rounds, taken in turns; {time.perf_counter() - began:.0f} s"
+    if min(*args.workers, *args.batch_size, args.images) < 1 or args.rounds < 2:
+        parser.error(
+            "--workers, --batch-size and --images must be at least 1, and --rounds at least 2"
         )
+    if args.decode == "gpu":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if problem := nvjpeg_problem(device):
+            parser.error(f"--decode gpu {problem}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    console, began = Console(width=100), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.borders:
+            figures = borders(args, Path(folder), console)
+        else:
+            reader = BetonReader(args.data or synthetic_beton(Path(folder)))
+            run = gpu_decode if args.decode == "gpu" else idle_workers
+            figures = run(args, reader, console)
+    about = machine("torch", "torchvision", "numba")
+    if args.decode == "gpu":
+        about["processor"] += f", {torch.cuda.get_device_name()}"
+    console.print(
+        f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, taken in turns;"
+        f" {time.perf_counter() - began:.0f} s"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": about, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":

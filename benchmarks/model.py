@@ -6,7 +6,6 @@
 The baseline is `model.reference`, which the tests hold equal to the fast path. Both sides have the
 same weights, batch and precision; their rounds take turns in one process, so that a busy machine
 slows both. Memory is the peak above the idle process, on a CPU of a fresh process for each side.
-The last table takes one change away at a time.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
-from ibeton.benchmarks.harness.model_changes import CHANGES, without
 from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Clock, Side, Times
 from ibeton.model import ModelConfig
 from ibeton.training.timing.flops import flop_counter
@@ -80,8 +78,7 @@ def peak_memory(side: Side, batch: Batch) -> int:
 def memory_of(name: str, args: argparse.Namespace) -> int:
     """`peak_memory` of a side; on a CPU in a process of its own."""
     if args.device == "cuda":
-        with without(name):
-            return peak_memory(make_side(name, args), make_batch(args))
+        return peak_memory(make_side(name, args), make_batch(args))
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
     out = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(out.stdout.split()[-1])
@@ -169,31 +166,6 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"times": times, "flops": counts, "peak_flops": peak, "memory": memory}
 
 
-def ablate(args: argparse.Namespace, console: Console, whole_memory: int) -> dict[str, Any]:
-    """Ours without one change at a time."""
-    batch = make_batch(args)
-    side = make_side("ours", args)
-
-    def step(change: str | None) -> Times:
-        with without(change):
-            return side.step(batch)
-
-    steps: dict[str, Callable[[], Times]] = {"ours": functools.partial(step, None)}
-    steps |= {change: functools.partial(step, change) for change in CHANGES}
-    times = rounds(steps, args.rounds)
-    memory = {change: memory_of(change, args) for change in CHANGES}
-    table = Table(title="ours without one change: time and memory over ours with all")
-    for heading in ("without", "time", "CPU time", "memory"):
-        table.add_column(heading, justify="left" if heading == "without" else "right")
-    for change in CHANGES:
-        relative = ratio(total(times[change]), total(times["ours"]))
-        busy = [[t["busy"] for t in times[name]] for name in (change, "ours")]
-        part = f"{memory[change] / whole_memory:.2f}"
-        table.add_row(change, spread(relative), spread(ratio(*busy)), part)
-    console.print(table)
-    return {"times": times, "memory": memory}
-
-
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """The machine, with the GPU's name where one is measured."""
     words = machine("torch", "triton") | {"threads": torch.get_num_threads()}
@@ -214,7 +186,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: torch's choice)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--no-ablation", action="store_true", help="leave out the last table")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -228,14 +199,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        with without(args.memory_of):
-            print(peak_memory(make_side(args.memory_of, args), make_batch(args)))
+        print(peak_memory(make_side(args.memory_of, args), make_batch(args)))
         return
     console = Console(width=110)
     results: dict[str, Any] = {"machine": about(args), "settings": {**vars(args), "json": None}}
     results["comparison"] = compare(args, console)
-    if not args.no_ablation:
-        results["ablation"] = ablate(args, console, results["comparison"]["memory"]["ours"])
     console.print(
         f"{in_words(results['machine'])}; medians (quartiles) of {args.rounds} rounds, taken in"
         " turns"

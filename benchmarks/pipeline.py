@@ -2,17 +2,20 @@
 
     python benchmarks/pipeline.py --data photos.beton            # one core, then two
     python benchmarks/pipeline.py                                # on photos that it draws itself
+    python benchmarks/pipeline.py --like two-crops               # 2 x RandomResizedCrop 224, flip
 
 Side by side, in rounds that take turns: reading the bytes, decoding them by libjpeg-turbo (the
 limit), the published recipe (Pillow), and our loaders. All see the same bytes and make the same
-views: normalized float32 tensors, except where a row says pixels.
+views: normalized float32 tensors, or uint8 where a row says pixels or views. On one core rates are
+per CPU second, so other processes do not distort them.
 """
 
 import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,22 +42,31 @@ from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan, normalized
 from ibeton.pipeline.crops import cut_views, cut_views_reference
-from ibeton.pipeline.loaders import LOADERS
-from ibeton.pipeline.sampling import draw_views, epoch_order, rank_batches, stack_shape
-from ibeton.pipeline.store import BetonReader, Decoder, decode_photo, is_beton
+from ibeton.pipeline.loaders import LOADERS, RECIPE
+from ibeton.pipeline.loaders.context import Cutter, PhotoSource, context_of
+from ibeton.pipeline.loaders.kinds import turbojpeg_problem
+from ibeton.pipeline.sampling import ViewSpec, draw_views, stack_shape
+from ibeton.pipeline.store import JPG, BetonReader, Decoder, is_beton
 from ibeton.workers import end_with_parent
 
-BATCH = 32  # of fewer, threads would wait for the one with the largest photos
-RECIPE, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
+BATCH = 32
+RECIPE_ROW, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
+CROPS = "our crops of decoded photos"
+ON_ONE_CORE = ("read bytes", LIMIT, RECIPE_ROW, CROPS)
+# The task that slipstream publishes: one decode, two random resized crops, no colors.
+TWO_CROPS = [ViewSpec(224, (0.08, 1.0), blur_p=0.0, solarize_p=0.0, jitter_p=0.0, gray_p=0.0)] * 2
 Side = Callable[[], int]
 
 
 class Bench:
-    """The sides for one .beton file, `workers` threads each; `images` a round of a fast side."""
+    """The sides for one .beton file, `workers` threads each; `images` per round of a fast side."""
 
-    def __init__(self, data: str, workers: int, images: int, stack: ExitStack) -> None:
+    def __init__(
+        self, data: str, workers: int, images: int, two_crops: bool, stack: ExitStack
+    ) -> None:
         self.config = PipelineConfig(data=data, workers=workers, batch_size=BATCH)
-        self.reader, self.views = BetonReader(data), self.config.views()
+        self.reader, self.two_crops = BetonReader(data), two_crops
+        self.views = TWO_CROPS if two_crops else self.config.views()
         self.images, self.place = images, 0
         self.mean, self.std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         self.stack = stack
@@ -82,7 +94,7 @@ class Bench:
         sizes = [view.size for view in self.views]
         few = max(1, self.images // 8)
         for index in self.some(few):
-            photo = Image.fromarray(decode_photo(self.reader.photo_bytes(index)))
+            photo = Image.fromarray(self.reader.pixels(index))
             draws = draw_views(self.views, 0, 0, index, photo.height, photo.width)
             for view in cut_views_reference(photo, draws, sizes):
                 planes = torch.from_numpy(view.transpose(2, 0, 1).copy())
@@ -90,7 +102,7 @@ class Bench:
         return few
 
     def crops(self) -> int:
-        """Twelve views of decoded photos: no decode, no loader."""
+        """The views of decoded photos: no decode, no loader."""
         large, small = (np.empty(shape, np.uint8) for shape in self.shapes)
         for index in self.some(self.images):
             pixels = self.decoded[index % len(self.decoded)]
@@ -100,6 +112,7 @@ class Bench:
         return self.images
 
     def loader(self, kind: str) -> Side:
+        """The whole loader, as in training."""
         loader = build_loader(replace(self.config, loader=kind))
         self.stack.callback(loader.close)
         epochs = count()
@@ -112,63 +125,51 @@ class Bench:
 
         return side
 
-    def pixels_only(self) -> Side:
-        """Packed pixels for croppers on a GPU."""
-        from ibeton.pipeline.loaders.context import LoaderContext
-        from ibeton.pipeline.loaders.ffcv import FfcvPixels
-        from ibeton.pipeline.loaders.replacements import Replacements
+    def part(self, made: Cutter | PhotoSource) -> Side:
+        """What a loader gives before normalization: pixels for a GPU, or views."""
+        numbers = count()
 
-        config = self.config
-        context = LoaderContext(
-            data=config.data,
-            photos=self.reader,
-            views=self.views,
-            global_views=config.global_crops_number,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            batches_ahead=config.batches_ahead,
-            seed=config.seed,
-            replacements=Replacements(self.reader, self.views, config.seed),
-            device=torch.device("cpu"),
-            mean=config.mean,
-            std=config.std,
-        )
-        source, epochs = FfcvPixels(context, pinned=False), count()
+        def plans() -> Iterator[BatchPlan]:
+            for _ in range(self.images * 4 // BATCH):
+                yield BatchPlan(next(numbers), np.array(self.some(BATCH)))
 
-        def side() -> int:
-            epoch = next(epochs)
-            order = epoch_order(len(self.reader), config.seed, epoch)
-            batches = rank_batches(order, BATCH, 0, 1)[: self.images * 4 // BATCH]
-            plans = (BatchPlan(epoch, indices) for indices in batches)
-            return sum(len(photos.offsets) for _, photos in source.stream(plans))
-
-        return side
+        return lambda: sum(len(plan.indices) for plan, _ in made.stream(plans()))
 
     def sides(self) -> dict[str, Side]:
+        """By name, for as many cores as the process may use; those that use but one are marked."""
         self.decoded = [self.reader.pixels(i) for i in range(min(64, len(self.reader)))]
         sides: dict[str, Side] = {"read bytes": self.read}
-        if not LOADERS["ffcv"].problem():
+        if not turbojpeg_problem() and (self.reader.modes == JPG).all():
             self.decoder = Decoder()
             sides[LIMIT] = self.decode
-        sides |= {RECIPE: self.recipe, "our crops of decoded photos": self.crops}
-        if not LOADERS["ffcv"].problem():
-            sides["ffcv: pixels for a GPU"] = self.pixels_only()
-            sides["ffcv loader, crops on the CPU"] = self.loader("ffcv")
-        if not LOADERS["dali"].problem():
-            sides["dali loader, crops on the CPU"] = self.loader("dali")
+        sides |= {RECIPE_ROW: self.recipe, CROPS: self.crops}
+        context = context_of(self.config, self.reader, views=self.views)
+        for name, kind in LOADERS.items():
+            if name == RECIPE or kind.problem():
+                continue
+            if self.two_crops:
+                sides[f"{name}: views on the CPU"] = self.part(kind.crops(context))
+                continue
+            if kind.pixels and not kind.decodes_on_gpu:
+                sides[f"{name}: pixels for a GPU"] = self.part(kind.pixels(context))
+            sides[f"{name} loader, crops on the CPU"] = self.loader(name)
         return sides
 
 
-def measure(data: str, cores: list[int], images: int, rounds: int) -> dict[str, list[float]]:
-    """Rates of all sides on `cores`. The single-threaded ones have but one core to run on."""
+def measure(
+    data: str, cores: list[int], images: int, rounds: int, two_crops: bool
+) -> dict[str, list[float]]:
+    """Rates of all sides on `cores`. On one core they are per CPU second of the process, which is a
+    second where it has the core to itself; the single-threaded ones run on no more than one."""
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
     with ExitStack() as stack:
-        bench = Bench(data, len(cores), images, stack)
-        sides = bench.sides()
-        if len(cores) > 1:  # the others do not use more than one
-            sides = {name: side for name, side in sides.items() if "ffcv" in name or "dali" in name}
-        return take_turns(sides, rounds)
+        sides = Bench(data, len(cores), images, two_crops, stack).sides()
+        if len(cores) > 1:
+            sides = {name: side for name, side in sides.items() if name not in ON_ONE_CORE}
+        return take_turns(
+            sides, rounds, time.process_time if len(cores) == 1 else time.perf_counter
+        )
 
 
 def measured_apart(*arguments: Any) -> dict[str, list[float]]:
@@ -192,7 +193,7 @@ def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
     ]
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     middles = [quartiles(values)[0] for _, values in rows]
-    colors = ["#999999" if n.startswith((RECIPE, LIMIT)) else "#2a78b5" for n, _ in rows]
+    colors = ["#999999" if n.startswith((RECIPE_ROW, LIMIT)) else "#2a78b5" for n, _ in rows]
     bars = axes.barh([name for name, _ in rows], middles, color=colors)
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.invert_yaxis()
@@ -205,7 +206,8 @@ def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
-    parser.add_argument("--images", type=int, default=64, help="images a round")
+    parser.add_argument("--like", choices=("recipe", "two-crops"), default="recipe")
+    parser.add_argument("--images", type=int, default=64, help="images per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that each side has")
     parser.add_argument("--cores", type=int, default=2, help="also measure with so many cores")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -224,10 +226,11 @@ def main() -> None:
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))
-        rates = {"1 core": measured_apart(data, at_hand[:1], args.images, args.rounds)}
+        how = args.images, args.rounds, args.like == "two-crops"
+        rates = {"1 core": measured_apart(data, at_hand[:1], *how)}
         if args.cores > 1 and len(at_hand) >= args.cores:
             name = f"{args.cores} cores"
-            rates[name] = measured_apart(data, at_hand[: args.cores], args.images, args.rounds)
+            rates[name] = measured_apart(data, at_hand[: args.cores], *how)
         reader = BetonReader(data)
         megapixels = float((reader.heights.astype(float) * reader.widths).mean() / 1e6)
     for cores, sides in rates.items():
@@ -254,7 +257,7 @@ def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]
         if not first:
             cells.append(spread([a / b for a, b in zip(values, one[name], strict=True)]))
         else:
-            cells.append(spread(ratios(sides, name, RECIPE)))
+            cells.append(spread(ratios(sides, name, RECIPE_ROW)))
             cells.append(spread(ratios(sides, name, LIMIT), 2) if LIMIT in sides else "")
         out.add_row(name, *cells)
     return out

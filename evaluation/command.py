@@ -22,10 +22,11 @@ from torch import nn
 from ibeton.atomic import write_text
 from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.cache import cached_features
-from ibeton.evaluation.frozen.features import PRECISIONS, Extraction, Features
+from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.score_format import score_text
+from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser
 

@@ -6,24 +6,30 @@ torchrun --nproc_per_node 8 -m evaluation.detect ...
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ibeton.evaluation.dense.coco_data import CocoPhotos, Sample, batched, training_view
+from ibeton.evaluation.dense.coco_data import (
+    CocoPhotos,
+    Truth,
+    batched,
+    published_views,
+    training_view,
+)
 from ibeton.evaluation.dense.coco_metrics import average_precisions, results, to_photo
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.detector import Detector
-from ibeton.evaluation.dense.segmentation_data import fitted, normalized, palette
-from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, spread, watched
+from ibeton.evaluation.dense.photos import fitted, normalized, palette
+from ibeton.evaluation.dense.pictures import objects, panels
+from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
+from ibeton.evaluation.pictures.canvas import save, spread
 from ibeton.options import option
 
 # architecture -> layer decay; others take ViT-B's (not published)
@@ -54,19 +60,6 @@ class DetectConfig(DenseConfig):
             )
 
 
-@dataclass(frozen=True)
-class TrainingViews:
-    """What workers read: the view of a photo, see `training_view`."""
-
-    photos: CocoPhotos
-    sides: tuple[int, ...]
-    long: int
-
-    def __call__(self, index: int) -> Sample:
-        photo, truth = self.photos.photo(index), self.photos.truth(index)
-        return training_view(photo, truth, self.sides, self.long)
-
-
 class Detection(Task):
     """The task of a command line. Raises ValueError or FileNotFoundError."""
 
@@ -82,10 +75,8 @@ class Detection(Task):
         self.val = CocoPhotos(config.data, "val")
         if train.classes != self.val.classes:
             raise ValueError(f"{train.json} and {self.val.json} list different categories")
-        self.read, self.names = (
-            TrainingViews(train, config.short_sides, config.long_side),
-            train.names,
-        )
+        self.photos = train
+        self.view = partial(training_view, published_views(config.short_sides, config.long_side))
         self.steps = max(1, config.epochs * len(train) // config.batch_size)
         backbone, self.backbone_config = load_trunk(config)
         decay = LAYER_DECAY.get(self.backbone_config["arch"], LAYER_DECAY["vit_b"])
@@ -93,11 +84,11 @@ class Detection(Task):
         self.model = Detector(backbone, len(train.classes), config.fpn_width)
 
     def factor(self, step: int) -> float:
-        epoch = step * self.config.batch_size / len(self.names)
+        epoch = step * self.config.batch_size / len(self.photos)
         return 0.1 ** sum(epoch >= drop for drop in self.config.drops)
 
     @staticmethod
-    def collate(samples: list[Sample]) -> dict[str, Any]:
+    def collate(samples: list[tuple[Tensor, Truth]]) -> dict[str, Any]:
         images, sizes = batched([image for image, _ in samples])
         truth = [of for _, of in samples]
         draws = [int(of["draw"]) for of in truth]
@@ -123,28 +114,20 @@ class Detection(Task):
         return average_precisions(self.val, records)
 
     def draw(self, place: Place, folder: Path) -> None:
-        """Photo, true objects and found ones side by side."""
-        colors = [tuple(map(int, color)) for color in palette(len(self.val.classes))]
-        for index in spread(len(self.val), self.config.pictures):
+        """Photo, true objects, and those that are found with a score of DRAWN_SCORE or more."""
+        classes, colors = self.val.classes, palette(len(self.val.classes))
+        for index in spread(self.val, self.config.pictures):
             photo, found = self.found(index, place.device)
             sure = found["scores"].cpu() >= DRAWN_SCORE
-            found = {
-                name: found[name].cpu()[sure] for name in ("boxes", "labels", "masks", "scores")
-            }
-            row = [
-                photo,
-                *(self._drawn(photo, of, colors) for of in (self.val.truth(index), found)),
-            ]
-            pixels = np.concatenate([part.permute(1, 2, 0).numpy() for part in row], axis=1)
-            Image.fromarray(pixels).save(folder / f"{Path(self.val.names[index]).stem}.png")
-
-    def _drawn(self, photo: Tensor, of: dict[str, Tensor], colors: list[Any]) -> Tensor:
-        if not len(of["boxes"]):
-            return photo
-        own = [colors[label - 1] for label in of["labels"].tolist()]
-        names = [self.val.classes[label - 1] for label in of["labels"].tolist()]
-        photo = draw_segmentation_masks(photo, of["masks"].bool(), alpha=0.5, colors=own)
-        return draw_bounding_boxes(photo, of["boxes"], names, own, width=2)
+            found = {name: values.cpu()[sure] for name, values in found.items()}
+            figure, axes = panels(photo)
+            for axis, of in zip(axes[1:], (self.val.truth(index), found), strict=True):
+                own = [int(label) - 1 for label in of["labels"]]
+                scores = [f" {score:.2f}" for score in of.get("scores", ())] or [""] * len(own)
+                texts = [classes[i] + score for i, score in zip(own, scores, strict=True)]
+                objects(axis, of["boxes"], of["masks"], texts, [colors[i] for i in own])
+            name = Path(self.val.names[index])
+            save(figure, folder / f"{name.stem}.png", name.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,13 @@ from torchvision.transforms.v2.functional import resize
 
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.confusion import confusion, scores
-from ibeton.evaluation.dense.segmentation_data import (
-    IGNORED,
-    LabeledPhotos,
-    fitted,
-    normalized,
-    palette,
-    training_view,
-)
+from ibeton.evaluation.dense.photos import fitted, normalized, palette
+from ibeton.evaluation.dense.pictures import legend, panels
+from ibeton.evaluation.dense.segmentation_data import IGNORED, LabeledPhotos, training_view
 from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
-from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, spread, watched
+from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
+from ibeton.evaluation.pictures.canvas import save, spread
 from ibeton.options import option
 
 # head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)
@@ -62,32 +59,20 @@ class SegmentConfig(DenseConfig):
             raise ValueError("--batch-size 1: UperNet normalizes over the batch; give at least 2")
 
 
-@dataclass(frozen=True)
-class TrainingViews:
-    """What workers read: the view of a photo, see `training_view`."""
-
-    photos: LabeledPhotos
-    crop: int
-    short: int
-
-    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
-        return training_view(*self.photos.read(index), self.crop, self.short)
-
-
 class Segmentation(Task):
     """The task of a command line. Raises ValueError or FileNotFoundError."""
 
     def __init__(self, config: SegmentConfig) -> None:
         self.config = config
-        train = LabeledPhotos(config.data, "train", config.zero_is_class)
+        self.photos = LabeledPhotos(config.data, "train", config.zero_is_class)
         self.val = LabeledPhotos(config.data, "val", config.zero_is_class)
-        self.read = TrainingViews(train, config.crop_size, config.short_side)
-        self.names, self.steps = train.names, config.steps
+        self.view = partial(training_view, config.crop_size, config.short_side)
+        self.steps = config.steps
         backbone, self.backbone_config = load_trunk(config)
         arch = (config.head, self.backbone_config["arch"])
         lr, decay = PUBLISHED.get(arch, PUBLISHED[config.head, "vit_b"])
         config.lr, config.layer_decay = config.lr or lr, config.layer_decay or decay
-        self.model = Segmenter(backbone, len(train.classes), config.head, config.head_width)
+        self.model = Segmenter(backbone, len(self.val.classes), config.head, config.head_width)
 
     def factor(self, step: int) -> float:
         return 1 - step / self.steps  # poly, power 1
@@ -119,13 +104,21 @@ class Segmentation(Task):
         return scores(matrix.cpu().numpy(), self.val.classes)
 
     def draw(self, place: Place, folder: Path) -> None:
-        """Photo, truth and prediction side by side; black is unlabeled."""
-        colors = palette(len(self.val.classes))
-        for index in spread(len(self.val), self.config.pictures):
-            photo, truth, said = self.predicted(index, place.device)
-            maps = [colors[m.cpu().numpy().clip(max=len(colors) - 1)] for m in (truth, said)]
-            row = np.concatenate([photo.permute(1, 2, 0).numpy(), *maps], axis=1)
-            Image.fromarray(row).save(folder / f"{Path(self.val.names[index]).stem}.png")
+        """Photo, true and predicted classes, black where unlabeled; and the prediction alone, as a
+        label map."""
+        classes, colors = self.val.classes, palette(len(self.val.classes))
+        for index in spread(self.val, self.config.pictures):
+            photo, *both = self.predicted(index, place.device)
+            maps = [m.cpu().numpy().clip(max=len(classes)) for m in both]
+            figure, axes = panels(photo)
+            for axis, classes_of in zip(axes[1:], maps, strict=True):
+                axis.imshow(colors[classes_of])
+            seen = [i for i in np.unique(maps) if i < len(classes)]
+            legend(figure, {classes[i]: colors[i] for i in seen})
+            name = Path(self.val.names[index])
+            save(figure, folder / f"{name.stem}.png", name.name)
+            said = Image.fromarray((maps[1] + (not self.config.zero_is_class)).astype(np.uint8))
+            said.save(folder / f"{name.stem}_labels.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ibeton.command import missing_extra
+from ibeton.workers import stop_with_launcher
+
 # subcommand -> (module with `main(argv)`, arguments put before the user's, help)
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("train", (), "pre-train a backbone"),
@@ -77,8 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
     module, before, _ = COMMANDS[name]
+    stop_with_launcher()
     sys.argv[0] = f"ibeton {name}"  # what usage and errors call the program
-    return importlib.import_module(f"ibeton.{module}").main([*before, *rest]) or 0
+    try:
+        program = importlib.import_module(f"ibeton.{module}")
+    except ModuleNotFoundError as error:
+        if not (words := missing_extra(error.name)):
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
+    return program.main([*before, *rest]) or 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How commands end: one sentence and an exit status, whatever happens."""
+"""Runs commands: an error is one sentence and an exit status."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# What a user can fix with another option or file. Other OSErrors are failures during the work.
+# Errors that another option or file would fix. Other OSErrors are failures during the work.
 _BAD_INPUT = (
     ValueError,
     FileNotFoundError,
@@ -16,8 +16,27 @@ _BAD_INPUT = (
 )
 
 
+# package that only some commands need -> the extra of setup.py that installs it
+EXTRAS = {
+    "timm": "timm",
+    "matplotlib": "plots",
+    "sklearn": "cluster",
+    "scipy": "cluster",
+    "transformers": "export",
+    "faster_coco_eval": "dense",
+}
+
+
+def missing_extra(package: str | None) -> str:
+    """How to install the optional package that an import lacks; "" if it is none of EXTRAS."""
+    top = (package or "").split(".")[0]
+    if top not in EXTRAS:
+        return ""
+    return f"{top} is not installed: `make setup` or `pip install -e '.[{EXTRAS[top]}]'` does it"
+
+
 class Failure(RuntimeError):
-    """Work cannot continue, for a reason that its message explains in a sentence."""
+    """The work cannot continue. The message says why, in a sentence."""
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -38,15 +57,20 @@ def run_command(action: Callable[[], int], writes: bool = True) -> int:
     except (OSError, RuntimeError) as error:
         print(f"error: {error}{'; nothing was written' if writes else ''}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if not (words := missing_extra(error.name)):
+            raise
+        print(f"error: {words}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
 
 
 def protect_output() -> None:
-    """Let nothing that stdout or stderr cannot take end a command: characters that their encoding
-    lacks are escaped, and after a failed write (full disk, closed pipe) the rest is dropped. What
-    was done decides the exit status, not what was printed of it."""
+    """Let no failure of stdout or stderr end a command: characters that their encoding lacks are
+    escaped, and after a failed write (full disk, closed pipe) further output is dropped. The exit
+    status depends on the work, not on its output."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):
@@ -77,7 +101,7 @@ class _Protected:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        """Send what is still buffered, and all that follows, nowhere."""
+        """Discard what is buffered and all that follows."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -1,8 +1,8 @@
-"""One clock for the stages of training, under the same names everywhere.
+"""Timing of the stages of training, with the same names everywhere.
 
-Two things are measured. What stands on the training's critical path, `with stage("teacher"):`; its
-parts add up to the step. And what the loader's threads, processes and streams put in beside it,
-`work.add("decode", seconds, ...)`; from that follows what the loader could give at most.
+`with stage("teacher"):` times a part of the training thread; these parts add up to the step.
+`work.add("decode", seconds, ...)` adds work of the loader's threads, processes and streams, which
+runs concurrently; it gives the loader's maximum throughput.
 """
 
 import threading
@@ -20,28 +20,28 @@ STAGES = (
     *("teacher", "student", "loss", "backward", "optimizer", "ema", "comm"),
     "graph",  # the stages above from teacher to ema, replayed as a CUDA graph, as one
 )
-WAIT, OTHER = "wait", "other"  # standing still for a batch; what no stage is named for
+WAIT, OTHER = "wait", "other"  # waiting for a batch; outside all stages
 PARTS = (WAIT, *STAGES, OTHER)
 
 
 class StageClock:
     """Splits the time of one stream of work into stages.
 
-    Each beginning and end of a stage is a mark: a CUDA event on the current stream, or the
-    monotonic clock on a CPU. From a mark to the next, time belongs to the innermost stage. So a
-    stage inside another is not counted twice, and the parts of a lap add up to it. On a GPU the
-    marks follow the device: a wait of the host that finds the device busy costs nothing there.
+    Each start and end of a stage is a mark: a CUDA event on the current stream, or the monotonic
+    clock on a CPU. The time between two marks belongs to the innermost stage, so nested stages are
+    not counted twice and the parts of a lap add up to it. On a GPU the marks measure device time:
+    a host that waits while the device is busy costs nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.named = False  # whether a profiler is told the names
+        self.named = False  # whether stages are labeled in a profiler trace
         self._on_gpu = device.type == "cuda"
         self._spare: list[torch.cuda.Event] = []
         self._open: list[str] = []
         self._marks: list[tuple[str, Any]] = []
 
     def start(self) -> None:
-        """Begin a lap here; what was marked since the last one is forgotten."""
+        """Start a lap here and drop the marks since the last one."""
         self._marks.clear()
         self._mark(self._innermost())
 
@@ -54,11 +54,11 @@ class StageClock:
         self._mark(self._innermost())
 
     def rest_is(self, name: str) -> None:
-        """What is left of the open stage counts as stage `name`."""
+        """Count the rest of the current stage as stage `name`."""
         self._mark(name)
 
     def lap(self) -> "StepTiming":
-        """End the lap and begin the next. Its times may be asked for when the device is done."""
+        """End the lap and start the next. Its times can be read once the device is done."""
         self._mark(self._innermost())
         lap = StepTiming(self._marks, self._spare if self._on_gpu else None)
         self._marks = self._marks[-1:]
@@ -77,18 +77,18 @@ class StageClock:
 
 
 class StepTiming:
-    """The marks of a lap: what begins with each, and when."""
+    """The marks of a lap: which stage starts at each, and when."""
 
     def __init__(self, marks: list[tuple[str, Any]], spare: list[torch.cuda.Event] | None) -> None:
         self._marks, self._spare = marks, spare
 
     def done(self) -> bool:
-        """Whether the device has come to the end of it."""
+        """Whether the device has finished the lap."""
         return self._spare is None or self._marks[-1][1].query()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part that occurs, which add up to the lap; waits for the device. To be
-        called once, as the events are used again."""
+        """Seconds of each part; they add up to the lap. Waits for the device. Call it once, as the
+        events are reused."""
         if self._spare is not None:
             self._marks[-1][1].synchronize()
         parts: dict[str, float] = defaultdict(float)
@@ -104,14 +104,14 @@ _clock: StageClock | None = None
 
 
 def use(clock: StageClock | None) -> None:
-    """Let `stage` report to `clock` from now on, or to none."""
+    """Let `stage` report to `clock` from now on; None switches timing off."""
     global _clock
     _clock = clock
 
 
 @contextmanager
 def untimed() -> Iterator[None]:
-    """Inside, no stage is marked: a CUDA graph being captured cannot record marks."""
+    """Switch timing off in the block: a CUDA graph that is being captured cannot record marks."""
     before = _clock
     use(None)
     try:
@@ -121,8 +121,8 @@ def untimed() -> Iterator[None]:
 
 
 class stage:
-    """`with stage("teacher"):` times a part of the training's own thread, if there is a clock, and
-    names it to a profiler that runs. Raises ValueError for a name that is none of PARTS."""
+    """`with stage("teacher"):` times a part of the training thread, if there is a clock, and labels
+    it in a running profiler. Raises ValueError for a name that is not in PARTS."""
 
     __slots__ = ("_clock", "_label", "_name")
 
@@ -147,40 +147,40 @@ class stage:
 
 
 def rest_is(name: str) -> None:
-    """What is left of the open stage counts as stage `name`. Any thread that the training's own
-    waits for may say so."""
+    """Count the rest of the current stage as stage `name`. May be called from any thread that the
+    training thread waits for."""
     if _clock is not None:
         _clock.rest_is(name)
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """Work of one stage in the loader: `seconds` over all of `workers` threads, processes or
-    streams, for `photos`."""
+    """Work of one stage of the loader: `seconds` summed over `workers` threads, processes or
+    streams, for `photos` photos."""
 
     seconds: float
     photos: int
     workers: int
-    shared: bool = True  # whether the workers are the loader's workers, which do other stages too
+    shared: bool = True  # whether the workers also do other stages
 
     def plus(self, more: "StageWork") -> "StageWork":
-        """Both together."""
+        """The sum of both."""
         seconds, photos = self.seconds + more.seconds, self.photos + more.photos
         return StageWork(seconds, photos, more.workers, more.shared)
 
     @property
     def per_photo(self) -> float:
-        """Seconds of one lane for one photo."""
+        """Seconds of one worker per photo."""
         return self.seconds / self.photos
 
     @property
     def ceiling(self) -> float:
-        """Images/s, if the workers did nothing else."""
+        """Images/s if the workers did nothing else."""
         return self.workers / self.per_photo if self.seconds else float("inf")
 
 
 class Work:
-    """Sums of the loader's work by stage. Any thread may add; one takes."""
+    """The loader's work by stage. Any thread may add; one thread takes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -4,4 +4,3 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "tests" / "reference"  # figures of the published implementation
-SHARED = ROOT.parent / "shared" / "data"  # photos that may be there beside a checkout

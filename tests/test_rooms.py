@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,31 @@ def test_a_room_holds_at_most_a_dozen_files() -> None:
         for folder in (ROOT / room, *(d for d in (ROOT / room).rglob("*") if d.is_dir())):
             files = [f.name for f in folder.glob("*.py") if f.name != "__init__.py"]
             assert len(files) <= LARGEST, f"{folder.relative_to(ROOT)}: {sorted(files)}"
+
+
+def test_no_loader_is_named_outside_the_pipeline() -> None:
+    """What others need to know of a loader, advice and help included, is in its table. Lists of
+    packages may hold `ffcv`, which is one too."""
+    from ibeton.pipeline.loaders import LOADERS
+
+    one = f"({'|'.join(LOADERS)})"
+    said = re.compile(rf"--loader[= ]{one}\b|\b{one}[ -]loader|pipeline\.loaders\.{one}\b")
+    for module, path in sources().items():
+        if room_of(module) == "pipeline":
+            continue
+        text, constants = path.read_text(), set()
+        assert not (found := said.search(text)), f"{path}: {found}"
+        tree = ast.parse(text)
+        packages: set[ast.AST] = set()
+        for node in ast.walk(tree):
+            entries = getattr(node, "args", None) or getattr(node, "elts", None) or []
+            if isinstance(entries, list):
+                values = {entry.value for entry in entries if isinstance(entry, ast.Constant)}
+                packages |= set(entries) if values & {"numba", "numpy"} else set()
+            if isinstance(node, ast.Constant):
+                constants.add(node)
+        named = {node.value for node in constants - packages} & set(LOADERS)
+        assert not named, f"{path} names {named}"
 
 
 @pytest.mark.slow

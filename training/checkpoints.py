@@ -3,10 +3,10 @@
     checkpoint.pt         the newest, present from the first save on
     checkpoint-1.pt       the one before it, and so on to -2, ...: --keep-last in all
     checkpoint0040.pt     after epoch 40, by --keep-every; never removed
-    diverged.pt           the newest that was saved on the way to NaN; nothing resumes from it
+    diverged.pt           the newest saved while the run diverged; nothing resumes from it
 
-Each is written under another name first and renamed when complete, so a kill or a full disk loses
-only the one being written.
+Each is written under another name and renamed when complete, so a kill or a full disk loses only
+the one being written.
 """
 
 import os
@@ -36,9 +36,9 @@ def write(
 ) -> None:
     """Make `content` the newest checkpoint of `folder`; with `epoch` also one that is kept.
 
-    At least two are kept: that the newest can be trained from shows only afterwards. `replace`: the
-    present newest makes no way for an older one, it is overwritten. Raises OSError, as on a full
-    disk, with the checkpoints left as they were.
+    At least two are kept, because only later steps show whether the newest is usable. `replace`:
+    overwrite the newest instead of keeping it as checkpoint-1.pt. Raises OSError, for example on a
+    full disk; the checkpoints are then unchanged.
     """
     newest = folder / NEWEST
     partial = _partial(folder)
@@ -94,9 +94,9 @@ def not_finite(content: Any, name: str = "") -> Iterable[str]:
 
 
 def set_aside(folder: Path, step: int) -> list[str]:
-    """Take checkpoints of later steps than `step` out of the line, so that `--resume auto` starts
-    from one that could be trained from. The newest of them becomes diverged.pt. Does nothing unless
-    an earlier one remains. Returns the names it took out."""
+    """Remove checkpoints of steps after `step`, so that `--resume auto` starts from a usable one.
+    The newest of them is kept as diverged.pt. Does nothing unless an earlier one remains. Returns
+    the names of those removed."""
     line = [folder / NEWEST, *(path for _, path in sorted(_numbered(folder, _ROLLING).items()))]
     steps = {path: step_of(path) for path in line if path.exists()}
     later = [path for path, saved in steps.items() if saved is not None and saved > step]
@@ -116,7 +116,7 @@ def step_of(path: Path) -> int | None:
     """The step of a checkpoint, without reading its tensors; None for a damaged one."""
     try:
         return int(torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"])
-    except Exception:  # the ways in which a file can be damaged are endless
+    except Exception:  # whatever is raised, the file is damaged
         return None
 
 
@@ -136,7 +136,7 @@ def clean(folder: Path) -> None:
 
 
 def _step_aside(newest: Path, keep_last: int) -> None:
-    """Give the newest the name of the one before it too, and so on down the line."""
+    """Shift the rolling checkpoints by one: checkpoint.pt to checkpoint-1.pt, and so on."""
     rolling = _numbered(newest.parent, _ROLLING)
     for number in sorted(rolling, reverse=True):
         if number >= keep_last - 1:
@@ -148,8 +148,8 @@ def _step_aside(newest: Path, keep_last: int) -> None:
 
 
 def _put(source: Path, target: Path) -> None:
-    """Give a file a second name: a link, or a copy if the file system has no links. `source` keeps
-    its name throughout, as another process may be reading it."""
+    """Link `target` to `source`, or copy it if the file system has no links. `source` is never
+    missing meanwhile, as another process may be reading it."""
     partial = _partial(source.parent, "-link")
     try:
         try:

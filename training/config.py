@@ -6,9 +6,11 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ibeton.command import missing_extra
 from ibeton.model.config import ARCHITECTURES, SWINS, ModelConfig
 from ibeton.options import (
     Parser,
@@ -110,6 +112,8 @@ class RunConfig:
             yield f"--adam-beta2 {self.adam_beta2} must be between 0 and 1"
         if self.eval_every and not (self.eval_train and self.eval_val):
             yield "--eval-every needs --eval-train and --eval-val, two labelled sets"
+        if self.eval_every and find_spec("sklearn") is None:
+            yield f"--eval-every: {missing_extra('sklearn')}"
         yield from self._start_problems()
         yield from missing_packages(self.log_to)
 
@@ -121,12 +125,6 @@ class RunConfig:
                 f"--resume {self.resume} is a folder: give a checkpoint file in it, or"
                 f" --output-dir {self.resume} --resume auto to continue its run"
             )
-        if (
-            self.output_dir
-            and Path(self.output_dir).exists()
-            and not Path(self.output_dir).is_dir()
-        ):
-            yield f"--output-dir {self.output_dir} is a file: give a folder"
 
 
 @dataclass

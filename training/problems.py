@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ibeton.command import Failure
+from ibeton.command import Failure, missing_extra
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos
+from ibeton.workers import worker_failure
 
 _PROBES = 16  # photos of which one must be readable
 
@@ -43,13 +44,13 @@ def explain(error: Exception) -> str:
         return where + error.strerror
     if isinstance(error, Failure | OSError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error.name)
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU has too little memory for a step: give a smaller --batch-size, more"
             " --micro-steps, or --checkpoint-blocks"
         )
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        from ibeton.pipeline.loaders.pil import worker_failure
-
         return worker_failure(error)
     return ""

@@ -1,4 +1,4 @@
-"""Rolls a run back after repeated skipped steps: finds the cause, returns to a checkpoint."""
+"""Rolls a run back to a checkpoint after repeated skipped steps, and reports the cause."""
 
 import json
 
@@ -15,12 +15,12 @@ from ibeton.training.run import Run, newest, restore, seed_step
 
 
 def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
-    """Report the cause in trouble-rankR.json, and return the run to the newest checkpoint from
-    which a good step was made; if that did not help before, to an older one.
+    """Write the cause to trouble-rankR.json and restore the newest checkpoint that was followed by
+    a good step, or an older one if that has already failed to help.
 
-    `dtype` is that of autocast. All ranks take part. Raises RunError, with the report of this rank,
-    if the photos are to blame or if there is no checkpoint to return to; the folder's newest
-    checkpoint is then the last good one.
+    `dtype` is that of autocast. Collective. Raises RunError, with the report of this rank, if the
+    photos are the cause or if there is no checkpoint to restore; the folder's newest checkpoint is
+    then the last good one.
     """
     step, again = run.guard.last_bad, run.guard.rolled_back_before()
     lines, photos_to_blame, weights_to_blame = _report(run, step, dtype)
@@ -28,14 +28,16 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
     if path is None or (again and photos_to_blame):
         if not (photos_to_blame or weights_to_blame):  # what was saved has finite weights
             lines += _set_aside(run, run.guard.last_good)
-        why = "came again after the run went back" if again else "came before a usable checkpoint"
+        why = (
+            "recurred after a rollback" if again else "occurred before the first usable checkpoint"
+        )
         advice = (
             "check these photos"
             if photos_to_blame
             else "try a smaller --lr or --clip-grad, more --warmup-epochs, or --precision fp32"
         )
         raise RunError(
-            f"the trouble of step {step} {why}:\n  "
+            f"non-finite values in step {step}, which {why}:\n  "
             + "\n  ".join(lines)
             + f"\nsee {_report_path(run)}; {advice}"
         )
@@ -46,12 +48,12 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
     if log is not None:
         log.roll_back(run.step)
         log.record({"step": run.step, "went_back_from": step})
-        for line in (*lines, f"going back from step {step} to step {run.step}"):
+        for line in (*lines, f"rolling back from step {step} to step {run.step}"):
             log.say(line)
 
 
 def _set_aside(run: Run, step: int) -> list[str]:
-    """Take checkpoints after `step` out of the line; on rank 0, says so."""
+    """Set aside checkpoints saved after `step`; returns a line about it on rank 0."""
     if run.world_size > 1:
         dist.barrier()  # until all have read the checkpoint that they return to
     taken = checkpoints.set_aside(run.folder, step) if run.rank == 0 and step >= 0 else []
@@ -62,8 +64,8 @@ def _set_aside(run: Run, step: int) -> list[str]:
 
 
 def _report(run: Run, step: int, dtype: torch.dtype | None) -> tuple[list[str], bool, bool]:
-    """Repeat the step on the same batch: what was found, in words and as a file, and whether on any
-    rank pixels, or weights in memory, are not finite."""
+    """Diagnose the step on the same batch. Returns the findings in words, and whether any rank has
+    non-finite pixels or weights; also writes them to a file."""
     epoch, place = divmod(step, run.loader.steps_per_epoch)
     seed_step(run, step)
     scale = run.scaler.get_scale() if run.scaler is not None else 1.0

@@ -1,4 +1,4 @@
-"""A run: what it holds, what a checkpoint keeps of that, and how training resumes from one."""
+"""The state of a run, how it is saved in checkpoints, and how training resumes from them."""
 
 import hashlib
 import math
@@ -34,7 +34,7 @@ from ibeton.training.log.curves import model_facts
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
 _PROBES = 16  # photos compared when a run resumes
-# Settings that may change between starts unmentioned: they do not change what is computed.
+# Settings that may change between starts without a note: they do not change what is computed.
 _FREE = {
     *("output_dir", "resume", "init_from", "stop_after", "max_hours", "device", "recipe"),
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
@@ -161,8 +161,8 @@ def save(run: Run) -> None:
     """Write the checkpoint; every --keep-every epochs also one that is kept. All ranks take part,
     rank 0 writes. Raises RunError if it cannot.
 
-    A checkpoint that was saved before steps turned implausible is not pushed out by later ones:
-    these overwrite each other. The state of the RNG is (seed, step), see `seed_step`.
+    Checkpoints saved after losses became implausible overwrite each other, so that they do not push
+    out good ones. The state of the RNG is (seed, step), see `seed_step`.
     """
     optimizer = optimizer_state(run.optimizer)
     replace, run.saved = run.saved > run.guard.last_good, run.step
@@ -197,9 +197,8 @@ def save(run: Run) -> None:
 
 
 def export_backbone(run: Run, epoch: int | None) -> None:
-    """Write the teacher's backbone beside a checkpoint that stays, with a model card: as
-    backbone0040.safetensors after `epoch` 40, as backbone.safetensors (None) at the end. Raises
-    RunError where it cannot."""
+    """Write the teacher's backbone with a model card: as backbone0040.safetensors after `epoch` 40,
+    as backbone.safetensors (None) at the end. Raises RunError if it cannot be written."""
     name = "backbone" if epoch is None else f"backbone{epoch:04d}"
     facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
     names = ", ".join(Path(path).name for path in run.config.pipeline.data)
@@ -296,8 +295,8 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
         )
     if not _same_photos(content.get("data"), fingerprint(run.loader.photos)):
         raise ValueError(
-            f"checkpoint {path} was trained on other photos than --data {' '.join(config['data'])}: give the"
-            " same, or start a run from its weights with --init-from"
+            f"checkpoint {path} was trained on other photos than --data {' '.join(config['data'])}:"
+            " give the same, or start a run from its weights with --init-from"
         )
     owner = content.get("run")
     if run.seen and owner and owner != run.seen:

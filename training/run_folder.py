@@ -1,11 +1,11 @@
-"""The folder of a run: which run owns it, who writes to it now, and how it was run.
+"""The folder of a run: which run it belongs to, which process writes to it, and how it was run.
 
     config.json     the settings, as resolved
     run.json        the run's name, its state, and each start: command, code, versions, machine
     log.jsonl, tensorboard/, curves.png, checkpoint*.pt
 
-A run has one folder and a folder one run. A process that writes to it holds a lock on `.lock`,
-which the kernel releases when the process ends, in whatever way.
+A run has one folder and a folder one run. The process that writes to it holds a lock on `.lock`,
+which the kernel releases however the process ends.
 """
 
 import fcntl
@@ -131,18 +131,15 @@ def _start() -> dict[str, Any]:
 
 
 def _code_state() -> dict[str, Any]:
-    """The commit of this code, and tracked files that differ from it; empty without git. What git
-    does not answer in a few seconds is "unknown"."""
+    """The commit of this code and the tracked files that differ from it; empty without git,
+    "unknown" if git takes more than a few seconds."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
     except subprocess.TimeoutExpired:
         return {"commit": "unknown", "changed": "unknown"}
     except (OSError, subprocess.SubprocessError):
         return {}
-    try:
-        changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": commit, "changed": "unknown"}
     return {"commit": commit, "changed": [line[3:] for line in changed]}
 
 

@@ -9,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 
 def processor() -> str:
     """The processor's name as Linux tells it, else Python's word for it."""
@@ -64,17 +67,29 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{middle} ({low} - {high})"
 
 
-def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Items a second of every side, one figure a round. A side does its work and says how many
+def figures(first: str, *headings: str, title: str | None = None) -> Table:
+    """A table of figures: the first column to the left, the others to the right."""
+    table = Table(first, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def take_turns(
+    sides: dict[str, Callable[[], int]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Items per second of every side, one figure per round. A side does its work and says how many
     items that was. In each round every side has its turn, so that a busy machine slows all."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():  # what is compiled or cached at first use is not timed
         side()
     for _ in range(rounds):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = clock()
             items = side()
-            rates[name].append(items / (time.perf_counter() - start))
+            rates[name].append(items / (clock() - start))
     return rates
 
 

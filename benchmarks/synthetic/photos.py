@@ -1,12 +1,12 @@
-"""A small labelled set of drawn photos, for a first run where there are no photos.
+"""A small labeled set of synthetic photos, for a first run without photos.
 
     python -m benchmarks.synthetic.photos DST
 
 It writes DST/train/<class>/00000.jpg and DST/val/<class>/00000.jpg.
 
 Ten classes of shape, from branches to waves. Size, pose, colors, surfaces, light and clutter are
-drawn from the same distributions for every class, so only the shape tells. A photo follows from
-(seed, split, class, number) alone. DST/train and DST/val appear only when they are whole.
+drawn from the same distributions for every class, so only the shape tells them apart. A photo
+depends only on (seed, split, class, number). DST/train and DST/val appear when they are complete.
 """
 
 import io
@@ -77,7 +77,7 @@ def _subject(rng: Rng, kind: str, width: int, height: int) -> Shape:
     placed: Shape = []
     for row in range(-reach, reach):
         for column in range(-reach, reach):
-            spot = (column + start[0] + odd * (row % 2), row + start[1]) + rng.uniform(-_STRAY, _STRAY, 2)
+            spot = start + (column + odd * (row % 2), row) + rng.uniform(-_STRAY, _STRAY, 2)
             x, y = turn @ spot * step + (width / 2, height / 2)
             if -radius < x < width + radius and -radius < y < height + radius:
                 placed += _placed(SHAPES[kind](rng), rng, x, y, radius, _TILT)

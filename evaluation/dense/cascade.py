@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import (
     batched_nms,
     box_area,
@@ -23,7 +24,10 @@ from torchvision.ops import (
     roi_align,
 )
 
+from ibeton.evaluation.dense.pyramid import STRIDES
+
 Truth = list[dict[str, Tensor]]
+Sizes = list[tuple[int, int]]
 
 
 class Stage(NamedTuple):
@@ -36,7 +40,6 @@ class Stage(NamedTuple):
 
 
 STAGES = (Stage(0.5, 0.1, 0.2, 1.0), Stage(0.6, 0.05, 0.1, 0.5), Stage(0.7, 0.033, 0.067, 0.25))
-STRIDES = (4, 8, 16, 32)
 SAMPLES, POSITIVE = 512, 0.25  # boxes of an image to learn from, and the share of objects
 GIOU_WEIGHT = 10.0
 SCORE, NMS, DETECTIONS = 0.05, 0.5, 100
@@ -67,18 +70,13 @@ class Sampler:
         return masks[0], masks[1]
 
 
-def pool(maps: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
-    """Features [R, C, side, side] of boxes, each from the map that fits its size (FPN, arXiv
-    1612.03144, equation 1). Unlike torchvision's `MultiScaleRoIAlign`, pixels are aligned."""
-    rows = [torch.full_like(own[:, :1], i) for i, own in enumerate(boxes)]
-    rois = torch.cat([torch.cat(pair, dim=1) for pair in zip(rows, boxes, strict=True)])
-    level = (box_area(rois[:, 1:]).sqrt() / 56 + 1e-6).log2().floor().clamp(0, 3)
-    out = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side, dtype=torch.float32)
-    for i, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
-        own = (level == i).nonzero()[:, 0]
-        part = roi_align(features.float(), rois[own], side, 1 / stride, 0, aligned=True)
-        out = out.index_copy(0, own, part)
-    return out
+class Chosen(NamedTuple):
+    """Boxes of an image to learn from, objects first."""
+
+    boxes: Tensor  # float32 [n, 4]
+    labels: Tensor  # int64 [n], 0 for background
+    objects: Tensor  # int64 [m], which object each of the first m boxes is
+    given: Tensor  # bool [n], whether the box is the truth's own
 
 
 class BoxHead(nn.Module):
@@ -89,9 +87,8 @@ class BoxHead(nn.Module):
         shape = (channels, BOX_SIDE, BOX_SIDE)
         self.convs = FastRCNNConvFCHead(shape, [channels] * 4, [width], nn.BatchNorm2d)
         self.predictor = FastRCNNPredictor(width, 1 + classes)
-        nn.init.normal_(self.predictor.cls_score.weight, std=0.01)
-        nn.init.normal_(self.predictor.bbox_pred.weight, std=0.001)
-        for layer in (self.predictor.cls_score, self.predictor.bbox_pred):
+        for layer, std in ((self.predictor.cls_score, 0.01), (self.predictor.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,123 +112,93 @@ class Cascade(nn.Module):
         self.sampler = Sampler(SAMPLES, POSITIVE)
 
     def losses(
-        self,
-        maps: list[Tensor],
-        proposals: list[Tensor],
-        truth: Truth,
-        sizes: list[tuple[int, int]],
+        self, maps: list[Tensor], proposals: list[Tensor], truth: Truth, sizes: Sizes
     ) -> dict[str, Tensor]:
         """Weighted losses by stage: "class0", "box0", "mask0" and so on."""
         losses = {}
         for i, stage in enumerate(STAGES):
-            boxes, labels, matched, own = self.sample(proposals, truth, stage.iou, i)
+            chosen = self.choose(proposals, truth, i)
+            boxes, labels = [c.boxes for c in chosen], torch.cat([c.labels for c in chosen])
             logits, deltas = self.boxes[i](pool(maps, boxes, BOX_SIDE))
-            every, of = torch.cat(boxes), torch.cat(labels)
-            positive = of > 0
-            targets = torch.cat([t["boxes"][m] for t, m in zip(truth, matched, strict=True)])
-            moved = decode(deltas[positive, of[positive]], every[positive], stage)
-            giou = generalized_box_iou_loss(moved, targets, reduction="sum")
-            samples, objects = over_ranks(len(of), of.device), over_ranks(len(targets), of.device)
-            entropy = F.cross_entropy(logits, of, reduction="sum")
-            mask = self.mask_loss(i, maps, boxes, labels, matched, truth)
+            positive = labels > 0
+            own = torch.cat([t["boxes"][c.objects] for t, c in zip(truth, chosen, strict=True)])
+            moved = decode(deltas[positive, labels[positive]], torch.cat(boxes)[positive], stage)
+            giou = generalized_box_iou_loss(moved, own, reduction="sum")
+            entropy = F.cross_entropy(logits, labels, reduction="sum")
+            samples, objects = (over_ranks(len(x), x.device) for x in (labels, own))
             losses[f"class{i}"] = stage.weight * entropy / samples
             losses[f"box{i}"] = stage.weight * GIOU_WEIGHT * giou / samples
-            losses[f"mask{i}"] = stage.weight * mask / objects
+            losses[f"mask{i}"] = stage.weight * self.mask_loss(i, maps, chosen, truth) / objects
             # For the next stage: objects by their own class, the rest by the likeliest.
-            with torch.no_grad():
-                by = torch.where(positive, of, 1 + logits[:, 1:].argmax(1))
-                moved = decode(deltas[torch.arange(len(by)), by], every, stage)
-                parts = moved.split([len(b) for b in boxes])
-                proposals = [
-                    clip_boxes_to_image(part[~o], size)
-                    for part, o, size in zip(parts, own, sizes, strict=True)
-                ]
+            by = torch.where(positive, labels, likeliest(logits))
+            refined = refine(deltas, by, boxes, stage, sizes)
+            proposals = [new[~c.given] for new, c in zip(refined, chosen, strict=True)]
         return losses
 
     @torch.no_grad()
-    def sample(
-        self, proposals: list[Tensor], truth: Truth, iou: float, stage: int
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Of each image, boxes to learn from [n, 4], objects first; their labels [n], 0 for
-        background; the object of each of the positives; and which boxes are the truth's own."""
-        out: tuple[list[Tensor], ...] = ([], [], [], [])
-        matcher = Matcher(iou, iou)
+    def choose(self, proposals: list[Tensor], truth: Truth, stage: int) -> list[Chosen]:
+        """What each image has to learn from at a stage: proposals and the objects themselves."""
+        chosen, matcher = [], Matcher(STAGES[stage].iou, STAGES[stage].iou)
         for own, target, draw in zip(proposals, truth, self.sampler.draws, strict=True):
-            boxes, objects = torch.cat([target["boxes"], own]), len(target["boxes"])
+            boxes, count = torch.cat([target["boxes"], own]), len(target["boxes"])
             match = torch.full((len(boxes),), -1, device=boxes.device)
-            if objects:
+            if count:
                 match = matcher(box_iou(target["boxes"], boxes))
-            labels = torch.zeros_like(match)
-            labels[match >= 0] = target["labels"][match[match >= 0]]
-            positive, negative = self.sampler.choose(labels, draw + stage + 1)
-            rows = torch.cat([positive.nonzero()[:, 0], negative.nonzero()[:, 0]])
-            chosen = match[rows]
-            for into, values in zip(
-                out, (boxes[rows], labels[rows], chosen[chosen >= 0], rows < objects), strict=True
-            ):
-                into.append(values)
-        return out  # type: ignore[return-value]
+            labels = F.pad(target["labels"], (0, 1))[match]  # -1, the last one, is background
+            masks = self.sampler.choose(labels, draw + stage + 1)
+            rows = torch.cat([mask.nonzero()[:, 0] for mask in masks])
+            objects = match[rows][labels[rows] > 0]
+            chosen.append(Chosen(boxes[rows], labels[rows], objects, rows < count))
+        return chosen
 
     def mask_loss(
-        self,
-        stage: int,
-        maps: list[Tensor],
-        boxes: list[Tensor],
-        labels: list[Tensor],
-        matched: list[Tensor],
-        truth: Truth,
+        self, stage: int, maps: list[Tensor], chosen: list[Chosen], truth: Truth
     ) -> Tensor:
         """Binary cross-entropy of the masks of objects, each for its own class; its mean over a
         mask's pixels, as a sum over objects."""
-        positives = [b[: len(m)] for b, m in zip(boxes, matched, strict=True)]
-        logits = self.masks[stage](pool(maps, positives, MASK_SIDE)).float()
-        classes = torch.cat([own[: len(m)] for own, m in zip(labels, matched, strict=True)])
-        targets = []
-        for target, match, own in zip(truth, matched, positives, strict=True):
-            if not len(match):
-                continue
-            rois = torch.cat([match[:, None].to(own), own], dim=1)
-            side = 2 * MASK_SIDE
-            pixels = roi_align(target["masks"][:, None].to(own), rois, side, 1.0, 0, aligned=True)
-            targets.append((pixels[:, 0] >= 0.5).to(own))
-        if not len(classes):
-            return logits.sum()  # 0, with a gradient for every rank
-        picked = logits[torch.arange(len(classes), device=classes.device), classes]
-        pixels = picked[0].numel()
-        return (
-            F.binary_cross_entropy_with_logits(picked, torch.cat(targets), reduction="sum") / pixels
-        )
+        boxes = [c.boxes[: len(c.objects)] for c in chosen]
+        logits = self.masks[stage](pool(maps, boxes, MASK_SIDE)).float()
+        masks, labels = ([target[name] for target in truth] for name in ("masks", "labels"))
+        own = [c.objects for c in chosen]
+        return maskrcnn_loss(logits, boxes, masks, labels, own) * len(logits)
 
     def detect(
-        self, maps: list[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes
     ) -> list[dict[str, Tensor]]:
         """Of each image `boxes` [n, 4], `labels` [n], `scores` [n] and `masks` [n, 28, 28], those
         as probabilities within the box. Class logits and masks are means over the stages."""
-        total, boxes = torch.zeros(()), proposals
+        every, boxes = [], proposals
         for i, stage in enumerate(STAGES):
             logits, deltas = self.boxes[i](pool(maps, boxes, BOX_SIDE))
-            total, every, counts = (
-                total.to(logits) + logits,
-                torch.cat(boxes),
-                [len(b) for b in boxes],
-            )
+            every.append(logits)
             if i < len(STAGES) - 1:
-                by = 1 + logits[:, 1:].argmax(1)
-                moved = decode(deltas[torch.arange(len(by)), by], every, stage).split(counts)
-                boxes = [clip_boxes_to_image(m, s) for m, s in zip(moved, sizes, strict=True)]
-        scores = (total / len(STAGES)).softmax(1)[:, 1:].split(counts)  # [n, K]
-        flat = decode(
-            deltas[:, 1:].flatten(0, 1), every.repeat_interleave(deltas.shape[1] - 1, 0), stage
-        )
-        moved = flat.view(len(every), -1, 4).split(counts)
-        found = [best(m, s, z) for m, s, z in zip(moved, scores, sizes, strict=True)]
+                boxes = refine(deltas, likeliest(logits), boxes, stage, sizes)
+        counts = [len(own) for own in boxes]
+        scores = torch.stack(every).mean(0).softmax(1)[:, 1:].split(counts)  # [n, K] of each image
+        classes = deltas.shape[1] - 1
+        by_class = torch.cat(boxes).repeat_interleave(classes, 0)
+        moved = decode(deltas[:, 1:].flatten(0, 1), by_class, stage).unflatten(0, (-1, classes))
+        found = [best(*one) for one in zip(moved.split(counts), scores, sizes, strict=True)]
         pooled = pool(maps, [f["boxes"] for f in found], MASK_SIDE)
-        classes = torch.cat([f["labels"] for f in found])
-        every_mask = torch.stack([head(pooled).float().sigmoid() for head in self.masks]).mean(0)
-        masks = every_mask[torch.arange(len(classes)), classes].split(
-            [len(f["boxes"]) for f in found]
-        )
-        return [{**f, "masks": m} for f, m in zip(found, masks, strict=True)]
+        labels = torch.cat([f["labels"] for f in found])
+        masks = torch.stack([head(pooled).float().sigmoid() for head in self.masks]).mean(0)
+        own = masks[torch.arange(len(labels), device=labels.device), labels]
+        parts = own.split([len(f["boxes"]) for f in found])
+        return [{**f, "masks": m} for f, m in zip(found, parts, strict=True)]
+
+
+def pool(maps: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
+    """Features [R, C, side, side] of boxes, each from the map that fits its size (FPN, arXiv
+    1612.03144, equation 1). Unlike torchvision's `MultiScaleRoIAlign`, pixels are aligned."""
+    rows = [torch.full_like(own[:, :1], i) for i, own in enumerate(boxes)]
+    rois = torch.cat([torch.cat(pair, dim=1) for pair in zip(rows, boxes, strict=True)])
+    level = (box_area(rois[:, 1:]).sqrt() / 56 + 1e-6).log2().floor().clamp(0, 3)
+    out = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side, dtype=torch.float32)
+    for i, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
+        own = (level == i).nonzero()[:, 0]
+        part = roi_align(features.float(), rois[own], side, 1 / stride, aligned=True)
+        out = out.index_copy(0, own, part)
+    return out
 
 
 def over_ranks(count: int, device: torch.device) -> Tensor:
@@ -244,10 +211,25 @@ def over_ranks(count: int, device: torch.device) -> Tensor:
     return total.clamp(min=1)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The classes [R] of the largest logits [R, 1 + K], background aside."""
+    return 1 + logits[:, 1:].argmax(1)
+
+
 def decode(deltas: Tensor, boxes: Tensor, stage: Stage) -> Tensor:
     """Boxes [R, 4] moved by deltas [R, 4]."""
     weights = (1 / stage.center_std,) * 2 + (1 / stage.size_std,) * 2
     return BoxCoder(weights).decode_single(deltas, boxes)
+
+
+@torch.no_grad()
+def refine(
+    deltas: Tensor, classes: Tensor, boxes: list[Tensor], stage: Stage, sizes: Sizes
+) -> list[Tensor]:
+    """The boxes of each image, moved by the deltas [R, 1 + K, 4] of their classes [R]."""
+    own = deltas[torch.arange(len(classes), device=classes.device), classes]
+    moved = decode(own, torch.cat(boxes), stage).split([len(b) for b in boxes])
+    return [clip_boxes_to_image(part, size) for part, size in zip(moved, sizes, strict=True)]
 
 
 def best(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:

@@ -13,11 +13,6 @@ KINDS = {"bbox": "box", "segm": "mask"}
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
-def pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks [n, 28, 28] within boxes -> bool [n, H, W] of an image of `size`."""
-    return paste_masks_in_image(masks[:, None].float(), boxes.float(), size)[:, 0] >= 0.5
-
-
 def results(photos: CocoPhotos, index: int, found: dict[str, Tensor]) -> list[dict[str, Any]]:
     """COCO's records of what was found in a photo, boxes and bool masks [n, H, W] in its pixels."""
     from faster_coco_eval import mask
@@ -64,4 +59,5 @@ def to_photo(
     """Detections in an image of size `scaled`, in the photo's own pixels and with whole masks."""
     ratio = torch.tensor([size[1] / scaled[1], size[0] / scaled[0]]).repeat(2)
     boxes = found["boxes"].cpu() * ratio
-    return {**found, "boxes": boxes, "masks": pasted(found["masks"].cpu(), boxes, size)}
+    masks = paste_masks_in_image(found["masks"].cpu()[:, None].float(), boxes.float(), size)[:, 0]
+    return {**found, "boxes": boxes, "masks": masks >= 0.5}

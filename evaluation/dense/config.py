@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.options import Parser, add_options, fill, flag, option
-
-PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 
 
 @dataclass

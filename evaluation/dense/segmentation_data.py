@@ -9,7 +9,6 @@ objectInfo150.txt. Inside, classes count from 0 and IGNORED marks pixels without
 """
 
 import json
-from colorsys import hsv_to_rgb
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ibeton.pipeline.store.decode import UnreadablePhoto, load_photo, to_rgb
+from ibeton.evaluation.dense.photos import fitted, normalized, opened, read_photo
 
 IGNORED = 255
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MOST_OF_ONE = 0.75  # a crop with a larger share of one class is drawn again, at most ten times
 _FOLDERS = {"train": ("training", "train"), "val": ("validation", "val")}
 
@@ -57,23 +55,16 @@ class LabeledPhotos:
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """uint8 [3, H, W] and classes uint8 [H, W]. Raises ValueError that names the file."""
-        photo, where = self.images / self.names[index], self._map(self.names[index])
-        try:
-            image = np.array(to_rgb(load_photo(photo.read_bytes())))
-        except UnreadablePhoto as reason:
-            raise ValueError(f"{photo} cannot be read: {reason}") from reason
-        try:
-            stored = load_photo(where.read_bytes())
-        except UnreadablePhoto as reason:
-            raise ValueError(f"{where} cannot be read: {reason}") from reason
+        image, where = read_photo(self.images / self.names[index]), self._map(self.names[index])
+        stored, (height, width) = opened(where), image.shape[1:]
         if stored.mode not in ("L", "P", "1"):
             raise ValueError(
                 f"{where} is a {stored.mode} image: a label map is gray or has a palette"
             )
-        if stored.size != (image.shape[1], image.shape[0]):
+        if stored.size != (width, height):
             raise ValueError(
-                f"{where} has {stored.width} x {stored.height} pixels and its photo"
-                f" {image.shape[1]} x {image.shape[0]}"
+                f"{where} has {stored.width} x {stored.height} pixels and its photo {width} x"
+                f" {height}"
             )
         labels = np.array(stored, dtype=np.uint8)
         if not self.zero_is_class:
@@ -85,7 +76,7 @@ class LabeledPhotos:
                 f"{where} holds label {named.max() + first}, and the {len(self.classes)} classes of"
                 f" {self.root} are {first} to {len(self.classes) - 1 + first}"
             )
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels)
+        return image, torch.from_numpy(labels)
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -106,17 +97,6 @@ def class_names(root: str | Path) -> list[str]:
     )
 
 
-def fitted(height: int, width: int, short: float, long: float) -> list[int]:
-    """The largest size of the same shape with sides of at most `short` and `long`."""
-    scale = min(long / max(height, width), short / min(height, width))
-    return [max(1, int(side * scale + 0.5)) for side in (height, width)]
-
-
-def normalized(image: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32, by ImageNet's mean and deviation."""
-    return F.normalize(image.float() / 255, list(MEAN), list(STD))
-
-
 # The published one adds to brightness where ColorJitter multiplies; 18 of OpenCV's 180 hues: 0.1.
 def _sometimes(**what: float) -> v2.Transform:
     return v2.RandomApply([v2.ColorJitter(**what)], p=0.5)  # type: ignore[arg-type]
@@ -132,7 +112,7 @@ DISTORT = v2.Compose(
 )
 
 
-def training_view(image: Tensor, labels: Tensor, crop: int, short: int) -> tuple[Tensor, Tensor]:
+def training_view(crop: int, short: int, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The published view: resize by 0.5 to 2, crop, flip, distort colors; float32 [3, crop, crop]
     and int64 [crop, crop]. Draws from torch's generator."""
     ratio = float(torch.empty(()).uniform_(0.5, 2.0))
@@ -154,10 +134,3 @@ def training_view(image: Tensor, labels: Tensor, crop: int, short: int) -> tuple
     padding = [0, 0, right, below]
     image = F.pad(normalized(DISTORT(image)), padding)
     return image, F.pad(labels[None], padding, fill=IGNORED)[0].long()
-
-
-def palette(count: int) -> np.ndarray:
-    """A color for each class, uint8 [count + 1, 3], the last one black for unlabeled pixels:
-    hues a golden section apart, in three strengths."""
-    colors = [hsv_to_rgb(i * 0.618034 % 1, 0.75, (1.0, 0.75, 0.5)[i % 3]) for i in range(count)]
-    return (255 * np.array([*colors, (0, 0, 0)])).round().astype(np.uint8)

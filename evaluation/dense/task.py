@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ibeton.evaluation.dense.config import DenseConfig
+from ibeton.evaluation.trainable import trainable_backbone
 from ibeton.model.checkpoint import load_backbone
 from ibeton.model.config import ModelConfig
-from ibeton.model.ibot import build_backbone
 from ibeton.options import fill
 from ibeton.progress import progress
 
@@ -43,12 +43,23 @@ class BadSample(str):
     """Why a sample cannot be used, in a sentence that names its file."""
 
 
-class Samples(Dataset):
-    """`read(index, seed)` as a data set for workers: the random state of a sample is its own, and
-    what is wrong with a file arrives as a `BadSample`, without the worker's traceback."""
+class Photos(Protocol):
+    """What a task trains on; `names` are the files'."""
 
-    def __init__(self, read: Callable[[int], Any], seed: int) -> None:
-        self.read, self.seed = read, seed
+    names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """A photo and its truth. Raises ValueError or OSError that names the file."""
+
+
+class Samples(Dataset):
+    """Views of photos as a data set for workers: the random state of a sample is its own, and what
+    is wrong with a file arrives as a `BadSample`, without the worker's traceback."""
+
+    def __init__(self, photos: Photos, view: Callable[[Any, Any], Any], seed: int) -> None:
+        self.photos, self.view, self.seed = photos, view, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, draw = key
@@ -56,7 +67,7 @@ class Samples(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(entropy))
             try:
-                return self.read(index)
+                return self.view(*self.photos.read(index))
             except (ValueError, OSError) as error:
                 return BadSample(error)
 
@@ -79,13 +90,13 @@ def keys(
 
 class Task(ABC):
     """A dense task to train. `model(batch)` gives named losses, of which "loss" is minimized, and
-    `model.pyramid.backbone` is the backbone; `read(index)` gives a sample, in worker processes,
-    drawing from torch's generator; `names` are those of the photos, `steps` the length."""
+    `model.pyramid.backbone` is the backbone; `view(photo, truth)` gives a sample, in worker
+    processes, drawing from torch's generator; `steps` is the length."""
 
     model: Any
     backbone_config: dict[str, Any]
-    names: Sequence[str]
-    read: Callable[[int], Any]
+    photos: Photos
+    view: Callable[[Any, Any], Any]
     steps: int
 
     @abstractmethod
@@ -118,21 +129,13 @@ def watched(place: Place, photos: int) -> Iterator[int]:
             advance(1)
 
 
-def spread(photos: int, count: int) -> list[int]:
-    """`count` photos at equal distances."""
-    count = min(count, photos)
-    return [(2 * i + 1) * photos // (2 * count) for i in range(count)]
-
-
 def load_trunk(config: DenseConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone to train, with stochastic depth, and its run's settings. Raises as
     `load_backbone`."""
     trained, settings = load_backbone(config.checkpoint, config.network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        wanted = fill(ModelConfig, {**settings, "drop_path": config.drop_path})
-        backbone = build_backbone(wanted, is_student=True)
-    backbone.masked_embed = None
+        backbone = trainable_backbone(fill(ModelConfig, settings), config.drop_path)
     fc_norm = getattr(backbone, "fc_norm", None)
     if fc_norm is not None:  # of the class output alone
         fc_norm.requires_grad_(False)

@@ -28,7 +28,7 @@ from ibeton.evaluation.dense.task import (
     keys,
     parameter_groups,
 )
-from ibeton.options import flag
+from ibeton.evaluation.trainable import changed, precision_on, seed_all
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import (
@@ -41,7 +41,6 @@ from ibeton.training.log.run_log import RunLog
 from ibeton.training.run_folder import RunFolder, identity, new_identity
 
 Settings = TypeVar("Settings", bound=DenseConfig)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 # Settings that may change when a run resumes: they do not change what is computed.
 _FREE = {
     *("output_dir", "resume", "device", "workers", "save_steps", "log_steps", "eval_every"),
@@ -54,16 +53,11 @@ class Training:
 
     def __init__(self, task: Task, config: DenseConfig, place: Place) -> None:
         self.task, self.config, self.place, self.step = task, config, place, 0
-        precision = config.precision
-        if precision == "auto":
-            precision = "fp16" if place.device.type == "cuda" else "fp32"
-        if precision == "fp16" and place.device.type == "cpu":
-            raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+        precision, self.dtype = precision_on(place.device, config.precision)
         if config.batch_size % place.world_size:
             raise ValueError(
                 f"--batch-size {config.batch_size} does not divide by {place.world_size} processes"
             )
-        self.dtype = DTYPES[precision]
         self.model = task.model.to(place.device)
         groups = parameter_groups(self.model, config.weight_decay, config.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0)
@@ -83,8 +77,7 @@ class Training:
 
     def train_step(self, batch: Any) -> dict[str, Tensor]:
         """One step on this rank's batch; its named losses, on the device."""
-        entropy = np.random.SeedSequence([self.config.seed, self.step, self.place.rank])
-        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))  # dropout, drop path
+        seed_all(self.config.seed, self.step, self.place.rank)  # dropout, stochastic depth
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
         device = self.place.device
@@ -116,9 +109,9 @@ class Training:
         config, workers = self.config, self.config.workers
         ahead = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"} if workers else {}
         return DataLoader(
-            Samples(self.task.read, config.seed),
+            Samples(self.task.photos, self.task.view, config.seed),
             batch_sampler=keys(
-                *(len(self.task.names), config.batch_size, config.seed),
+                *(len(self.task.photos), config.batch_size, config.seed),
                 *(self.step, self.task.steps, self.place),
             ),  # type: ignore[arg-type]
             num_workers=workers,
@@ -142,7 +135,7 @@ class Training:
         }
 
     def digest(self) -> str:
-        return hashlib.sha256("\n".join(map(str, self.task.names)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.task.photos.names).encode()).hexdigest()
 
     def resume(self) -> str:
         """Continue from the newest checkpoint of --output-dir where --resume auto asks for it; a
@@ -161,16 +154,11 @@ class Training:
         path, content, damaged = found
         if "dense" not in content:
             raise ValueError(f"{path} is not of this command: give another --output-dir")
-        now = dataclasses.asdict(self.config)
-        changed = [
-            f"{flag(name)} {old} (now {now.get(name)})"
-            for name, old in content["dense"].items()
-            if name not in _FREE and now.get(name) != (tuple(old) if isinstance(old, list) else old)
-        ]
-        if changed or content["photos"] != self.digest():
-            what = ", ".join(changed) or "other photos in --data"
+        other = changed(content["dense"], dataclasses.asdict(self.config), _FREE)
+        if other or content["photos"] != self.digest():
             raise ValueError(
-                f"{path} was trained with {what}: give the same, or another --output-dir"
+                f"{path} is of a run with other settings or photos"
+                f" ({other or 'the photos in --data'}): give the same, or another --output-dir"
             )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -198,7 +186,7 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
             raise ValueError(str(batch))
         losses = run.train_step(batch)
         if run.step % config.log_steps == 0 or run.step == last:
-            record = {name: loss.item() for name, loss in losses.items()}
+            record = over_ranks(losses, run.place.world_size)
             if not np.isfinite(record["loss"]) and not run.scaler.is_enabled():
                 raise RunError(f"the loss is {record['loss']} at step {run.step}: lower --lr")
             per_s = (run.step - first) * config.batch_size / (time.monotonic() - started)
@@ -214,6 +202,14 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
         if config.eval_every and run.step % config.eval_every == 0 and run.step < last:
             report(run.evaluate(), run.step, log)
     return True
+
+
+def over_ranks(losses: dict[str, Tensor], world_size: int) -> dict[str, float]:
+    """Means over all ranks, which must all call."""
+    values = torch.stack(list(losses.values()))
+    if world_size > 1:
+        dist.all_reduce(values)
+    return dict(zip(losses, (values / world_size).tolist(), strict=True))
 
 
 def save(run: Training) -> None:
@@ -250,7 +246,7 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             seen = identity(out)
             note = run.resume()
             if place.rank == 0:
-                per_epoch = max(1, len(run.task.names) // config.batch_size)
+                per_epoch = max(1, len(run.task.photos) // config.batch_size)
                 begins = {"step": run.step, "processes": place.world_size}
                 begins["steps_per_epoch"] = per_epoch
                 settings = dataclasses.asdict(config)
@@ -291,7 +287,7 @@ def describe(run: Training) -> str:
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     config = run.config
     return (
-        f"{len(run.task.names):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
+        f"{len(run.task.photos):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
         f" {run.place.world_size} process(es) on {run.place.device}, {run.dtype or 'fp32'};"
         f" {trained / 1e6:.1f} M parameters train, lr {config.lr:g}, layer decay"
         f" {config.layer_decay:g}"

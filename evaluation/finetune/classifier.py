@@ -1,16 +1,15 @@
 """A backbone with a linear classifier on its class token, and how both are read back."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ibeton.evaluation.trainable import trainable_backbone
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.model.checkpoint.files import backbone_state, check_tensors
 from ibeton.model.config import ModelConfig
-from ibeton.model.ibot import build_backbone
 from ibeton.options import fill
 
 INIT_STD = 0.02
@@ -85,7 +84,7 @@ def build_classifier(
     weights = backbone_state(content, network, path)
     weights.pop("masked_embed", None)
     settings = fill(ModelConfig, content["config"])
-    backbone = _backbone(settings, drop_path, checkpoint_blocks)
+    backbone = trainable_backbone(settings, drop_path, checkpoint_blocks)
     check_tensors(f"{path}: backbone of {settings.arch}", weights, backbone.state_dict())
     first = {k: content[network].get(f"head.mlp.0.{k}") for k in ("weight", "bias")}
     if projection and first["weight"] is None:
@@ -100,16 +99,6 @@ def build_classifier(
         if classifier.neck is not None:
             classifier.neck[0].load_state_dict(first)
     return classifier
-
-
-def _backbone(settings: ModelConfig, drop_path: float, checkpoint_blocks: bool) -> nn.Module:
-    """A backbone with stochastic depth and without a mask token."""
-    settings = dataclasses.replace(
-        settings, drop_path=drop_path, checkpoint_blocks=checkpoint_blocks
-    )
-    backbone = build_backbone(settings, is_student=True)
-    backbone.masked_embed = None
-    return backbone
 
 
 def classifier_state(classifier: Classifier) -> dict[str, dict[str, Tensor]]:
@@ -142,7 +131,7 @@ def load_classifier(
             raise ValueError(f"{path} holds no moving average: it was trained without --ema")
         state = content["ema"]
     hidden = state["neck.0.weight"].shape[0] if "neck.0.weight" in state else 0
-    backbone = _backbone(fill(ModelConfig, content["config"]), 0.0, False)
+    backbone = trainable_backbone(fill(ModelConfig, content["config"]), 0.0)
     classifier = Classifier(backbone, len(content["classes"]), hidden)
     check_tensors(f"{path}: classifier", state, classifier.state_dict())
     classifier.load_state_dict(state)

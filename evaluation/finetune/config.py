@@ -9,11 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.options import Parser, add_options, fill, flag, option
 
 RECIPES = ("imagenet", "semi", "transfer")
 DATASETS = ("cifar10", "cifar100", "flowers", "cars", "inat18", "inat19")
-PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 # ImageNet-1K fine-tuning by architecture: what differs from the defaults, which are ViT-S's.

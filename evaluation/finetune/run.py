@@ -21,10 +21,10 @@ from ibeton.evaluation.finetune.datasets import open_dataset
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.score import CenterViews
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
-from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule, seed_all
+from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
+from ibeton.evaluation.trainable import changed, precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
-from ibeton.options import flag
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
@@ -32,7 +32,6 @@ from ibeton.training.run import fingerprint
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
 BEST = "best.pt"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 # Settings that may change on the way: they do not change what is computed.
 _FREE = {
     *("output_dir", "resume", "stop_after", "max_hours", "sweep", "checkpoint", "device"),
@@ -89,7 +88,7 @@ class FinetuneRun:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return DTYPES[self.precision]
+        return precision_on(self.here.device, self.precision)[1]
 
     def best(self) -> dict[str, float]:
         """The entry of `scores` with the highest top-1, the first of several; {} without any."""
@@ -101,11 +100,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
     ValueError or FileNotFoundError, with a sentence for the user, before anything is written."""
     device, rank, world_size = here.device, here.rank, here.world_size
     own, group = config.shares(world_size)
-    precision = config.precision
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    precision = precision_on(device, config.precision)[0]
     size = config.image_size or int(content["config"]["image_size"])
     patch = int(content["config"]["patch_size"])
     if size % patch:
@@ -233,9 +228,9 @@ def _resume(run: FinetuneRun) -> None:
     path = _newest(run) if resuming else None
     run.name = run.seen or new_identity()
     if path is None:
-        if run.seen and (changed := _changed(read_config(run.folder), resolved(run.config))):
+        if run.seen and (other := _changed(run, read_config(run.folder))):
             raise ValueError(
-                f"{run.folder} holds a run of other settings ({changed}): give another --output-dir"
+                f"{run.folder} holds a run of other settings ({other}): give another --output-dir"
             )
         return
     content = load_checkpoint(path)
@@ -263,9 +258,9 @@ def _newest(run: FinetuneRun) -> Path | None:
 def _check_same(run: FinetuneRun, path: Path, content: dict[str, Any]) -> None:
     if "classifier" not in content or "optimizer" not in content:
         raise ValueError(f"{path} is no checkpoint of fine-tuning: give another --output-dir")
-    if changed := _changed(content["finetune"], resolved(run.config)):
+    if other := _changed(run, content["finetune"]):
         raise ValueError(
-            f"checkpoint {path} is of a run with other settings ({changed}): give the same, or"
+            f"checkpoint {path} is of a run with other settings ({other}): give the same, or"
             " another --output-dir"
         )
     if content["config"] != run.backbone_config:
@@ -279,16 +274,7 @@ def _check_same(run: FinetuneRun, path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ and matter, as "--name old is now new"; empty where none does."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return ", ".join(
-        f"{flag(name)} {before.get(name)} is now {value}"
-        for name, value in now.items()
-        if name not in _FREE
-        and not (name == "image_size" and not value)
-        and plain(before.get(name)) != plain(value)
-    )
+def _changed(run: FinetuneRun, before: dict[str, Any]) -> str:
+    """The settings of another start of the run that differ and matter, see `changed`."""
+    free = _FREE if run.config.image_size else {*_FREE, "image_size"}
+    return changed(before, resolved(run.config), free)

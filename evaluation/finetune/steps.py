@@ -5,12 +5,10 @@ group of `mix_images` share what timm draws per batch, from (seed, step, group):
 and parts of a batch, draw what one would.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +17,7 @@ from ibeton.evaluation.finetune.classifier import Classifier
 from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.frozen.features import normalized
+from ibeton.evaluation.trainable import seed_all
 from ibeton.stages import stage
 
 
@@ -82,14 +81,6 @@ class Mixer:
         if self._mix is not None:
             return self._mix(x, labels)
         return x, self._target(labels, self._classes, 1.0, self._smoothing)
-
-
-def seed_all(*entropy: int) -> None:
-    """Seed the generators that timm and stochastic depth draw from, by these numbers alone."""
-    seeds = np.random.SeedSequence(entropy).generate_state(3, np.uint64)
-    random.seed(int(seeds[0]))
-    np.random.seed(int(seeds[1]) % 2**32)  # noqa: NPY002 - timm's mixup draws from this one
-    torch.manual_seed(int(seeds[2]))
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

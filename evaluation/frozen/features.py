@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.evaluation.trainable import precision_on
 from ibeton.model.head import IBOTHead
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ BLOCKS = 4
 GEM_POWER = 4.0
 GEM_LEAST = 1e-6  # what tokens are raised to before the power
 PARTS = (1, 7, 14, 56, 112, 196)  # published k; 196 is all patches at 224 pixels
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-_DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,8 @@ class Extraction:
     precision: str = "fp32"
 
     def dtype(self) -> torch.dtype | None:
-        """What autocast computes in; None for plain float32. Raises ValueError for fp16 on a CPU,
-        or another word."""
-        on_cpu = torch.device(self.device).type == "cpu"
-        name = self.precision
-        if name == "auto":
-            name = "fp32" if on_cpu else "fp16"
-        if name not in _DTYPES:
-            raise ValueError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
-        if name == "fp16" and on_cpu:
-            raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
-        return _DTYPES[name]
+        """What autocast computes in; None for plain float32. Raises as `precision_on`."""
+        return precision_on(self.device, self.precision)[1]
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = self.dtype()

@@ -4,7 +4,7 @@ In shapes: B images, S their side in pixels, h x w patches of an image.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def enlargement(size: int) -> int:
     return max(1, -(-LOOK // size))
 
 
-def spread(photos: PhotoSet, count: int) -> list[int]:
+def spread(photos: Sized, count: int) -> list[int]:
     """`count` photos at equal distances over the set, from the middle of each part."""
     count = min(count, len(photos))
     return [(2 * i + 1) * len(photos) // (2 * count) for i in range(count)]

@@ -1,4 +1,5 @@
-"""The loaders by name, and all that the rest of the program needs to know of each.
+"""The loaders by name, all that the rest of the program needs to know of each, and which of them a
+configuration gets.
 
 A new loader is one entry in LOADERS and one file beside this one. Nothing here imports torch or
 numba before a loader is built: the doctor asks which loaders can run.
@@ -7,40 +8,70 @@ numba before a loader is built: the doctor asks which loaders can run.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ibeton.workers import cores
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
-    from ibeton.pipeline.loaders.context import Cutter, LoaderContext
-    from ibeton.pipeline.sampling.draws import ViewSpec
+    from ibeton.pipeline.config import PipelineConfig
+    from ibeton.pipeline.loaders.context import Cutter, LoaderContext, PhotoSource
+    from ibeton.pipeline.loaders.gpu_decode import GpuDecoding
     from ibeton.pipeline.store.photos import Photos
 
 INSTALL_TURBOJPEG = "sudo apt-get install libturbojpeg0"
 INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
+# --decode ("auto" or "gpu"), photos, the GPU, workers -> the GPU's part, if any, and the reason
+ShareDecoding = Callable[[str, "Photos", "torch.device", int], "tuple[GpuDecoding | None, str]"]
 
 
 @dataclass(frozen=True)
 class LoaderKind:
     """One way from photos to views.
 
-    build: makes it; `context.device` says where views are cut.
-    problem: why it cannot run here, and what to install; empty where it can.
+    crops: makes it with views cut on the CPU.
+    pixels: makes what decodes photos for croppers on a GPU; None if it cuts on the CPU only.
+    problem: why it cannot run here, and what to install; empty if it can.
     decode: one photo to uint8 [H, W, 3] as this loader does it, to be timed.
-    cut: all views of such a photo on the CPU, likewise: photo, draws, views, count of global ones.
+    decode_rate, crop_rate: photos/s of one core, decoded, and cut into 2 x 224 + 10 x 96 views on
+    the CPU as well (docs/results.md); 0 if not measured.
     """
 
     name: str
     about: str
-    build: "Callable[[LoaderContext], Cutter]"
+    crops: "Callable[[LoaderContext], Cutter]"
+    pixels: "Callable[[LoaderContext], PhotoSource] | None"
     problem: Callable[[], str]
     decode: "Callable[[Photos, int], np.ndarray]"
-    cut: "Callable[[np.ndarray, np.ndarray, list[ViewSpec], int], None]"
+    decode_rate: float = 0.0
+    crop_rate: float = 0.0
     reads_folders: bool = True  # or .beton files alone
-    cuts_on_gpu: bool = True  # where there is one
-    decodes_on_gpu: bool = False  # where it cuts there; `decode` then says nothing of its speed
+    decodes_on_gpu: bool = False  # if it cuts there
+    share_decoding: ShareDecoding | None = None  # with a GPU, as --decode says
     worker_processes: bool = False  # which need shared memory, and to be shielded from signals
     faster: str = ""  # what to use in its place, to be faster
+
+    def build(self, context: "LoaderContext") -> "Cutter":
+        """The loader, which cuts on `context.device`."""
+        if context.device.type == "cpu" or self.pixels is None:
+            return self.crops(context)
+        from ibeton.pipeline.loaders.gpu_stream import GpuCrops
+
+        return GpuCrops(context, self.pixels(context))
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A class of a module beside this one, which is imported when the class is called."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"ibeton.pipeline.loaders.{module}"), name)(
+            *arguments
+        )
+
+    return call
 
 
 def turbojpeg_problem() -> str:
@@ -68,30 +99,18 @@ def dali_problem() -> str:
     return ""
 
 
-def _build_ffcv(context: "LoaderContext") -> "Cutter":
-    from ibeton.pipeline.loaders.ffcv import FfcvCrops, FfcvPixels
+def _share_with_nvjpeg(
+    wish: str, photos: "Photos", device: "torch.device", workers: int
+) -> "tuple[GpuDecoding | None, str]":
+    from ibeton.pipeline.loaders.gpu_decode import NvJpeg, choose_decoding, nvjpeg_problem
+    from ibeton.pipeline.store.beton import BetonReader
 
-    if context.device.type == "cpu":
-        return FfcvCrops(context)
-    from ibeton.pipeline.loaders.gpu_stream import GpuCrops
-
-    return GpuCrops(context, FfcvPixels(context, pinned=True))
-
-
-def _build_dali(context: "LoaderContext") -> "Cutter":
-    from ibeton.pipeline.loaders.dali import DaliCrops, DaliPixels
-
-    if context.device.type == "cpu":
-        return DaliCrops(context)
-    from ibeton.pipeline.loaders.gpu_stream import GpuCrops
-
-    return GpuCrops(context, DaliPixels(context))
-
-
-def _build_pil(context: "LoaderContext") -> "Cutter":
-    from ibeton.pipeline.loaders.pil import PilCrops
-
-    return PilCrops(context)
+    assert isinstance(photos, BetonReader)
+    if problem := nvjpeg_problem(device):
+        if wish == "gpu":
+            raise ValueError(f"--decode gpu {problem}")
+        return None, ""
+    return choose_decoding(wish, photos, NvJpeg(device), workers)
 
 
 def _decode_by_turbojpeg(photos: "Photos", index: int) -> "np.ndarray":
@@ -108,59 +127,112 @@ def _decode_by_pillow(photos: "Photos", index: int) -> "np.ndarray":
     return photos.pixels(index)
 
 
-def _cut_compiled(
-    photo: "np.ndarray", draws: "np.ndarray", views: "list[ViewSpec]", global_views: int
-) -> None:
-    import numpy as np
-
-    from ibeton.pipeline.crops.cpu import cut_views
-    from ibeton.pipeline.sampling.draws import stack_shape
-
-    stacks = (views[:global_views], views[global_views:])
-    cut_views(photo, draws, *(np.empty(stack_shape(some), np.uint8) for some in stacks))
-
-
-def _cut_by_pillow(
-    photo: "np.ndarray", draws: "np.ndarray", views: "list[ViewSpec]", global_views: int
-) -> None:
-    from PIL import Image
-
-    from ibeton.pipeline.crops.reference import cut_views_reference
-
-    cut_views_reference(Image.fromarray(photo), draws, [view.size for view in views])
-
-
 LOADERS = {
     kind.name: kind
     for kind in (
         LoaderKind(
             name="ffcv",
             about=".beton files only",
-            build=_build_ffcv,
+            crops=_later("ffcv", "FfcvCrops"),
+            pixels=_later("ffcv", "FfcvPixels"),
             problem=turbojpeg_problem,
             decode=_decode_by_turbojpeg,
-            cut=_cut_compiled,
+            decode_rate=572,
+            crop_rate=197,
+            share_decoding=_share_with_nvjpeg,
             reads_folders=False,
         ),
         LoaderKind(
             name="dali",
             about="NVIDIA's decoders",
-            build=_build_dali,
+            crops=_later("dali", "DaliCrops"),
+            pixels=_later("dali", "DaliPixels"),
             problem=dali_problem,
             decode=_decode_by_pillow,
-            cut=_cut_compiled,
             decodes_on_gpu=True,
         ),
         LoaderKind(
             name="pil",
             about="the published recipe",
-            build=_build_pil,
+            crops=_later("pil", "PilCrops"),
+            pixels=None,
             problem=lambda: "",
             decode=_decode_by_pillow,
-            cut=_cut_by_pillow,
-            cuts_on_gpu=False,
+            decode_rate=410,
+            crop_rate=33,
             worker_processes=True,
             faster="a .beton file and --loader ffcv",
         ),
     )
 }
+RECIPE = "pil"  # what others are compared with
+
+
+def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[LoaderKind, str]:
+    """The loader for `config` and why, in one line.
+
+    Without --loader: ffcv for .beton files; where its library is missing, dali on CUDA devices; pil
+    for the rest. Raises ValueError where the loader that --loader names cannot run.
+    """
+    if config.loader in LOADERS:
+        return _asked_for(config, LOADERS[config.loader])
+    ffcv, dali, pil = (LOADERS[name] for name in ("ffcv", "dali", "pil"))
+    problem = ffcv.problem()
+    if problem and device.type == "cuda" and not dali.problem():
+        by = "by nvJPEG" if choose_crops(config, dali, device) == "gpu" else "on the CPU"
+        return dali, f"dali: each photo is decoded once, {by}; {problem}"
+    if _folders(config):
+        return pil, f"pil, the slowest, as the photos are not in a .beton file; {_faster(config)}"
+    if problem:
+        return pil, f"pil, slower than ffcv: {problem}"
+    where = choose_crops(config, ffcv, device).upper()
+    return ffcv, f"ffcv: each photo is decoded once, views are cut on the {where}"
+
+
+def _asked_for(config: "PipelineConfig", kind: LoaderKind) -> tuple[LoaderKind, str]:
+    if not kind.reads_folders and _folders(config):
+        raise ValueError(f"--loader {kind.name} reads .beton files only; {_faster(config)}")
+    if problem := kind.problem():
+        raise ValueError(f"--loader {kind.name}: {problem}")
+    return kind, f"{kind.name}, by --loader"
+
+
+def _faster(config: "PipelineConfig") -> str:
+    return f"to make one: python -m pipeline.convert {_folders(config)[0]} photos.beton"
+
+
+def _folders(config: "PipelineConfig") -> list[str]:
+    """The sources that are not .beton files."""
+    return [path for path in config.data if Path(path).suffix != ".beton"]
+
+
+def choose_crops(config: "PipelineConfig", kind: LoaderKind, device: "torch.device") -> str:
+    """Where a loader cuts views: "gpu" or "cpu". Raises ValueError where --crops-on gpu is asked
+    for and impossible."""
+    able = device.type == "cuda" and kind.pixels is not None
+    if config.crops_on == "gpu" and not able:
+        why = f"the device is {device.type}"
+        if kind.pixels is None:
+            why = f"the {kind.name} loader cuts on the CPU"
+        raise ValueError(f"--crops-on gpu: {why}")
+    return "gpu" if able and config.crops_on != "cpu" else "cpu"
+
+
+def choose_decoding(
+    config: "PipelineConfig", kind: LoaderKind, photos: "Photos", device: "torch.device"
+) -> "tuple[GpuDecoding | None, str]":
+    """The GPU's part in decoding, if any, and the reason in one line, empty if nothing was chosen.
+    Raises ValueError if --decode gpu is impossible."""
+    on_gpu = choose_crops(config, kind, device) == "gpu"
+    if config.decode == "cpu" or (kind.decodes_on_gpu and on_gpu):
+        return None, ""
+    if kind.share_decoding is not None and on_gpu:
+        return kind.share_decoding(config.decode, photos, device, config.workers or cores())
+    if config.decode == "gpu":
+        why = "needs views cut on the GPU: leave out --crops-on cpu"
+        if device.type != "cuda":
+            why = "needs an NVIDIA GPU and a CUDA build of torch; use --decode cpu"
+        elif kind.pixels is None:
+            why = f"is not possible with the {kind.name} loader; use {kind.faster}"
+        raise ValueError(f"--decode gpu {why}")
+    return None, ""

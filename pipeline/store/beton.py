@@ -58,7 +58,8 @@ class BetonReader:
 
     labels: int64 [n], -1 where unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or
     RAW. pointers, sizes: uint64 [n], where the stored bytes begin and how many there are. files:
-    int32 [n], the descriptor of the file that holds them. classes: names from the JSON beside the file, or [].
+    int32 [n], the descriptor of the file that holds them. classes: names from the JSON beside the
+    file, or [].
 
     The file is read by `pread`, not mapped into memory: a file that is cut short while it is in use
     gives an error where a mapped one would kill the process (SIGBUS).

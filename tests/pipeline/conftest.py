@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_photos import camera_photos, hard_photos
 from smooth_photos import smooth_photo
 
 from ibeton.benchmarks.harness.interpreter import adapt_interpreter
@@ -40,6 +41,19 @@ def raw_beton(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("raw") / "photos.beton"
     convert(photo_folder, path, ConvertOptions(write_mode="raw", workers=1))
     return path
+
+
+@pytest.fixture(scope="session")
+def hard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A folder of corner cases, and what a loader owes for each file: see made_photos."""
+    folder = tmp_path_factory.mktemp("hard")
+    return folder, hard_photos(folder)
+
+
+@pytest.fixture(scope="session")
+def camera(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """30 JPEGs like a camera's."""
+    return camera_photos(tmp_path_factory.mktemp("camera"), 30)
 
 
 @pytest.fixture

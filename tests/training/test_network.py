@@ -12,22 +12,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from slurm import ROOT, end, srun_words, start, wait_for
+from small_runs import SMALL_MODEL, SMALL_RUN, noise_beton
 
-from ibeton.pipeline.convert.converter import ConvertOptions, convert
 from ibeton.training.health.watchdog import HUNG
 
 NET = "10.83.7"
-SMALL = shlex.split(
-    "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --image-size 32"
-    " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --global-batch-size 8"
-    " --out-dim 64 --hidden-dim 32 --bottleneck-dim 16 --warmup-epochs 1 --epochs 40"
-    " --warmup-teacher-temp-epochs 1 --log-steps 1 --workers 1 --device cpu --resume auto"
-    " --save-steps 5 --lost-after 8 --stall-after 600 --drop-path 0"
-)
+SMALL = [*SMALL_MODEL, *SMALL_RUN, "--global-batch-size", "8", "--epochs", "40"]
+SMALL += shlex.split("--resume auto --save-steps 5 --lost-after 8 --stall-after 600 --drop-path 0")
 
 
 def ip(*arguments: str) -> None:
@@ -67,14 +60,7 @@ def machines(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("noise")
-    rng = np.random.default_rng(0)
-    (root / "photos").mkdir()
-    for i in range(64):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "photos" / f"{i}.jpg")
-    convert(root / "photos", root / "photos.beton", ConvertOptions(workers=1))
-    return root / "photos.beton"
+    return noise_beton(tmp_path_factory.mktemp("noise"), 64)
 
 
 def begin(count: int, beton: Path, folder: Path, *options: str) -> list[subprocess.Popen[bytes]]:
@@ -116,7 +102,7 @@ def test_a_machine_that_is_cut_off_ends_the_job_which_then_goes_on(
         end(members)
     for rank in range(last):
         assert f"rank {last}" in said(tmp_path, rank)
-        assert "no sign of life" in said(tmp_path, rank)
+        assert "no heartbeat" in said(tmp_path, rank)
     assert f"rank {last} has had no answer from rank 0 at {NET}.1" in said(tmp_path, last)
     came_to = len(steps(tmp_path))
     ip("-n", name_of(last), "link", "set", "eth0", "up")

@@ -1,19 +1,16 @@
 """One run, however its batch is shared out: over processes, over micro-steps, or half-way anew."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from paths import ROOT
-from small_runs import SMALL, Start, losses
+from small_runs import SMALL, Start, losses, torchrun
 
 STEPS = 20
 # 64 photos are two steps of 32 an epoch. What stochastic depth draws does depend on the rank.
 OPTIONS = ("--drop-path", "0", "--epochs", "10", "--global-batch-size", "32", "--save-steps", "7")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def without_batch(options: list[str]) -> list[str]:
@@ -23,12 +20,7 @@ def without_batch(options: list[str]) -> list[str]:
 
 def run_on_two(folder: Path, data: Path, *options: str) -> None:
     arguments = [*without_batch(SMALL), "--data", str(data), "--output-dir", str(folder)]
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(ROOT / "train.py"), *arguments, *OPTIONS, *options],
-        **{"capture_output": True, "text": True, "check": False, "timeout": 400},
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    torchrun(str(ROOT / "train.py"), *arguments, *OPTIONS, *options)
 
 
 def run_on_one(start: Start, folder: Path, *options: str) -> None:
@@ -41,6 +33,13 @@ def assert_same_curve(folder: Path, whole: Path) -> None:
     assert len(one) == len(other) == STEPS
     assert len(set(one[:, 1])) == STEPS, "the loss stood still: nothing was compared"
     np.testing.assert_allclose(other[:, :5], one[:, :5], rtol=1e-4)
+    centers, same = (
+        torch.load(path / "checkpoint.pt", weights_only=True)["ibot_loss"]
+        for path in (whole, folder)
+    )
+    for name, center in centers.items():
+        assert center.abs().max() > 0
+        torch.testing.assert_close(same[name], center, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

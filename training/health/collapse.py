@@ -1,4 +1,4 @@
-"""Signs of collapse: targets or features that no longer tell one image from another."""
+"""Detects collapse: targets or features that are the same for all images."""
 
 import math
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PROBED = 16  # images of a step whose class tokens are looked at
-_NEAR = 0.99  # share of ln(out_dim) from which a loss or an entropy is that of a uniform guess
-_ALIKE = 0.02  # spread below which all images look the same to the backbone
-_ONE = 1.5  # prototypes of a batch below which all its images share one
+PROBED = 16  # images per step whose class tokens are compared
+_NEAR = 0.99  # share of ln(out_dim) above which a loss or an entropy counts as uniform
+_ALIKE = 0.02  # spread below which features count as constant
+_ONE = 1.5  # prototypes per step below which all its images share one
 _LONGEST, _SHORTEST = 1000, 100  # steps that a sign may last unmentioned
 
 
@@ -22,9 +22,9 @@ def patience(steps: int, per_epoch: int) -> int:
 
 @torch.no_grad()
 def spread(backbone: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """How far the class tokens of `images` [B, 3, S, S] lie apart, a float32 scalar: standard
-    deviation over images of the tokens at length 1, mean over channels, times sqrt(C). 0 where all
-    are alike, about 1 where they point everywhere. Needs two images at least, else 0."""
+    """Spread of the class tokens of `images` [B, 3, S, S], a float32 scalar: the standard deviation
+    over images of the L2-normalized tokens, averaged over channels, times sqrt(C). 0 if all tokens
+    are equal, about 1 if their directions are random. 0 for fewer than two images."""
     if len(images) < 2:
         return torch.zeros((), device=images.device)
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
@@ -34,8 +34,8 @@ def spread(backbone: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Te
 
 
 class CollapseAlarm:
-    """Looks at the records of a run. Warns, once each time, of a sign that has shown in every
-    record for `patience` steps: at the start of a run they are all there, and go."""
+    """Warns once when a sign of collapse has lasted for `patience` steps. All signs show at the
+    start of a run and then disappear."""
 
     def __init__(self, out_dim: int, lambda1: float, patience: int) -> None:
         self._uniform, self._lambda1, self._patience = math.log(out_dim), lambda1, patience
@@ -43,8 +43,8 @@ class CollapseAlarm:
         self._warned: set[str] = set()
 
     def add(self, record: dict[str, Any]) -> list[str]:
-        """Warnings about a record with "step", "cls", "teacher_entropy", "prototypes" and
-        "spread", to which it adds "cls_share" and "entropy_share", both as shares of ln(out_dim)."""
+        """Warnings for a record with "step", "cls", "teacher_entropy", "prototypes" and "spread".
+        Adds "cls_share" and "entropy_share" to it, as shares of ln(out_dim)."""
         record["entropy_share"] = record["teacher_entropy"] / self._uniform
         if self._lambda1:
             record["cls_share"] = record["cls"] / self._lambda1 / self._uniform
@@ -61,7 +61,7 @@ class CollapseAlarm:
         ]
 
     def _lasts(self, sign: str, shows: bool, step: int) -> bool:
-        """Whether to warn of `sign` now."""
+        """Whether to warn of `sign` at this step."""
         if not shows:
             self._since.pop(sign, None)
             self._warned.discard(sign)

@@ -1,4 +1,4 @@
-"""Finds where a loss or gradient stops being finite, by repeating the step under hooks."""
+"""Finds where a loss or gradient becomes non-finite, by repeating the step with hooks."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ _NAMED = 8  # tensors named in one list; the others are counted
 def diagnose(
     ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float = 1.0
 ) -> dict[str, Any]:
-    """What is not finite in the step on `batch`, with the present weights; no communication between
-    ranks. `scale` is that of loss scaling. Leaves `ibot` without gradients.
+    """Find the non-finite values of the step on `batch` with the current weights. Ranks do not
+    communicate. `scale` is the loss scale. Leaves `ibot` without gradients.
 
-    Returns "images" (indices of photos with such pixels), "weights" and "gradients" (names;
+    Returns "images" (indices of photos with non-finite pixels), "weights" and "gradients" (names;
     gradients in the order of the backward pass), "layers" (modules in the order of the forward
     pass), "terms" (of the loss), and "alone" (indices of photos that cause it in a batch of one).
     """
@@ -58,39 +58,39 @@ def diagnose(
 
 
 def sentences(report: dict[str, Any], names: dict[int, str]) -> list[str]:
-    """A report of `diagnose` in words; `names` of photos by index. A "diverging_since" in it is the
-    step from which on losses were finite but absurd. Photos are named only if they can be the
-    cause: not if the weights are not finite, the run was diverging, or most of the batch fails."""
+    """A report of `diagnose` in words. `names`: photos by index. "diverging_since" is the first
+    step with a finite but implausible loss. Photos are named only if they can be the cause: not if
+    weights are non-finite, the run was diverging, or most of the batch fails."""
 
     def photos(indices: list[int]) -> str:
         return _some([f"{index} ({names[index]})" for index in indices])
 
     lines = [f"loss {report['terms']['loss']}, of which " + _terms(report["terms"])]
     if report["weights"]:
-        lines.append("weights not finite: " + _some(report["weights"]))
+        lines.append("non-finite weights: " + _some(report["weights"]))
     if report["images"]:
-        lines.append("pixels not finite: photo " + photos(report["images"]))
+        lines.append("non-finite pixels: photo " + photos(report["images"]))
     if report["layers"]:
-        lines.append("first layer with an output that is not finite: " + report["layers"][0])
+        lines.append("first layer with a non-finite output: " + report["layers"][0])
     if report["gradients"]:
-        lines.append("gradients not finite, from the loss down: " + _some(report["gradients"]))
+        lines.append("non-finite gradients, from the loss down: " + _some(report["gradients"]))
     since, alone = report.get("diverging_since"), report["alone"]
     if since is not None:
         lines.append(
-            f"losses had been implausible since step {since}: the run was diverging, which is due"
-            " to its weights or options (--lr), not to the photos of this step"
+            f"losses were implausible from step {since} on: the run was diverging because of its"
+            " weights or options (--lr), not because of the photos of this step"
         )
     elif report["weights"]:
-        lines.append("the weights are to blame, not the photos of this step")
+        lines.append("the cause is the weights, not the photos of this step")
     elif not report["images"] and len(alone) > len(names) / 2:
         lines.append(
-            f"{len(alone)} of {len(names)} photos of the batch lead to it alone: the weights or"
-            " options are to blame, not the photos"
+            f"{len(alone)} of {len(names)} photos of the batch cause it on their own: the cause is"
+            " the weights or options, not the photos"
         )
     elif alone and not report["images"]:
-        lines.append("photos that lead to it alone: " + photos(alone))
+        lines.append("photos that cause it on their own: " + photos(alone))
     if not (report["layers"] or report["gradients"] or report["weights"]):
-        lines.append("when repeated, the step is finite: suspect the hardware")
+        lines.append("the step is finite when repeated: suspect the hardware")
     return lines
 
 

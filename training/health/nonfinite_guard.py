@@ -1,8 +1,8 @@
-"""Decides what skipped steps mean: one is ignored, several in a row send the run back.
+"""Rolls back after repeated skipped steps; ignores single ones.
 
-A step whose loss or gradients are not finite is skipped on the device, see `model.steps`. One step
-later the host reads its numbers and judges it here. All ranks read the same numbers, so all of them
-decide the same.
+A step with a non-finite loss or gradient is skipped on the device, see `model.steps`. The host
+reads its metrics one step later and decides here. All ranks read the same metrics and therefore
+take the same decision.
 """
 
 import math
@@ -10,12 +10,12 @@ from typing import Any
 
 from ibeton.command import Failure
 
-IN_A_ROW = 4  # skipped steps that send the run back to a checkpoint
-# Loss scaling halves its scale at each overflow, from 65536 at the start. After this many in a row
-# the gradients are broken, not the scale.
+IN_A_ROW = 4  # skipped steps that trigger a rollback
+# Each overflow halves the loss scale, which starts at 65536. After this many in a row the scale
+# cannot be the cause.
 OVERFLOWS_IN_A_ROW = 20
-AGAIN_WITHIN = 1000  # steps after a rollback in which more skipped steps are the same trouble
-_PLAUSIBLE = 1.5  # times the loss of a uniform guess, or of the run's first step if that is higher
+AGAIN_WITHIN = 1000  # steps after a rollback in which skipped steps count as the same failure
+_PLAUSIBLE = 1.5  # times the larger of the uniform loss and the loss of the run's first step
 
 
 class RunError(Failure):
@@ -25,11 +25,11 @@ class RunError(Failure):
 class NonFiniteGuard:
     """Counts skipped steps and remembers the last good one.
 
-    `scaled`: under loss scaling, whose overflows (finite loss, gradients that are not) are counted
-    apart. `uniform`: loss of a uniform guess; infinite if no finite loss is implausible. A step is
-    good if its loss and gradients are finite, its loss is plausible, and its gradients are not all
-    zero: a diverging run shows finite, absurd losses before the first NaN, and what was saved then
-    is worthless.
+    `scaled`: whether loss scaling is on; its overflows (finite loss, non-finite gradients) are
+    counted separately. `uniform`: the loss of a uniform prediction; inf if every finite loss is
+    plausible. A step is good if loss and gradients are finite, the loss is plausible, and some
+    gradient is not zero. A diverging run has finite but implausible losses before the first NaN;
+    checkpoints saved then are useless.
     """
 
     def __init__(self, scaled: bool, uniform: float = math.inf) -> None:
@@ -42,7 +42,7 @@ class NonFiniteGuard:
         self.restore({}, 0)
 
     def restore(self, state: dict[str, Any], step: int) -> None:
-        """Start at `step` from what `state()` returned, with no step skipped in a row."""
+        """Continue at `step` from a `state()`, without a streak of skipped steps."""
         self.skipped = state.get("skipped", self.skipped)
         self.overflows = state.get("overflows", self.overflows)
         self.first_loss = state.get("first_loss", self.first_loss)
@@ -53,7 +53,7 @@ class NonFiniteGuard:
         self._spoiled = False
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint keeps."""
         counts = {"skipped": self.skipped, "overflows": self.overflows}
         return counts if self.first_loss is None else counts | {"first_loss": self.first_loss}
 
@@ -89,13 +89,13 @@ class NonFiniteGuard:
         )
 
     def spoil(self, step: int) -> None:
-        """Weights or optimizer state are not finite after `step`, whatever its loss was."""
+        """Report that weights or optimizer state are non-finite after `step`."""
         self.first_bad = self.last_bad = step
         self._spoiled = True
 
     @property
     def in_streak(self) -> bool:
-        """Whether the last steps were skipped. Nothing may be saved now."""
+        """Whether the last steps were skipped. If so, nothing may be saved."""
         return self._spoiled or self._in_a_row > 0 or self._overflows_in_a_row >= IN_A_ROW
 
     def should_roll_back(self) -> bool:
@@ -107,23 +107,22 @@ class NonFiniteGuard:
         )
 
     def diverging_since(self) -> int | None:
-        """The first step of those before the streak that were finite but not good; None if the
-        streak came without warning."""
+        """The first finite but implausible step before the streak; None if there was none."""
         since = max(self.last_good + 1, self.start)
         return since if since < self.first_bad else None
 
     def rolled_back_before(self) -> bool:
-        """Whether a recent rollback did not get rid of the trouble."""
+        """Whether a recent rollback has already failed to help."""
         before = self._last_trouble
         return before is not None and self.last_bad <= before + AGAIN_WITHIN
 
     def newest_target(self) -> int:
-        """The highest step of a checkpoint that may be returned to: one from which a good step was
-        made, or else one older than the checkpoint at which training started; and one older than
-        the last target, if that did not help."""
+        """The highest step of a checkpoint to roll back to: one followed by a good step, or else
+        one older than the checkpoint at which this process started; and older than the last target
+        if that did not help."""
         limit = self.last_good if self.last_good >= self.start else self.start - 1
         return min(limit, self._last_target - 1) if self.rolled_back_before() else limit
 
     def rolled_back(self, target: int) -> None:
-        """Remember a rollback to the checkpoint of step `target`."""
+        """Record a rollback to the checkpoint of step `target`."""
         self._last_trouble, self._last_target = self.last_bad, target

@@ -1,4 +1,4 @@
-"""Requests to stop a run, which then stops after its step, with a checkpoint.
+"""Requests to stop a run: it finishes its step, saves a checkpoint and exits.
 
 SIGTERM, SIGHUP (a closed terminal), SIGUSR1 (SLURM's warning before the time limit), the first
 Ctrl-C and --max-hours are requests. A second Ctrl-C ends the run at once.
@@ -32,7 +32,8 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """Handles requests while entered, in the main thread. `reason` is the request, "" so far."""
+    """Handles requests while entered, in the main thread. `reason` names the request; "" if there
+    was none."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -77,7 +78,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A request raises StopRequested in this block, at any point."""
+        """A request raises StopRequested anywhere in this block."""
         try:
             self._leave = True
             yield
@@ -99,8 +100,8 @@ class StopSignals:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started in this block, and their children, ignore requests: the run handles them,
-    and needs its workers until the step is done."""
+    """Processes started in this block, and their children, ignore requests: the run handles them
+    and needs its workers to finish the step."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, set(REQUESTS))
     try:
         yield
@@ -118,9 +119,7 @@ def block_signals_in_workers() -> None:
             f"TMPDIR {folder} is too long for the sockets of worker processes: set it to a path of"
             f" at most {_LONGEST_TMPDIR} characters, such as TMPDIR=/tmp"
         )
-    with (
-        signals_blocked()
-    ):  # alone, the tracker would block two of them and unblock them when it starts
+    with signals_blocked():  # by itself, the tracker would unblock two of them when it starts
         resource_tracker.ensure_running()
     with signals_blocked():
         forkserver.ensure_running()

@@ -1,6 +1,7 @@
 """Pictures of a run, or of two: loss and k-NN over steps, from log.jsonl."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ _ROOM = 1.12  # of the k-NN axis beyond the last epoch, for its label
 
 
 def plot_curves(folder: Path) -> Path | None:
-    """Draw curves.png in the run folder; None if the log has no losses yet."""
+    """Draw curves.png in the run folder; None if the log has no losses yet, or without
+    matplotlib."""
+    if find_spec("matplotlib") is None:
+        return None
     return _draw([folder], folder / "curves.png")
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a step on their way to the host, read one step late so that nothing waits for them."""
+"""Reads the metrics of a step on the host one step late, so that nothing waits for them."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LOGGED = (
 
 
 class DelayedMetrics:
-    """Holds the record of the last step until the next one is queued on the device."""
+    """Holds the record of a step until the next step has been queued on the device."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -33,9 +33,9 @@ class DelayedMetrics:
         clock: StageClock,
         stop: bool = False,
     ) -> None:
-        """Keep the `record` of a step, the LOGGED ones of its `metrics`, averaged over ranks, the
-        lap of `clock` that ends here, the loader's work, and whether this rank wants to `stop`.
-        Call `resolve` for the step before first."""
+        """Keep the `record` of a step with its LOGGED `metrics`, averaged over ranks, the lap of
+        `clock` that ends here, the loader's work, and whether this rank wants to `stop`. Call
+        `resolve` for the previous step first."""
         self._names = [name for name in LOGGED if name in metrics]
         wish = torch.full((), float(stop), device=metrics["loss"].device)
         values = torch.stack([*(metrics[name].float() for name in self._names), wish])
@@ -43,7 +43,7 @@ class DelayedMetrics:
             with stage("comm"):
                 dist.all_reduce(values)
                 values /= self._world_size
-        if values.is_cuda:  # or reading them would wait for everything queued since
+        if values.is_cuda:  # reading them directly would wait for all that is queued since
             self._values = torch.empty(len(values), pin_memory=True)
             self._values.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -54,7 +54,7 @@ class DelayedMetrics:
 
     def resolve(self) -> dict[str, Any] | None:
         """The pending record with its metrics, the seconds of its lap as "parts", the loader's work
-        as "stage_work", and whether any rank wants to stop as "stop". None if none is pending.
+        as "stage_work", and whether any rank wants to stop as "stop"; None if none is pending.
         Waits until the device has finished that step. All ranks get the same metrics."""
         if self._pending is None or self._lap is None:
             return None

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ibeton.atomic import write_text
 from ibeton.training.log.progress_line import place_fields, progress_line, step_fields
-from ibeton.training.log.trackers import Trackers
+from ibeton.training.log.trackers import Trackers, numbers
 
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 _BAR = 10  # columns of the progress bar
@@ -98,12 +98,8 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         if self.trackers is not None:
             self.trackers.record(record)
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for part, number in value.items():
-                    self._board.add_scalar(f"{name}/{part}", number, record["step"])
-            elif name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, record["step"])
+        for name, value in numbers(record):
+            self._board.add_scalar(name, value, record["step"])
 
     def progress(self, step: int, numbers: dict[str, float]) -> None:
         """Show the progress after `step` steps, with the numbers of the last one."""

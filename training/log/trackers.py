@@ -97,9 +97,8 @@ class Trackers:
                 _warn(name, error)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Send the numbers of a record of log.jsonl at its "step"; those of a dict as
-        dict/name."""
-        metrics = dict(_numbers(record))
+        """Send the numbers of a record of log.jsonl at its "step"."""
+        metrics = dict(numbers(record))
         for name, tracker in list(self._open.items()):
             try:
                 tracker.log(metrics, record["step"])
@@ -117,7 +116,8 @@ class Trackers:
         self._open.clear()
 
 
-def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a record but its "step"; those of a dict as dict/name."""
     for name, value in record.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         for part, number in inner:

@@ -5,7 +5,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, roi_align
 
 from ibeton.evaluation.dense.cascade import STAGES, Cascade, Sampler, best, decode, pool
-from ibeton.evaluation.dense.coco_data import CocoPhotos, training_view
+from ibeton.evaluation.dense.coco_data import CocoPhotos, published_views, training_view
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.detect import Detection
 
@@ -23,7 +23,7 @@ def batch(coco):
     photos, samples = CocoPhotos(coco, "train"), []
     for index in range(2):
         torch.manual_seed(index)
-        samples.append(training_view(photos.photo(index), photos.truth(index), (64,), 96))
+        samples.append(training_view(published_views((64,), 96), *photos.read(index)))
     return Detection.collate(samples)
 
 
@@ -80,16 +80,13 @@ def test_a_later_stage_asks_for_a_larger_overlap(model, batch):
     shifted = truth[0]["boxes"] + torch.tensor([6.0, 0, 6, 0])
     overlap = box_iou(truth[0]["boxes"], shifted).diag()
     for i, stage in enumerate(STAGES):
-        boxes, labels, matched, own = cascade.sample([shifted], truth, stage.iou, i)
+        ((boxes, labels, objects, given),) = cascade.choose([shifted], truth, i)
         expected = len(shifted) + int((overlap >= stage.iou).sum())
-        assert int((labels[0] > 0).sum()) == len(matched[0]) == expected
-        assert int(own[0].sum()) == len(shifted)  # the truth's own boxes are always among them
-        positives = labels[0] > 0
-        assert torch.equal(labels[0][positives], truth[0]["labels"][matched[0]])
-        assert (
-            box_iou(boxes[0][positives], truth[0]["boxes"])[range(len(matched[0])), matched[0]]
-            >= stage.iou
-        ).all()
+        assert int((labels > 0).sum()) == len(objects) == expected
+        assert int(given.sum()) == len(shifted)  # the truth's own boxes are always among them
+        assert torch.equal(labels[labels > 0], truth[0]["labels"][objects])
+        own = box_iou(boxes[labels > 0], truth[0]["boxes"])[range(len(objects)), objects]
+        assert (own >= stage.iou).all()
 
 
 def test_a_sampler_keeps_the_balance_and_follows_its_draws():

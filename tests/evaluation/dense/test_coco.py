@@ -3,9 +3,16 @@ import shutil
 
 import pytest
 import torch
+from torchvision import tv_tensors
 
-from ibeton.evaluation.dense.coco_data import CocoPhotos, batched, cropped, resized, training_view
-from ibeton.evaluation.dense.coco_metrics import average_precisions, pasted, results, to_photo
+from ibeton.evaluation.dense.coco_data import (
+    CocoPhotos,
+    RandomSizeCrop,
+    batched,
+    published_views,
+    training_view,
+)
+from ibeton.evaluation.dense.coco_metrics import average_precisions, results, to_photo
 
 
 @pytest.fixture
@@ -49,10 +56,10 @@ def enclosing(mask):
 
 def test_boxes_stay_around_their_masks_in_every_view(coco):
     photos, crops = CocoPhotos(coco, "train"), 0
-    for seed in range(24):
+    for seed in range(100):
         torch.manual_seed(seed)
         index = seed % len(photos)
-        image, truth = training_view(photos.photo(index), photos.truth(index), (48, 64, 80), 160)
+        image, truth = training_view(published_views((48, 64, 80), 160), *photos.read(index))
         assert truth["masks"].shape[1:] == image.shape[1:]
         crops += len(truth["boxes"]) < 2
         for box, mask in zip(truth["boxes"], truth["masks"], strict=True):
@@ -60,18 +67,29 @@ def test_boxes_stay_around_their_masks_in_every_view(coco):
     assert crops  # some lost an object
 
 
-def test_a_resize_and_a_crop_move_boxes_as_they_should(coco):
-    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+def test_a_resize_and_a_crop_move_boxes_as_they_should():
     truth = {"boxes": torch.tensor([[8.0, 4, 40, 20]]), "labels": torch.tensor([1])}
-    truth["masks"] = torch.zeros(1, 40, 80, dtype=torch.uint8)
-    large, moved = resized(image, truth, 60, 200)
-    assert large.shape == (3, 60, 120)
-    assert moved["boxes"].tolist() == [[12, 6, 60, 30]]
-    torch.manual_seed(0)
-    part, moved = cropped(image, truth, 20, 30)
-    assert 20 <= part.shape[1] <= 30
-    assert 20 <= part.shape[2] <= 30
-    assert moved["masks"].shape[1:] == part.shape[1:]
+    truth["boxes"] = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=(40, 80))
+    truth["masks"] = tv_tensors.Mask(torch.zeros(1, 40, 80, dtype=torch.uint8))
+    image, whole, cut = tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8)), 0, 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        large, moved = training_view(published_views((60,), 200), image, truth)
+        if large.shape == (3, 60, 120):
+            whole += 1
+            assert moved["boxes"][0].tolist() in (
+                [12, 6, 60, 30],
+                [60, 6, 108, 30],
+            )  # as it is, or flipped
+        else:
+            cut += 1
+            assert large.shape[1] == 60 or large.shape[2] in (60, 200)
+        assert moved["masks"].shape[1:] == large.shape[1:]
+    assert whole
+    assert cut
+    part = RandomSizeCrop(20, 30)(image)
+    assert all(20 <= side <= 30 for side in part.shape[1:])
+    assert RandomSizeCrop(90, 100)(image).shape == image.shape
 
 
 def test_images_of_several_sizes_share_a_batch_of_whole_cells():
@@ -90,7 +108,6 @@ def test_detections_return_to_the_photos_own_pixels():
     assert mask.shape == (50, 200)
     assert mask[6:24, 21:59].all()
     assert not mask[:4].any()
-    assert torch.equal(mask, pasted(torch.ones(1, 28, 28), back["boxes"], (50, 200))[0])
 
 
 def edit(path, change):

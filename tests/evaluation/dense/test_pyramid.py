@@ -45,6 +45,14 @@ def test_without_norm_the_blocks_come_as_they_are():
     assert not vit.norm.weight.requires_grad
 
 
+def test_norms_of_a_frozen_swin_learn():
+    config = ModelConfig(arch="swin_t7", embed_dim=192, patch_size=32, image_size=64)
+    pyramid = Pyramid(SwinTransformer(config, is_student=False), frozen=True).train()
+    sum(m.square().mean() for m in pyramid(torch.randn(1, 3, 64, 64))).backward()
+    for name, parameter in pyramid.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("levels."), name
+
+
 def test_every_parameter_that_trains_receives_a_gradient_and_a_frozen_backbone_none():
     for frozen in (False, True):
         pyramid = Pyramid(small_vit(patch_size=16, image_size=64, depth=4), frozen=frozen).train()

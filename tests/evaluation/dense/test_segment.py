@@ -6,6 +6,7 @@ import torch
 from photo_folders import small_vit
 from PIL import Image
 
+from ibeton.evaluation.dense.photos import palette
 from ibeton.evaluation.dense.segmentation_data import IGNORED
 from ibeton.evaluation.dense.segmenter import Segmenter, pixel_loss, starts
 from ibeton.evaluation.segment import main
@@ -51,17 +52,21 @@ def test_a_linear_head_learns_and_leaves_the_backbone_as_it_was(unbroken, checkp
         assert torch.equal(tensor, after.state_dict()[name]), name
 
 
-def test_pictures_show_photo_truth_and_prediction_side_by_side(unbroken, scenes):
-    pictures = sorted((unbroken / "pictures").iterdir())
-    assert len(pictures) == 2
-    picture = np.array(Image.open(pictures[0]))
-    photo = np.array(Image.open(scenes / f"images/val/{pictures[0].stem}.jpg"))
-    assert picture.shape == (photo.shape[0], 3 * photo.shape[1], 3)
-    assert np.array_equal(picture[:, : photo.shape[1]], photo)
-    truth = np.array(Image.open(scenes / f"annotations/val/{pictures[0].stem}.png"))
-    drawn = picture[:, photo.shape[1] : 2 * photo.shape[1]]
-    assert (drawn[truth == 0] == 0).all()
-    assert len(np.unique(drawn[truth == 1], axis=0)) == 1
+def test_pictures_and_label_maps_show_what_is_predicted(unbroken, scenes):
+    maps = sorted((unbroken / "pictures").glob("*_labels.png"))
+    assert len(maps) == 2
+    for path in maps:
+        name = path.name.removesuffix("_labels.png")
+        said = np.array(Image.open(path))
+        truth = np.array(Image.open(scenes / f"annotations/val/{name}.png"))
+        assert said.shape == truth.shape
+        assert set(np.unique(said)) <= {1, 2, 3, 4}  # as the data set counts its classes
+        assert (said == truth)[truth > 0].mean() > 0.5
+        picture = np.array(Image.open(path.with_name(f"{name}.png")).convert("RGB"))
+        assert picture.shape[1] > 1.5 * picture.shape[0]  # three side by side
+        colors = palette(4)
+        for label in np.unique(truth[truth > 0]):
+            assert (picture == colors[label - 1]).all(axis=2).any(), label
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(unbroken, checkpoint, scenes, tmp_path, capsys):
@@ -72,7 +77,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(unbroken, checkpoint, scenes,
     assert "already holds a run" in capsys.readouterr().err
     again = ("--resume", "auto")
     assert segment(checkpoint, scenes, folder, *LINEAR, *again, "--lr", "0.02") == 2
-    assert "--lr 0.01 (now 0.02)" in capsys.readouterr().err
+    assert "--lr 0.01 is now 0.02" in capsys.readouterr().err
     assert segment(checkpoint, scenes, folder, *LINEAR, *again) == 0
     assert losses(folder) == losses(unbroken)
     ended, expected = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, unbroken))

@@ -6,14 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ibeton.evaluation.dense.photos import MEAN, STD, fitted, palette
 from ibeton.evaluation.dense.segmentation_data import (
     IGNORED,
-    MEAN,
-    STD,
     LabeledPhotos,
     class_names,
-    fitted,
-    palette,
     training_view,
 )
 
@@ -97,7 +94,7 @@ def test_labels_stay_on_their_pixels_through_resize_crop_and_flip():
     image = (labels * 200)[None].repeat(3, 1, 1)
     for seed in range(5):
         torch.manual_seed(seed)
-        view, classes = training_view(image, labels, 64, 48)
+        view, classes = training_view(64, 48, image, labels)
         red = (view[0] * STD[0] + MEAN[0]) * 255
         inside = classes != IGNORED
         assert inside.any()
@@ -107,12 +104,8 @@ def test_labels_stay_on_their_pixels_through_resize_crop_and_flip():
 
 def test_views_have_one_size_and_filling_is_unlabeled():
     torch.manual_seed(3)
-    view, labels = training_view(
-        torch.full((3, 20, 30), 128, dtype=torch.uint8),
-        torch.zeros(20, 30, dtype=torch.uint8),
-        96,
-        24,
-    )
+    image = torch.full((3, 20, 30), 128, dtype=torch.uint8)
+    view, labels = training_view(96, 24, image, torch.zeros(20, 30, dtype=torch.uint8))
     assert view.shape == (3, 96, 96)
     assert labels.shape == (96, 96)
     assert (view[:, labels == IGNORED] == 0).all()
@@ -125,7 +118,7 @@ def test_crops_of_one_class_are_drawn_again():
     shares = []
     for seed in range(30):
         torch.manual_seed(seed)
-        _, view = training_view(torch.zeros(3, 64, 512, dtype=torch.uint8), labels, 64, 128)
+        _, view = training_view(64, 128, torch.zeros(3, 64, 512, dtype=torch.uint8), labels)
         shares.append(bool((view == 1).any()))
     # One window in about eight touches the second class; with ten tries many more.
     assert sum(shares) > 9

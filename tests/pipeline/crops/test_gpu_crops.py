@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paths import ROOT, SHARED
+from paths import ROOT
 from PIL import Image
 from smooth_photos import smooth_photo
 
@@ -29,7 +30,6 @@ from ibeton.pipeline.sampling.draws import JITTER_ORDERS, ViewSpec, draw_views, 
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PHOTOS = SHARED / "imagenet_mini" / "train"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALES = ((0.25, 1.0), (0.05, 0.25))
 SMALL = published_views(2, 2, 32, 16, *SCALES)
@@ -370,10 +370,8 @@ def test_each_order_of_the_jitter_on_a_gpu() -> None:
 
 
 @gpu
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/imagenet_mini")
-def test_real_photos_on_a_gpu() -> None:
-    paths = sorted(PHOTOS.glob("*/*"))[::10]
-    photos = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+def test_photos_of_a_camera_on_a_gpu(camera: list[Path]) -> None:
+    photos = [np.asarray(Image.open(path).convert("RGB")) for path in camera]
     assert_equal_views(PUBLISHED, 2, photos, drawn(PUBLISHED, photos), "cuda")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from paths import SHARED
+from made_photos import camera_photos
 from PIL import Image
 from pillow_parity import assert_pillows
 
@@ -21,14 +21,14 @@ from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.sampling.draws import draw_views
 from ibeton.pipeline.store.beton import BetonReader
 
-PHOTOS = SHARED / "imagenet_mini" / "train"
 SHOWN = 24
 
 
 def differences(folder: Path) -> np.ndarray:
     """|ours - theirs| on 0..255 of all 12 views of each photo."""
     path = folder / "photos.beton"
-    convert(PHOTOS, path, ConvertOptions(subset=SHOWN, workers=1))
+    camera_photos(folder / "photos", SHOWN)
+    convert(folder / "photos", path, ConvertOptions(workers=1))
     config = PipelineConfig(data=str(path), loader="ffcv", batch_size=8, workers=1, seed=5)
     views, reader = config.views(), BetonReader(path)
     loader = build_loader(replace(config))
@@ -50,7 +50,6 @@ def differences(folder: Path) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/imagenet_mini")
 def test_views_of_the_ffcv_loader_are_the_published_ones(tmp_path: Path) -> None:
     if problem := LOADERS["ffcv"].problem():
         pytest.skip(problem)

@@ -7,7 +7,6 @@ mean and 1.7 in the mean of a view at most; of 300 ImageNet photos 1.1 and 2.5.
 
 import gc
 import io
-import json
 import sys
 import threading
 from collections.abc import Generator, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paths import SHARED
+from made_photos import EITHER, UNREADABLE
 from PIL import Image
 from pillow_parity import SAME_ARITHMETIC
 from smooth_photos import smooth_photo
@@ -36,7 +35,6 @@ from ibeton.pipeline.loaders import dali as dali_loader
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
 from ibeton.pipeline.store import UnreadableData
 
-HARD = SHARED / "hard_jpegs"
 SMALL = PipelineConfig(
     loader="dali",
     batch_size=8,
@@ -66,8 +64,7 @@ class PilHere:
     """What the pil loader does, in this process instead of workers, whose start takes seconds."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        views = config.views()
-        self._views = pil_loader._Views(config.data, views, config.global_crops_number, config.seed)
+        self._views = pil_loader._Views(config)
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
         for plan in plans:
@@ -244,18 +241,16 @@ def test_a_beton_whose_photo_has_another_size_is_told(
     assert used.count(18) == 2
 
 
-@pytest.mark.skipif(not HARD.is_dir(), reason="../shared/data/hard_jpegs is not here")
-def test_hard_jpegs_are_given_what_a_loader_owes() -> None:
-    owed = {
-        entry["file"]: entry["expect"] for entry in json.loads((HARD / "manifest.json").read_text())
-    }
-    loader = build_loader(replace(SMALL, data=str(HARD), batch_size=7))
+def test_hard_jpegs_are_given_what_a_loader_owes(hard: tuple[Path, dict[str, str]]) -> None:
+    folder, owed = hard
+    loader = build_loader(replace(SMALL, data=str(folder), batch_size=7))
     names = [loader.photos.name(index) for index in range(len(loader.photos))]
     ours = list(loader.epoch(0))
     loader.close()
-    assert_same(ours, pil_batches_of(HARD, batch_size=7), MEAN_BOUND)
+    assert_same(ours, pil_batches_of(folder, batch_size=7), MEAN_BOUND)
     unreadable = {names[index] for index in loader.unreadable}
-    assert unreadable == {name for name in names if owed[name].startswith("unreadable")}
+    must, may = ({n for n in names if owed[n] == owes} for owes in (UNREADABLE, EITHER))
+    assert must <= unreadable <= must | may
     assert ".hidden.jpg" not in names
 
 
@@ -354,10 +349,10 @@ def test_the_gpu_way_gives_the_same_batches(
     gpu_stream = pytest.importorskip("ibeton.pipeline.loaders.gpu_stream")
     monkeypatch.setattr(gpu_stream, "GpuCropper", CropperOfTheCpu)
 
-    def build(context: Any) -> Any:
+    def crops(context: Any) -> Any:
         return gpu_stream.GpuCrops(context, dali_loader.DaliPixels(context))
 
-    monkeypatch.setitem(LOADERS, "dali", replace(LOADERS["dali"], build=build))
+    monkeypatch.setitem(LOADERS, "dali", replace(LOADERS["dali"], crops=crops))
     loader = build_loader(replace(SMALL, data=str(mixed_folder)))
     assert_same(list(loader.epoch(0)), batches_of(mixed_folder))
     loader.close()

@@ -1,6 +1,8 @@
-"""What a run of many epochs, some left half-way, leaves behind: nothing."""
+"""Many epochs: without a pause between them, and with nothing left behind."""
 
 import gc
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ibeton.pipeline import Loader, PipelineConfig, build_loader
+from ibeton.pipeline.batch import BatchPlan
 from ibeton.pipeline.loaders import LOADERS
 
 PROBLEMS = {name: kind.problem() for name, kind in LOADERS.items()}
@@ -79,3 +82,31 @@ def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) 
     again.close()
     assert held() <= things
     assert at_first <= things
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])
+def test_batches_are_prepared_across_the_borders_of_epochs(beton: Path, kind: str) -> None:
+    """A consumer that is slower than the loader finds each batch ready, the first of an epoch too:
+    before it asks for one, the loader has taken up the batches behind it, whatever their epoch."""
+    if PROBLEMS[kind]:
+        pytest.skip(PROBLEMS[kind])
+    config = replace(SMALL, data=str(beton), loader=kind, workers=1, global_crops_size=32)
+    loader = build_loader(replace(config, batch_size=2))
+    taken: list[int] = []  # the epoch of each batch that the loader has begun
+    plans = loader._plans
+
+    def counted(epoch: int, step: int) -> Iterator[BatchPlan]:
+        for plan in plans(epoch, step):
+            taken.append(plan.epoch)
+            yield plan
+
+    loader._plans = counted  # type: ignore[method-assign]
+    asked = 0
+    for epoch in range(10):
+        for _ in loader.epoch(epoch):
+            asked += 1
+            while len(taken) <= asked:  # a loader that stops at a border never gets there
+                time.sleep(0.001)
+        assert asked == (epoch + 1) * loader.steps_per_epoch
+        assert taken[asked - 1 : asked + 1] == [epoch, epoch + 1]
+    loader.close()

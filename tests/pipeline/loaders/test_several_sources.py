@@ -96,5 +96,7 @@ def test_one_path_opens_as_before_and_bad_ones_are_named(sources: list[str]) -> 
         open_all((sources[1], sources[3], sources[1]))
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         open_all((sources[0], "/nowhere"))
-    with pytest.raises(ValueError, match=r"--loader ffcv reads \.beton files only; .*convert \S+/b "):
+    with pytest.raises(
+        ValueError, match=r"--loader ffcv reads \.beton files only; .*convert \S+/b "
+    ):
         build_loader(replace(CONFIG, data=(sources[1], sources[2]), loader="ffcv"))

@@ -71,9 +71,9 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
     if kind == "rate":
         assert found[1]["step"] == good, said
     assert f"{found[0]} (step {found[1]['step']}) is sound" in process.said(), said
-    assert "photos that lead to it alone" not in process.said(), said
+    assert "photos that cause it on their own" not in process.said(), said
     if kind == "data":
-        assert "pixels not finite: photo" in process.said(), said
+        assert "non-finite pixels: photo" in process.said(), said
     more = ["--stop-after", str(found[1]["step"] + 3)]
     again = start(folder, *options, *more)
     assert again.wait() == 0, again.said()[-2000:]

@@ -6,7 +6,6 @@ No verdict here rests on how fast the machine is: each delay is many times the s
 import gzip
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,37 +18,20 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
+from small_runs import SMALL_MODEL, SMALL_RUN, noise_beton, records, with_a_slow_rank
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibeton import train
 from ibeton.model import IBOT
-from ibeton.pipeline.convert.converter import ConvertOptions, convert
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.training.timing.speed import slowest
 
-SMALL = shlex.split(
-    "--arch vit_t --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --image-size 32"
-    " --global-crops-size 32 --local-crops-size 16 --local-crops-number 2 --batch-size 4"
-    " --out-dim 64 --hidden-dim 32 --bottleneck-dim 16 --warmup-epochs 1 --epochs 3"
-    " --warmup-teacher-temp-epochs 1 --workers 1 --device cpu"
-)
+SMALL = [*SMALL_MODEL, *SMALL_RUN, "--batch-size", "4", "--drop-path", "0.1"]
 
 
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 small photos."""
-    root = tmp_path_factory.mktemp("noise")
-    rng = np.random.default_rng(0)
-    (root / "photos").mkdir()
-    for i in range(96):
-        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "photos" / f"{i}.jpg")
-    convert(root / "photos", root / "photos.beton", ConvertOptions(workers=1))
-    return root / "photos.beton"
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return noise_beton(tmp_path_factory.mktemp("noise"), 96)
 
 
 def run(beton: Path, folder: Path, *options: str) -> dict[str, Any]:
@@ -185,36 +167,13 @@ def test_one_worker_where_there_could_be_two_is_found(
     assert "Change: --workers 2, as many as there are cores: up to" in said
 
 
-SLOW_RANK = """
-import os, sys, time
-sys.path.insert(0, {root!r})
-from ibeton.model import IBOT
-from ibeton.train import main
-update = IBOT.update_teacher
-def slow(self, *arguments):
-    time.sleep(1.0 if os.environ["RANK"] == "1" else 0.0)
-    update(self, *arguments)
-IBOT.update_teacher = slow
-if __name__ == "__main__":  # worker processes import this file
-    sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_the_slowest_of_two_processes_is_named_and_comm_stands_apart(
     beton: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / "slow_rank.py"
-    script.write_text(SLOW_RANK.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(script), *SMALL, "--data", str(beton)]
-    command += ["--loader", "pil", "--stop-after", "5", "--log-steps", "4"]
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "run")],
-        **{"capture_output": True, "text": True, "check": False, "timeout": 300},
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    options = ["--loader", "pil", "--stop-after", "5", "--log-steps", "4"]
+    options += ["--data", str(beton), "--output-dir", str(tmp_path / "run")]
+    done = with_a_slow_rank("ibeton.train", tmp_path, *SMALL, *options)
     first, second = records(tmp_path / "run")[-1]["ranks"]
     assert second["ema"] >= 1000
     assert first["ema"] < 500

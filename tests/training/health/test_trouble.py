@@ -107,7 +107,7 @@ def test_a_passing_trouble_is_undone_by_going_back_to_the_last_checkpoint(
     for name, put_in in (("sound", ""), ("passing", fault)):
         process = start(tmp_path / name, fault=put_in)
         assert process.wait() == 0, process.said()[-3000:]
-    assert "going back from step 13 to step 8" in process.said()
+    assert "rolling back from step 13 to step 8" in process.said()
     assert "when repeated, the step is finite" in process.said()
     went_back = [r for r in records(tmp_path / "passing") if "went_back_from" in r]
     assert [(r["step"], r["went_back_from"]) for r in went_back] == [(8, 13)]
@@ -125,8 +125,8 @@ def test_a_trouble_that_comes_again_ends_the_run_with_a_report(
     folder = tmp_path / "run"
     process = start(folder, fault=BAD_GRADIENTS)
     assert process.wait() == 1, process.said()[-2000:]
-    assert "came again after the run went back" in process.said()
-    assert "gradients not finite, from the loss down: backbone.blocks.1.mlp.fc1.weight" in (
+    assert "which recurred after a rollback" in process.said()
+    assert "non-finite gradients, from the loss down: backbone.blocks.1.mlp.fc1.weight" in (
         process.said()
     )
     assert "Traceback" not in process.said()
@@ -134,7 +134,7 @@ def test_a_trouble_that_comes_again_ends_the_run_with_a_report(
     assert report["gradients"] == ["backbone.blocks.1.mlp.fc1.weight"]
     assert len(report["alone"]) == 8, "each photo of the batch leads to it"
     assert report["layers"] == []
-    assert read_run(folder)["state"].startswith("failed: the trouble of step")
+    assert read_run(folder)["state"].startswith("failed: non-finite values in step")
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert content["step"] == PER_EPOCH
     again = start(folder, "--resume", "auto", "--stop-after", "10")

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 if __name__ == "__main__":  # the loader's worker processes import this file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     from ibeton import train
     from ibeton.pipeline.loaders import LOADERS
 
