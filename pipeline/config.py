@@ -22,7 +22,9 @@ CHOICES = {
 class PipelineConfig:
     """What to read, how to cut it, what to mask. Defaults are the published ViT-S/16 recipe."""
 
-    data: str = option("", ".beton file or photo folder to train on", path=True)
+    data: tuple[str, ...] = option(
+        (), ".beton files, photo folders or tars to train on: one or several", path=True
+    )
     loader: str = option(
         "auto",
         f"{', '.join(f'{kind.name} ({kind.about})' for kind in LOADERS.values())}, or auto",
@@ -63,6 +65,10 @@ class PipelineConfig:
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "channel means on 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "channel standard deviations on 0..1")
     batches_ahead: int = option(2, "batches made ready before they are asked for")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):  # as older runs and callers with one source have it
+            self.data = (self.data,) if self.data else ()
 
     def views(self) -> list[ViewSpec]:
         """The views per image is cut into, global ones first."""

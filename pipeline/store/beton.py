@@ -57,8 +57,9 @@ class BetonReader:
     """A .beton file with the fields `image` and `label`. Photos are read when they are asked for.
 
     labels: int64 [n], -1 where unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or
-    RAW. pointers, sizes: uint64 [n], where the stored bytes begin and how many there are. classes:
-    names from the JSON beside the file, or [].
+    RAW. pointers, sizes: uint64 [n], where the stored bytes begin and how many there are. files:
+    int32 [n], the descriptor of the file that holds them. classes: names from the JSON beside the
+    file, or [].
 
     The file is read by `pread`, not mapped into memory: a file that is cut short while it is in use
     gives an error where a mapped one would kill the process (SIGBUS).
@@ -92,6 +93,7 @@ class BetonReader:
         self.heights = samples["image"]["height"].copy()
         self.pointers = samples["image"]["data_ptr"].copy()
         self.sizes = self._sizes(table)
+        self.files = np.full(self.num_samples, self.fileno(), np.int32)
         self.sidecar = self._read_sidecar()
         self.classes: list[str] = list(self.sidecar.get("classes", []))
         self.notes: list[str] = []
