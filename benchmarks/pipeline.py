@@ -41,7 +41,8 @@ from ibeton.benchmarks.harness.measure import (
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan, normalized
-from ibeton.pipeline.crops import cut_views, cut_views_reference
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loaders import LOADERS, RECIPE
 from ibeton.pipeline.loaders.context import Cutter, PhotoSource, context_of
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem

@@ -49,35 +49,23 @@ class ConversionReport:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)  # on the source
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.done.counts
-
-    @property
-    def unlabelled(self) -> int:
-        return self.done.unlabelled
-
-    @property
-    def unreadable(self) -> list[tuple[str, str]]:
-        return self.done.unreadable
-
     def lines(self) -> list[str]:
         """The report for the screen."""
-        how = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
-        size = self.path.stat().st_size / 1e6
-        rate = (self.done.photos - self.before) / max(self.seconds, 1e-9)
+        done, size = self.done, self.path.stat().st_size / 1e6
+        how = ", ".join(f"{count:,} {name}" for name, count in sorted(done.counts.items()))
+        rate = (done.photos - self.before) / max(self.seconds, 1e-9)
         lines = [
             f"{self.path}: {self.photos:,} photos ({how}), {len(self.classes):,} classes,"
             f" {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
         ]
         if self.before:
-            lines.append(f"went on after {self.before:,} photos of an unfinished conversion")
+            lines.append(f"resumed after {self.before:,} photos of an unfinished conversion")
         lines += [_printable(note) for note in self.notes]
-        if self.unlabelled:
-            lines.append(f"{self.unlabelled:,} photos stand in no class folder: unlabelled (-1)")
-        if self.unreadable:
-            lines.append(f"{len(self.unreadable):,} unreadable, all listed in {self.path}.json:")
-            lines += [f"  {_printable(name)}: {reason}" for name, reason in self.unreadable[:5]]
+        if done.unlabelled:
+            lines.append(f"{done.unlabelled:,} photos are in no class folder: unlabelled (-1)")
+        if done.unreadable:
+            lines.append(f"{len(done.unreadable):,} unreadable, all listed in {self.path}.json:")
+            lines += [f"  {_printable(name)}: {reason}" for name, reason in done.unreadable[:5]]
         return lines
 
 
@@ -184,7 +172,7 @@ def _stored(
     if not photos:
         return  # all were done before
     starts = range(0, len(photos), _CHUNK)
-    jobs = ((photos[i : i + _CHUNK], options.storage()) for i in starts)
+    jobs = ((photos[i : i + _CHUNK], options) for i in starts)
     workers = min(options.workers or cores(), len(starts))
     # Photos that are stored as they are cost less than their way through a pipe.
     spread = _in_threads if options.mostly_kept() else in_order
@@ -227,9 +215,9 @@ def _sidecar(
         "options": options.content(),
         "classes": report.classes,
         "photos": report.photos,
-        "unlabelled": report.unlabelled,
-        "counts": report.counts,
-        "unreadable": report.unreadable,
+        "unlabelled": report.done.unlabelled,
+        "counts": report.done.counts,
+        "unreadable": report.done.unreadable,
         "checksums": {"samples": BLOCK, "crc32": report.done.checksums},
     }
 
