@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import (
@@ -33,10 +32,12 @@ from ibeton.benchmarks.harness.measure import (
     spread,
     take_turns,
 )
+from ibeton.command import run_or_exit
 from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.evaluation.finetune.steps import Mixer
+from ibeton.progress import plain_console
 
 OURS, TIMM = "ibeton", "timm"
 AUGMENT = "rand-m9-inc1"
@@ -141,7 +142,7 @@ def main() -> None:
         parser.error("--rounds must be at least 2, --batch-size even, and the others at least 1")
     with tempfile.TemporaryDirectory() as folder:
         rates, cpu = measure(args.data or _drawn(Path(folder)), args)
-    console = Console(width=100)
+    console = plain_console(width=100)
     table = Table(title=f"training views of {args.image_size} pixels, {args.workers} worker(s)")
     for heading in ("", "views/s", "CPU ms per view"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -168,4 +169,4 @@ def _drawn(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)
