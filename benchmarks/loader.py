@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
