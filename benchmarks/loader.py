@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.command import run_or_exit
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan
 from ibeton.pipeline.loaders import LOADERS
@@ -31,6 +32,7 @@ from ibeton.pipeline.loaders.context import context_of
 from ibeton.pipeline.loaders.gpu_decode import GpuDecoding, NvJpeg, nvjpeg_problem
 from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.store import BetonReader, Decoder, is_beton
+from ibeton.progress import plain_console
 from ibeton.workers import cores
 
 BATCHES = 8  # of a round at least: the first ones fill an empty pipeline, the last ones empty it
@@ -202,7 +204,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     keep_freed_memory()
-    console, began = Console(width=100), time.perf_counter()
+    console, began = plain_console(width=100), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if args.borders:
             figures = borders(args, Path(folder), console)
@@ -222,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import (
@@ -34,11 +33,13 @@ from ibeton.benchmarks.harness.measure import (
     spread,
     take_turns,
 )
+from ibeton.command import run_or_exit
 from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.evaluation.finetune.steps import Mixer
 from ibeton.pipeline.convert import convert
+from ibeton.progress import plain_console
 
 OURS, TIMM = "ibeton", "timm"
 AUGMENT = "rand-m9-inc1"
@@ -136,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(args.data) if args.data else _drawn(Path(folder))
         rates, cpu = measure(_links(data, Path(folder), args), args)
-    console = Console(width=100)
+    console = plain_console(width=100)
     table = Table(title=f"training views of {args.image_size} pixels, {args.workers} worker(s)")
     for heading in ("", "views/s", "CPU ms per view"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -178,4 +179,4 @@ def _drawn(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)
