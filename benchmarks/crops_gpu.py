@@ -76,7 +76,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, data: str) -> None:
         self.device = torch.device("cpu" if args.interpreted else "cuda")
-        self.config = PipelineConfig(data=data, **SMALL_VIEWS if args.interpreted else {})
+        self.config = PipelineConfig(data=(data,), **SMALL_VIEWS if args.interpreted else {})
         config, on_gpu = self.config, not args.interpreted
         self.dtype = DTYPES[args.precision]
         self.steps = 1 if args.interpreted else STEPS

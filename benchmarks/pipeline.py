@@ -66,7 +66,7 @@ class Bench:
     def __init__(
         self, data: str, workers: int, images: int, two_crops: bool, stack: ExitStack
     ) -> None:
-        self.config = PipelineConfig(data=data, workers=workers, batch_size=BATCH)
+        self.config = PipelineConfig(data=(data,), workers=workers, batch_size=BATCH)
         self.reader, self.two_crops = BetonReader(data), two_crops
         self.views = TWO_CROPS if two_crops else self.config.views()
         self.images, self.place = images, 0

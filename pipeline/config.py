@@ -73,14 +73,20 @@ class PipelineConfig:
     def views(self) -> list[ViewSpec]:
         """The views per image is cut into, global ones first."""
         brightness, contrast, saturation, hue = self.color_jitter
-        counts = self.global_crops_number, self.local_crops_number
-        sizes = self.global_crops_size, self.local_crops_size
-        scales = self.global_crops_scale, self.local_crops_scale
-        jitter = {
-            **{"brightness": brightness, "contrast": contrast, "saturation": saturation},
-            **{"hue": hue, "gray_p": self.gray_p, "blur_radius": self.blur_radius},
-        }
-        return published_views(*counts, *sizes, *scales, **jitter)
+        return published_views(
+            self.global_crops_number,
+            self.local_crops_number,
+            self.global_crops_size,
+            self.local_crops_size,
+            self.global_crops_scale,
+            self.local_crops_scale,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            gray_p=self.gray_p,
+            blur_radius=self.blur_radius,
+        )
 
     def check(self) -> None:
         """Raise ValueError, naming every option whose value cannot work."""
