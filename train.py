@@ -93,9 +93,10 @@ def _prepare(
         raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     if rank == 0:
         check_output_dir(Path(config.run.output_dir))
-    announce(f"opening {config.pipeline.data}")
+    data = " ".join(config.pipeline.data)
+    announce(f"opening {data}")
     loader = build_loader(config.pipeline, device, rank, world_size)
-    check_readable(loader.photos, config.pipeline.data)
+    check_readable(loader.photos, data)
     if loader.kind.worker_processes:
         block_signals_in_workers()
     if config.run.eval_every:  # a wrong path should show now, not an epoch later

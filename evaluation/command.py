@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -30,6 +29,7 @@ from ibeton.evaluation.score_format import score_text
 from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser, check_output_file
+from ibeton.progress import plain_console
 
 Scores = dict[str, float]
 
@@ -226,7 +226,7 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 
 def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]]) -> None:
     """Print all scores as a table, then the headlines (protocol, score) as Markdown."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = plain_console(width=None if sys.stdout.isatty() else 100)
     print(title)  # not the table's own title, which would be wrapped to its width
     console.print(table(scores))
     print(markdown(scores, headlines))

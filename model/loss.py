@@ -66,7 +66,8 @@ class IBOTLoss(nn.Module):
         -> terms of the loss, and the batch means that `update_centers` takes.
 
         The terms are scalars: `loss` = `cls` + `patch`, both weighted by lambda; without gradient
-        `teacher_entropy` (nats, of the class targets) and `acc` (share of images whose first
+        `teacher_entropy` (nats, of the class targets), `prototypes` (how many the class targets of
+        the batch use: exp of the entropy of their mean) and `acc` (share of images whose first
         teacher view and second student view agree on the likeliest prototype). The means [K + K2]
         are those of the teacher's class and patch logits, float32 at least.
 
@@ -92,6 +93,7 @@ class IBOTLoss(nn.Module):
         with torch.no_grad():
             targets = ((upcast(teacher.cls) - self.center) / temp).softmax(dim=-1)
             entropy = -torch.special.xlogy(targets, targets).sum(dim=-1).mean()
+            mean = targets.mean(dim=0)
             batch = len(teacher.cls) // self.global_views
             second = cls_logits[batch : 2 * batch]
             agree = teacher.cls[:batch].argmax(dim=-1) == second.argmax(dim=-1)
@@ -101,6 +103,7 @@ class IBOTLoss(nn.Module):
             "cls": cls,
             "patch": patch,
             "teacher_entropy": entropy,
+            "prototypes": (-torch.special.xlogy(mean, mean).sum()).exp(),
             "acc": agree.float().mean(),
         }
         return terms, batch_means

@@ -122,12 +122,14 @@ def loss_reference(
     )
     first = teacher_cls.chunk(loss.global_views)[0]
     targets = ((upcast(teacher_cls) - loss.center) / temp).softmax(dim=-1)
+    mean = targets.mean(dim=0)
     means = [upcast(teacher_cls).mean(dim=0), upcast(teacher_patch).mean(dim=(0, 1))]
     terms = {
         "loss": cls + patch,
         "cls": cls,
         "patch": patch,
         "teacher_entropy": -torch.special.xlogy(targets, targets).sum(dim=-1).mean(),
+        "prototypes": (-torch.special.xlogy(mean, mean).sum()).exp(),
         "acc": (first.argmax(dim=-1) == views[1].argmax(dim=-1)).float().mean(),
     }
     return terms, torch.cat(means)

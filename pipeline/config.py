@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ibeton.options import flag, option, refuse
 from ibeton.pipeline.loaders.kinds import LOADERS
@@ -23,7 +22,9 @@ CHOICES = {
 class PipelineConfig:
     """What to read, how to cut it, what to mask. Defaults are the published ViT-S/16 recipe."""
 
-    data: str = option("", ".beton file or photo folder to train on", path=True)
+    data: tuple[str, ...] = option(
+        (), ".beton files, photo folders or tars to train on: one or several", path=True
+    )
     loader: str = option(
         "auto",
         f"{', '.join(f'{kind.name} ({kind.about})' for kind in LOADERS.values())}, or auto",
@@ -65,17 +66,27 @@ class PipelineConfig:
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "channel standard deviations on 0..1")
     batches_ahead: int = option(2, "batches made ready before they are asked for")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.data, str):  # as older runs and callers with one source have it
+            self.data = (self.data,) if self.data else ()
+
     def views(self) -> list[ViewSpec]:
         """The views per image is cut into, global ones first."""
         brightness, contrast, saturation, hue = self.color_jitter
-        counts = self.global_crops_number, self.local_crops_number
-        sizes = self.global_crops_size, self.local_crops_size
-        scales = self.global_crops_scale, self.local_crops_scale
-        jitter: dict[str, Any] = {
-            **{"brightness": brightness, "contrast": contrast, "saturation": saturation},
-            **{"hue": hue, "gray_p": self.gray_p, "blur_radius": self.blur_radius},
-        }
-        return published_views(*counts, *sizes, *scales, **jitter)
+        return published_views(
+            self.global_crops_number,
+            self.local_crops_number,
+            self.global_crops_size,
+            self.local_crops_size,
+            self.global_crops_scale,
+            self.local_crops_scale,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            gray_p=self.gray_p,
+            blur_radius=self.blur_radius,
+        )
 
     def check(self) -> None:
         """Raise ValueError, naming every option whose value cannot work."""

@@ -13,7 +13,7 @@ from ibeton.pipeline.loaders.kinds import choose_crops, choose_decoding, choose_
 from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
 from ibeton.pipeline.sampling.order import epoch_order, rank_batches, steps_per_epoch
-from ibeton.pipeline.store.photos import open_photos
+from ibeton.pipeline.store.joined import open_all
 from ibeton.stages import stage
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Loader:
             ratio_var=config.pred_ratio_var,
             start_epoch=config.pred_start_epoch,
         )
-        self.photos = open_photos(config.data)
+        self.photos = open_all(config.data)
         if rank == 0:
             for note in self.photos.notes:
                 log.warning(note)

@@ -5,6 +5,7 @@ fault in. Answers with the process id at once, and with the exit status at its e
 """
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -13,6 +14,11 @@ import traceback
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
+# What a run imports late: half of the CPU time of a small one. Optimizers import torch._dynamo.
+LATE = (
+    *("torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "matplotlib.ticker"),
+    *("sklearn.metrics", "ibeton.evaluation.frozen.quick"),
+)
 
 if __name__ == "__main__":  # the loader's worker processes import this file
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,6 +26,8 @@ if __name__ == "__main__":  # the loader's worker processes import this file
     from ibeton.pipeline.loaders import LOADERS
 
     LOADERS["dali"].problem()  # imports it, where it is installed
+    for late in LATE:
+        importlib.import_module(late)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()

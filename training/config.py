@@ -188,8 +188,8 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     In a run that is too short for the recipe's warm-ups, those that `values` does not hold are
     shortened, with a note. Raises ValueError, naming every option whose value cannot work.
     """
-    refuse(wrong_types({**(preset or {}), **values}, RunConfig, PipelineConfig, ModelConfig))
-    base = preset or {}
+    base, values = _with_data(preset or {}), _with_data(values)
+    refuse(wrong_types({**base, **values}, RunConfig, PipelineConfig, ModelConfig))
     name = values.get("recipe") or values.get("arch") or base.get("arch", "vit_s")
     if name not in RECIPES:
         raise ValueError(f"--arch {name}: {nearest_value(name, [*ARCHITECTURES, *SWINS])}")
@@ -212,6 +212,12 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     if not config.run.global_batch_size:
         config.share_batch(world_size=1)
     return config
+
+
+def _with_data(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with a single source of photos, as older runs have it, as the one of several."""
+    alone = isinstance(values.get("data"), str)
+    return {**values, "data": (values["data"],)} if alone else values
 
 
 def _defaults() -> dict[str, Any]:

@@ -27,13 +27,12 @@ from ibeton.pipeline import Loader
 from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
-from ibeton.training.health.collapse import CollapseAlarm
+from ibeton.training.health.collapse import CollapseAlarm, patience
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.curves import model_facts
 from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
 
-_ALARM_AFTER = 1000  # steps of collapse, or one epoch if that is longer, until the alarm
 _PROBES = 16  # photos compared when a run resumes
 # Settings that may change between starts without a note: they do not change what is computed.
 _FREE = {
@@ -78,8 +77,8 @@ class Run:
         weights = (model.lambda1, model.lambda2)
         uniform = sum(w * math.log(k) for w, k in zip(weights, prototypes, strict=True))
         self.guard = NonFiniteGuard(self.scaler is not None, uniform)
-        patience = max(_ALARM_AFTER, per_epoch)
-        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, patience)
+        lasts = patience(self.config.run.epochs * per_epoch, per_epoch)
+        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, lasts)
 
     @property
     def folder(self) -> Path:
@@ -202,7 +201,8 @@ def export_backbone(run: Run, epoch: int | None) -> None:
     as backbone.safetensors (None) at the end. Raises RunError if it cannot be written."""
     name = "backbone" if epoch is None else f"backbone{epoch:04d}"
     facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
-    facts["photos"] = f"{len(run.loader.photos):,} of {Path(run.config.pipeline.data).name}"
+    names = ", ".join(Path(path).name for path in run.config.pipeline.data)
+    facts["photos"] = f"{len(run.loader.photos):,} of {names}"
     path = run.folder / f"{name}.safetensors"
     try:
         write_backbone(path, run.ibot.teacher.backbone, run.config.resolved(), facts)
@@ -295,8 +295,8 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
         )
     if not _same_photos(content.get("data"), fingerprint(run.loader.photos)):
         raise ValueError(
-            f"checkpoint {path} was trained on other photos than --data {config['data']}: give the"
-            " same, or start a run from its weights with --init-from"
+            f"checkpoint {path} was trained on other photos than --data {' '.join(config['data'])}:"
+            " give the same, or start a run from its weights with --init-from"
         )
     owner = content.get("run")
     if run.seen and owner and owner != run.seen:

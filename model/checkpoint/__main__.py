@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from ibeton.model.checkpoint.export_timm import export_timm
 from ibeton.model.checkpoint.files import NETWORKS, is_own, listed, read_file, save_checkpoint
 from ibeton.model.checkpoint.foreign import Foreign, read_foreign
 from ibeton.options import Parser
+from ibeton.progress import plain_console
 
 SIZED = {"timm": export_timm, "huggingface": export_huggingface}
 PUBLISHED = {"ibot": export_ibot, "ibot-backbone": export_ibot_backbone}
@@ -102,7 +102,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     for name in shown + ["out_dim"] * ("student" in content):
         table.add_row(name, "", "as arch says" if config[name] == 0 else str(config[name]))
     print(f"{args.source}: {kind}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _parts(name: str, value: Any) -> list[tuple[str, list[Tensor]]]:

@@ -41,9 +41,9 @@ _clock = types.ExternalFunction("clock_gettime", _i32(_i32, _address))
 
 
 class Stored(NamedTuple):
-    """Where the photos of a .beton file are; arrays over all of its samples."""
+    """Where the photos of .beton files are; arrays over all samples."""
 
-    file: int  # descriptor
+    files: np.ndarray  # int32 [n], descriptors
     pointers: np.ndarray  # uint64 [n]
     sizes: np.ndarray  # uint64 [n], bytes
     heights: np.ndarray  # uint16 [n]
@@ -68,7 +68,7 @@ class Task(NamedTuple):
 def stored(reader: BetonReader) -> Stored:
     """What the loop needs to know of a file. The reader must outlive its use."""
     return Stored(
-        reader.fileno(), reader.pointers, reader.sizes, reader.heights, reader.widths, reader.modes
+        reader.files, reader.pointers, reader.sizes, reader.heights, reader.widths, reader.modes
     )
 
 
@@ -123,7 +123,7 @@ def work_on(
         _clock(clock, times[0].ctypes.data)
         data = np.empty(size, np.uint8)
         begin = np.int64(photos.pointers[index])
-        got = _pread(np.int32(photos.file), data.ctypes.data, np.uint64(size), begin)
+        got = _pread(photos.files[index], data.ctypes.data, np.uint64(size), begin)
         _clock(clock, times[1].ctypes.data)
         start = task.offsets[i]
         good = got == np.int64(size) and length <= _MOST

@@ -143,7 +143,7 @@ class _Threads:
     def __init__(self, context: LoaderContext) -> None:
         reader = context.photos
         if not isinstance(reader, BetonReader):
-            raise ValueError(f"{context.config.data}: the ffcv loader reads .beton files")
+            raise ValueError(f"{' '.join(context.config.data)}: the ffcv loader reads .beton files")
         self.reader: BetonReader = reader
         # One is with the consumer, and one is being finished while the next is begun.
         self.slots = range(context.config.batches_ahead + 2)

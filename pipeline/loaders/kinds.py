@@ -177,7 +177,7 @@ def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[Loa
     if problem and device.type == "cuda" and not dali.problem():
         by = "by nvJPEG" if choose_crops(config, dali, device) == "gpu" else "on the CPU"
         return dali, f"dali: each photo is decoded once, {by}; {problem}"
-    if Path(config.data).suffix != ".beton":
+    if _folders(config):
         return pil, f"pil, the slowest, as the photos are not in a .beton file; {_faster(config)}"
     if problem:
         return pil, f"pil, slower than ffcv: {problem}"
@@ -186,7 +186,7 @@ def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[Loa
 
 
 def _asked_for(config: "PipelineConfig", kind: LoaderKind) -> tuple[LoaderKind, str]:
-    if not kind.reads_folders and Path(config.data).suffix != ".beton":
+    if not kind.reads_folders and _folders(config):
         raise ValueError(f"--loader {kind.name} reads .beton files only; {_faster(config)}")
     if problem := kind.problem():
         raise ValueError(f"--loader {kind.name}: {problem}")
@@ -194,7 +194,12 @@ def _asked_for(config: "PipelineConfig", kind: LoaderKind) -> tuple[LoaderKind, 
 
 
 def _faster(config: "PipelineConfig") -> str:
-    return f"to make one: python -m pipeline.convert {config.data} photos.beton"
+    return f"to make one: python -m pipeline.convert {_folders(config)[0]} photos.beton"
+
+
+def _folders(config: "PipelineConfig") -> list[str]:
+    """The sources that are not .beton files."""
+    return [path for path in config.data if Path(path).suffix != ".beton"]
 
 
 def choose_crops(config: "PipelineConfig", kind: LoaderKind, device: "torch.device") -> str:

@@ -24,7 +24,8 @@ from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import draw_views
 from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import Photos, open_photos
+from ibeton.pipeline.store.joined import open_all
+from ibeton.pipeline.store.photos import Photos
 from ibeton.stages import work
 from ibeton.workers import end_with_parent
 
@@ -56,7 +57,7 @@ class _Views(Dataset):
     def _sample(self, epoch: int, index: int) -> Sample:
         config = self._config
         if self._replacements is None:
-            self._photos: Photos = open_photos(config.data)
+            self._photos: Photos = open_all(config.data)
             self._replacements = Replacements(self._photos, self._views, config.seed)
         times = [time.perf_counter()]
         with suppress(UnreadablePhoto):  # what follows finds it in memory

@@ -57,8 +57,8 @@ class BetonReader:
     """A .beton file with the fields `image` and `label`. Photos are read on demand.
 
     labels: int64 [n], -1 if unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or RAW.
-    pointers, sizes: uint64 [n], place and number of the stored bytes. classes: names from the JSON
-    beside the file, or [].
+    pointers, sizes: uint64 [n], place and number of the stored bytes. files: int32 [n], descriptors
+    of the file that holds them. classes: names from the JSON beside the file, or [].
 
     The file is read by `pread`, not mapped into memory: if it is truncated while in use, that is an
     error, where mapped memory would kill the process (SIGBUS).
@@ -91,6 +91,7 @@ class BetonReader:
         self.heights = samples["image"]["height"].copy()
         self.pointers = samples["image"]["data_ptr"].copy()
         self.sizes = self._sizes(table)
+        self.files = np.full(self.num_samples, self.fileno(), np.int32)
         self.sidecar = self._read_sidecar()
         self.classes: list[str] = list(self.sidecar.get("classes", []))
         self.notes: list[str] = []

@@ -81,6 +81,16 @@ LINES = {
         "--compare {in}/runs/one/checkpoint.knn.json {in}/list.json",
     ],
 }
+# what commands import late, and would import anew for each line
+LATE = {
+    "export": ("timm", "transformers.models.vit.modeling_vit"),
+    "import": ("timm",),
+    "finetune": ("timm.data.mixup", "timm.scheduler", "timm.utils"),
+    "segment": ("transformers.models.upernet.modeling_upernet",),
+    "detect": ("faster_coco_eval",),
+    "runs": ("matplotlib.pyplot",),
+    "train": ("torch.utils.tensorboard",),
+}
 WITH_MODEL = ("train", "throughput")  # lines that end with SMALL
 LARGE = {"vit_s", "vit_b", "vit_l", "swin_t7", "swin_t14", "swin_s7", "swin_s14", "swin_b7"}
 NUMBERS = ("0", "1", "2", "3", "-1", "7", "0.5", "1e-3", "1.5", "-0.1", "100", "nan", "inf", "")
@@ -229,6 +239,9 @@ def cpu_of(group: int) -> float:
 def fuzz(command: str, seed: int, count: int, files: Path) -> None:
     sys.argv = [f"ibeton {command}"]
     importlib.import_module(f"ibeton.{COMMANDS[command][0]}")
+    for module in LATE.get(command, ()):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     root = Path(tempfile.mkdtemp(prefix="fuzz"))
     out = root / "out"
     draws = random.Random(seed)

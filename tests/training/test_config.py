@@ -114,10 +114,11 @@ def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     paths = "--data ~/d.beton --output-dir ~/o --init-from ~/i.pt --eval-train ~/t --eval-val ~/v"
     found = parse(paths.split()).resolved()
-    names = ("data", "output_dir", "init_from", "eval_train", "eval_val")
+    names = ("output_dir", "init_from", "eval_train", "eval_val")
     assert [found[name] for name in names] == [
-        f"/home/someone/{name}" for name in ("d.beton", "o", "i.pt", "t", "v")
+        f"/home/someone/{name}" for name in ("o", "i.pt", "t", "v")
     ]
+    assert found["data"] == ("/home/someone/d.beton",)
     assert parse(["--data", "x", "--resume", "~/c.pt"]).run.resume == "/home/someone/c.pt"
 
 
@@ -167,7 +168,7 @@ def test_configurations_that_cannot_be_read_are_refused_by_name(tmp_path: Path) 
 def test_a_configuration_of_before_in_chans_was_removed_still_loads(tmp_path: Path) -> None:
     old = from_values({"data": "x"}).resolved() | {"in_chans": 3}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert parse(["--config", str(tmp_path)]).pipeline.data == "x"
+    assert parse(["--config", str(tmp_path)]).pipeline.data == ("x",)
     (tmp_path / "config.json").write_text(json.dumps(old | {"in_chans": 4}))
     with pytest.raises(ValueError, match="unknown setting in_chans"):
         parse(["--config", str(tmp_path)])

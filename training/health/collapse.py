@@ -10,6 +10,14 @@ from torch import Tensor, nn
 PROBED = 16  # images per step whose class tokens are compared
 _NEAR = 0.99  # share of ln(out_dim) above which a loss or an entropy counts as uniform
 _ALIKE = 0.02  # spread below which features count as constant
+_ONE = 1.5  # prototypes per step below which all its images share one
+_LONGEST, _SHORTEST = 1000, 100  # steps that a sign may last unmentioned
+
+
+def patience(steps: int, per_epoch: int) -> int:
+    """Steps that a sign of collapse has to last in a run of `steps`: 1000, or an epoch if that is
+    longer, but no more than a tenth of a short run, and at least 100."""
+    return min(max(_LONGEST, per_epoch), max(_SHORTEST, steps // 10))
 
 
 @torch.no_grad()
@@ -35,13 +43,14 @@ class CollapseAlarm:
         self._warned: set[str] = set()
 
     def add(self, record: dict[str, Any]) -> list[str]:
-        """Warnings for a record with "step", "cls", "teacher_entropy" and "spread". Adds
-        "cls_share" and "entropy_share" to it, as shares of ln(out_dim)."""
+        """Warnings for a record with "step", "cls", "teacher_entropy", "prototypes" and "spread".
+        Adds "cls_share" and "entropy_share" to it, as shares of ln(out_dim)."""
         record["entropy_share"] = record["teacher_entropy"] / self._uniform
         if self._lambda1:
             record["cls_share"] = record["cls"] / self._lambda1 / self._uniform
         signs = {
             _TARGETS: record["entropy_share"] > _NEAR,
+            _SAME: record["prototypes"] < _ONE,
             _GUESS: _NEAR < record.get("cls_share", 0.0) < 2 - _NEAR,
             _FEATURES: record["spread"] < _ALIKE,
         }
@@ -67,6 +76,10 @@ class CollapseAlarm:
 _TARGETS = (
     "collapse: the teacher's targets are uniform (entropy {teacher_entropy:.3f} of ln(out_dim) ="
     " {uniform:.3f}); try a lower --warmup-teacher-temp and --teacher-temp, or a smaller --lr"
+)
+_SAME = (
+    "collapse: the teacher gives all images the same prototype ({prototypes:.2f} in use); try a"
+    " smaller --lr, a higher --teacher-temp, or --center-momentum 0.5"
 )
 _GUESS = (
     "collapse: the student guesses (cls loss {cls:.3f}, ln(out_dim) is {uniform:.3f}); try a"

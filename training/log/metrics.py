@@ -8,7 +8,10 @@ from torch import Tensor
 
 from ibeton.stages import StageClock, StageWork, StepTiming, stage, work
 
-LOGGED = ("loss", "cls", "patch", "teacher_entropy", "acc", "grad_norm", "spread")
+LOGGED = (
+    *("loss", "cls", "patch", "teacher_entropy", "prototypes", "acc", "grad_norm"),
+    "spread",
+)
 
 
 class DelayedMetrics:

@@ -34,9 +34,9 @@ def _told(tell: Callable[[Run], str], run: Run) -> str:
 
 
 def _page_cache(run: Run) -> str:
-    path, photos = Path(run.config.pipeline.data), run.loader.photos
-    if path.is_file():
-        return cache_line(path.stat().st_size, available_memory())
+    paths, photos = list(map(Path, run.config.pipeline.data)), run.loader.photos
+    if all(path.is_file() for path in paths):
+        return cache_line(sum(path.stat().st_size for path in paths), available_memory())
     sizes = []
     for index in np.linspace(0, len(photos) - 1, _LOOKED_AT).astype(int).tolist():
         try:

@@ -154,11 +154,12 @@ class Tokens(torch.nn.Module):
         ({"teacher_entropy": 4.15}, "targets are uniform"),
         ({"cls": 4.16}, "guesses"),
         ({"spread": 0.001}, "look alike"),
+        ({"prototypes": 1.1}, "the same prototype"),
     ],
 )
 def test_the_alarm_is_raised_once_for_a_sign_that_lasts(shows: dict[str, float], word: str) -> None:
     alarm, sound = CollapseAlarm(64, 1.0, patience=20), {"teacher_entropy": 2.0, "cls": 3.0}
-    sound["spread"] = 0.4
+    sound |= {"spread": 0.4, "prototypes": 30.0}
     said = []
     for number in range(0, 60, 10):
         record = {"step": number, **sound, **shows}
