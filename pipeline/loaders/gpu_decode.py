@@ -215,7 +215,7 @@ def choose_decoding(
     good, tried = decoding.trial(workers)
     if wish == "gpu" and not good:
         why = f"nvJPEG decoded none of {tried}" if tried else "there are no"
-        raise ValueError(f"--decode gpu: {why} JPEGs of {reader.path}; use --decode cpu")
+        raise ValueError(f"--decode gpu: {why} JPEGs; use --decode cpu")
     chosen, why = judged(wish, good, tried, decoding.gpu_rate, decoding.cpu_rate, workers)
     return (decoding if chosen else None), why
 

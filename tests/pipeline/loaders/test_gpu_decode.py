@@ -152,7 +152,7 @@ def test_raw_photos_stay_with_the_cpu(raw_beton: Path) -> None:
     assert_whole(raw_beton, batches)
     assert not decoder.decoded
     assert choose_decoding("auto", BetonReader(raw_beton), decoder, 2) == (None, "")
-    with pytest.raises(ValueError, match=r"--decode gpu: there are no JPEGs of .*use --decode cpu"):
+    with pytest.raises(ValueError, match=r"--decode gpu: there are no JPEGs; use --decode cpu"):
         choose_decoding("gpu", BetonReader(raw_beton), decoder, 2)
 
 
@@ -226,7 +226,7 @@ def test_the_trial_finds_a_decoder_that_decodes_nothing(beton: Path) -> None:
     decoding, why = choose_decoding("auto", BetonReader(beton), Nothing(), 2)
     assert decoding is None
     assert "nvJPEG decoded 0 of 48 photos" in why
-    with pytest.raises(ValueError, match="--decode gpu: nvJPEG decoded none of 48 JPEGs of"):
+    with pytest.raises(ValueError, match="--decode gpu: nvJPEG decoded none of 48 JPEGs;"):
         choose_decoding("gpu", BetonReader(beton), Nothing(), 2)
     decoding, why = choose_decoding("gpu", BetonReader(beton), Planes(), 2)
     assert decoding is not None
