@@ -26,7 +26,7 @@ class Batch:
 
 
 class BatchPlan(NamedTuple):
-    """Which photos a batch is made of, before any of them is read."""
+    """The photos of a batch, before they are read."""
 
     epoch: int
     indices: np.ndarray  # int64 [B], samples of the data set
@@ -69,7 +69,7 @@ class Decoded:
 
 @compiled
 def _normalize(crops: np.ndarray, scale: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
-    """`crops` [B, V, 3, S, S] into `out` [V, B, 3, S, S], in one pass where torch needs three."""
+    """`crops` [B, V, 3, S, S] into `out` [V, B, 3, S, S], in one pass; torch needs three."""
     for b in range(crops.shape[0]):
         for v in range(crops.shape[1]):
             for c in range(3):

@@ -12,10 +12,10 @@ from numba import njit
 
 
 def _cache_of_this_source() -> str:
-    """A folder for what is compiled from the files, as they are, that import this one.
+    """A cache folder for the current sources of all files that import this one.
 
-    numba looks whether the file of a function has changed, not those of what the function calls,
-    and would go on running their old code.
+    numba checks whether the file of a function has changed, not the files of the functions that it
+    calls, and would keep running their old code.
     """
     folder = Path(__file__).parent
     sources = hashlib.sha256()
@@ -40,7 +40,7 @@ def _cache_of_this_source() -> str:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, which is made if it is missing."""
+    """Whether files can be created in `folder`, which is created if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -51,13 +51,11 @@ def _is_writable(folder: Path) -> bool:
 
 numba.config.CACHE_DIR = _cache_of_this_source()
 
-# A function that leaves fastmath and error_model open takes them from whoever has it compiled
-# first, and the cache on disk keeps the result. FFCV compiles with fastmath: without these two
-# words, crops would change in their last bit with the order of imports. Under numpy's error model
-# division has no exception to raise, which would keep loops from becoming vector code.
+# Without fastmath and error_model, a function inherits them from its first caller, and the cache on
+# disk keeps the result. FFCV compiles with fastmath, so crops would depend on the order of imports.
+# With numpy's error model division raises no exception, which would prevent vector code.
 SETTINGS: dict[str, Any] = {"cache": True, "fastmath": False, "error_model": "numpy"}
 compiled = njit(nogil=True, **SETTINGS)
 
-# For what is called once a pixel: its caller's loop becomes vector code only around plain
-# arithmetic.
+# For functions called per pixel: only plain arithmetic lets the caller's loop become vector code.
 inlined = njit(inline="always", nogil=True, fastmath=False, error_model="numpy")

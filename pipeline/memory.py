@@ -1,4 +1,4 @@
-"""How the C library treats the memory that batches come and go in."""
+"""Settings of the C library's allocator."""
 
 import ctypes
 
@@ -9,10 +9,10 @@ _MMAP_FROM = 1 << 30  # bytes
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, for the whole process; other C libraries are left as they are.
+    """Let glibc keep freed memory, for the whole process; other C libraries are not changed.
 
-    By default it hands each freed batch and decoded photo back to the kernel, which clears every
-    page before it gives it out again: 230 page faults a photo, a tenth of the loader's time.
+    By default it returns each freed batch and photo to the kernel, which clears every page that it
+    gives out: 230 page faults per photo, a tenth of the loader's time.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:

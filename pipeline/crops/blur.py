@@ -20,8 +20,8 @@ def box_radius(sigma: float) -> np.float32:
     variance = _F32(_F32(_F32(sigma) * _F32(sigma)) / three)
     length = _F32(math.sqrt(12.0 * variance + 1.0))
     whole = _F32(math.floor((length - 1.0) / 2.0))
-    # As Pillow's C does it, in float32 from here on. numba computes in float64 where an integer
-    # meets a float32, so every constant is one as well.
+    # As in Pillow's C code, float32 from here on. numba computes integer with float32 in float64, so
+    # every constant is a float32, too.
     next_one = _F32(whole + one)
     rest = _F32(
         _F32(_F32(two * whole) + one) * _F32(_F32(whole * next_one) - _F32(three * variance))
@@ -62,7 +62,7 @@ def gaussian_blur(view: Array, sigma: float) -> None:
     if radius <= 0:
         return
     height, width = view.shape[1], view.shape[2]
-    # The three channels side by side, as few long rows are quicker than many short ones.
+    # The three channels side by side, as few long rows are faster than many short ones.
     down, across = padded(height), padded(width)
     upright = np.empty((2, width, 3 * down), np.uint8)
     lying = np.empty((2, height, 3 * across), np.uint8)

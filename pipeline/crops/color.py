@@ -1,7 +1,7 @@
 """Color operations on a view in place, as Pillow computes them; views are uint8 [3, n].
 
-Integers are held in int32 and reals in float32 wherever the result stays Pillow's: numba would
-widen both to 64 bits, which halves what a vector holds.
+Integers are int32 and reals float32 wherever the result stays Pillow's: numba would widen both to
+64 bits, which halves the elements of a vector register.
 """
 
 from typing import Any
@@ -75,7 +75,7 @@ def _to_hsv(r: Int32, g: Int32, b: Int32) -> tuple[Int32, Int32, Int32]:
     """Pillow's 8-bit hue, saturation and value; all arguments and results int32.
 
     Of Pillow's three distances to the highest channel, in units of the span, one is always 0 and
-    one always 1, so a single division is left.
+    one always 1, so a single division remains.
     """
     high, low = _I32(max(r, max(g, b))), _I32(min(r, min(g, b)))
     span = _I32(high - low)
@@ -111,16 +111,16 @@ def _channel(value: Int32, saturation: Int32, color: Int32) -> Int32:
 def adjust_hue(view: Array, factor: float) -> None:
     """Turn the hue by `factor` of a circle in Pillow's 8-bit HSV.
 
-    Every intermediate is cast: a difference of two int32 that is left as it is is an int64 to
-    numba, which AVX2 can turn into a float one lane at a time only.
+    Every intermediate is cast: to numba, the difference of two int32 is an int64, which AVX2
+    converts to float one lane at a time.
     """
     turn = _I32(_F32(factor) * 255.0)  # towards zero, then wrapped to 8 bits, as torchvision does
     red, green, blue = view[0], view[1], view[2]
     for i in range(red.size):
         h, s, v = _to_hsv(_I32(red[i]), _I32(green[i]), _I32(blue[i]))
         hue = _I32(_I32(_I32(h + turn) & _I32(255)) * _I32(6))
-        # Pillow goes by six cases; a channel's color is the same ramp in each, seen from the
-        # corner that is opposite it (red) or its own (green, blue).
+        # Pillow distinguishes six cases. A channel's color is the same ramp in each, measured from
+        # the opposite corner (red) or its own (green, blue).
         red[i] = _channel(v, s, _I32(_I32(255) - _beyond(hue, 765)))
         green[i] = _channel(v, s, _beyond(hue, 510))
         blue[i] = _channel(v, s, _beyond(hue, 1020))

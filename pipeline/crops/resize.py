@@ -68,9 +68,9 @@ def resize_taps(source: int, target: int) -> Taps:
 def _resize_block(typing: Any, source: Any, stride: Any, weights: Any, count: Any, out: Any) -> Any:
     """32 pixels of an output row: the weighted sum of `count` rows, rounded and clipped to uint8.
 
-    All are addresses and lengths in bytes: `source` of the first row, whose next are `stride`
-    apart, and of int32 `weights` and of the pixels to write. Sums stay in registers over all taps,
-    which numba's own loops would write out and read back.
+    All arguments are addresses and lengths in bytes: `source` of the first row, with rows `stride`
+    apart, of int32 `weights`, and of the pixels to write. Sums stay in registers over all taps;
+    numba's own loops would store and load them.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -151,8 +151,8 @@ def resized_crop(
     uint8 after each direction; mirrored left to right when `flip`."""
     size = out.shape[1]
     across, down = resize_taps(width, size), resize_taps(height, size)
-    # Pillow 13 (observed) starts with the rows where that leaves much less to do for the columns;
-    # the order shows in the rounding alone.
+    # Pillow 13 (observed) starts with the rows if that leaves much less work for the columns; the
+    # order affects only the rounding.
     rows_first = height > size and height - size > 2 * (width - size)
     first, second = (down, across) if rows_first else (across, down)
     length = width if rows_first else height  # of what the first pass leaves alone

@@ -1,7 +1,7 @@
 """Transposition of bytes, in blocks that stay in registers.
 
-Resizing and blurring run over long rows; what they do along a row they do along the rows of the
-transposed image. So half of what moves in the croppers moves here.
+Resizing and blurring run over long rows; the other direction is the same on the transposed image.
+Half of the croppers' memory traffic is here.
 """
 
 from typing import Any
@@ -23,9 +23,8 @@ def _transpose_block(typing: Any, source: Any, stride: Any, target: Any, pitch: 
     """Transpose 16 x 16 bytes: rows `stride` bytes apart from address `source` on, into rows
     `pitch` bytes apart from address `target` on.
 
-    Each round interleaves the first half of the rows with the second, byte by byte; after four
-    every byte stands where it belongs. numba would go through this byte by byte, so it is written
-    in LLVM's words.
+    Each round interleaves the first half of the rows with the second, byte by byte; four rounds
+    transpose. It is written in LLVM's instructions, as numba would move single bytes.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

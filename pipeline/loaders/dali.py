@@ -5,8 +5,8 @@
             anything else by Pillow, while reading
     cut     pixels -> all views, by our own draws       threads of ours, or the GPU
 
-One thread drives this, `batches_ahead` batches ahead of the training. DALI's own crops and colors
-are not used: they are not the published ones.
+One thread runs this, `batches_ahead` batches ahead of the training. DALI's own crops and colors are
+not used, as they are not the published ones.
 """
 
 import logging
@@ -54,8 +54,8 @@ class DaliPixels:
         self._photos, self._replacements = context.photos, context.replacements
         self._workers = context.workers
         self._decoder = DaliDecoder(context.device, context.config.batch_size, context.workers)
-        self._complete = bytearray(len(context.photos))  # 1: so found
-        self._refused: set[int] = set()  # photos that look sound and that DALI does not decode
+        self._complete = bytearray(len(context.photos))  # 1: known to be
+        self._refused: set[int] = set()  # photos that look fine, but DALI does not decode them
 
     def stream(
         self, plans: Iterator[BatchPlan]
@@ -118,7 +118,7 @@ class DaliPixels:
         return size is not None
 
     def _is_complete(self, index: int, data: bytes | memoryview) -> bool:
-        """Whether the compressed data reach to the photo's end, looked at once."""
+        """Whether the compressed data reach to the photo's end, checked once."""
         if not self._complete[index] and not ends_early(data):
             self._complete[index] = 1
         return bool(self._complete[index])
@@ -132,12 +132,12 @@ class DaliPixels:
         photos: list[Tensor] = []
         began = time.perf_counter()
         by_dali = iter(self._decoder.finish())
-        # The wait for it: DALI tells no more, and where the decode limits it is all of its time.
+        # The wait for DALI, which reports no times. If decoding limits, that is all of its time.
         work.add("decode", time.perf_counter() - began, len(batch), workers=1, shared=False)
         for index, data in batch:
             pixels = next(by_dali) if data.ndim == 1 else torch.from_numpy(data)
             if pixels is None:
-                if index not in self._refused:  # else it was being read when that was found
+                if index not in self._refused:  # else it had been read before
                     log.warning("DALI refuses %s, Pillow takes it", self._photos.name(index))
                 self._refused.add(index)
                 index, data = self._decode_by_pillow(index)
@@ -189,7 +189,7 @@ def _cut_timed(
 
 
 class _threads(ThreadPoolExecutor):
-    """A pool whose jobs that have not begun are given up at the end of the block."""
+    """A pool that cancels pending jobs at the end of the block."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, "ibeton-dali")

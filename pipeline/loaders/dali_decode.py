@@ -1,7 +1,7 @@
 """JPEG bytes -> pixels by DALI, a batch at a time: by nvJPEG on CUDA, else by libjpeg-turbo.
 
-On the CPU its pixels are Pillow's bit for bit. It fails with a whole batch where one photo is
-damaged; here the batch is then halved until that photo stands alone.
+On the CPU its pixels are Pillow's. It fails with a whole batch if one photo is damaged; the batch
+is then halved until that photo is alone.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @pipeline_def
 def _decoding(backend: str) -> Any:
-    """The graph; `backend` is 'mixed' for a CUDA device and 'cpu' else, and all that differs."""
+    """The graph; `backend` is 'mixed' for a CUDA device, else 'cpu'."""
     jpegs = fn.external_source(name="jpegs", ndim=1, dtype=types.DALIDataType.UINT8)
     return fn.decoders.image(
         jpegs,
@@ -39,8 +39,8 @@ class DaliDecoder:
             "batch_size": batch_size,
             "num_threads": threads,
             "device_id": number if on_gpu else None,
-            # One batch is under way at a time. The dynamic executor gives its pixels away: their
-            # memory lives as long as they do, so the next batch can be started meanwhile.
+            # One batch is under way at a time. With the dynamic executor its pixels own their
+            # memory, so the next batch can start while they are in use.
             "prefetch_queue_depth": 1,
             "exec_dynamic": True,
         }
@@ -53,13 +53,13 @@ class DaliDecoder:
         self._schedule(jpegs)
 
     def finish(self) -> list[Tensor | None]:
-        """Wait for the batch under way: uint8 [H, W, 3] on the device for each of its JPEGs, or
-        None for those that DALI refuses."""
+        """Wait for the batch: uint8 [H, W, 3] on the device for each JPEG, or None if DALI refuses
+        it."""
         jpegs, self._jpegs = self._jpegs, []
         return self._collect(jpegs)
 
     def abandon(self) -> None:
-        """Let go of the batch under way, if there is one."""
+        """Drop the batch under way, if there is one."""
         if self._jpegs:
             self._pipe, self._jpegs = self._build(), []
 

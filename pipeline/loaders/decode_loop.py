@@ -87,7 +87,7 @@ def _take_one(typing: Any, counter: Any) -> Any:
 @compiled
 def _decode(decoder: int, data: np.ndarray, height: int, width: int, photo: np.ndarray) -> bool:
     """JPEG bytes to `photo` uint8 [height * width * 3]. False for a JPEG of another size (which the
-    library would scale) and for whatever it warns of."""
+    library would scale) and for any warning."""
     found = np.zeros(4, np.int32)
     at, size = found.ctypes.data, np.uint64(data.size)
     source = data.ctypes.data
@@ -105,7 +105,7 @@ def _decode(decoder: int, data: np.ndarray, height: int, width: int, photo: np.n
 def work_on(
     task: Task, photos: Stored, decoder: int, specs: np.ndarray, seed: int
 ) -> tuple[int, int]:
-    """Take photos of `task` until none is left, or one is not as it should be.
+    """Take photos of `task` until none is left, or one does not decode.
 
     `decoder` is a handle of libjpeg-turbo's, `specs` SPEC [V + L]. Returns how many photos were
     finished, and the place in the batch of the one that failed, which is not counted, or -1.

@@ -14,10 +14,9 @@ from ibeton.stages import StageClock, StepTiming, work
 
 
 class GpuCrops:
-    """Cuts the views of decoded photos on the GPU, on a stream of its own.
+    """Cuts the views of decoded photos on the GPU, on its own stream.
 
-    While the model works on a batch, the pixels of the next one are copied and cut; the host waits
-    for none of it.
+    While the model works on a batch, the next one is copied and cut; the host does not wait.
     """
 
     def __init__(self, context: LoaderContext, source: PhotoSource) -> None:
@@ -57,7 +56,7 @@ class GpuCrops:
         self._source.close()
 
     def _cut(self, plan: BatchPlan, photos: Decoded) -> tuple[DeviceCrops, torch.cuda.Event | None]:
-        """The views, under way, and what tells that the photos have been copied."""
+        """The views, under way, and the event behind the copy of the photos."""
         shapes = photos.heights, photos.widths
         draws = draw_batch(self._specs, self._seed, plan.epoch, plan.indices, *shapes)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
@@ -78,7 +77,7 @@ class GpuCrops:
         return DeviceCrops(global_crops, local_crops, photos.indices.clone()), copied
 
     def _note_timings(self) -> None:
-        """Hand on the times of what the stream has done."""
+        """Report the times of what the stream has finished."""
         while self._timings and self._timings[0][0].done():
             timing, photos = self._timings.popleft()
             spent = timing.seconds()
@@ -86,7 +85,7 @@ class GpuCrops:
                 work.add(name, spent[name], photos, workers=1, shared=False)
 
     def _event(self) -> torch.cuda.Event | None:
-        """An event behind what the stream has been given so far."""
+        """An event behind the stream's work so far."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -94,7 +93,7 @@ class GpuCrops:
         return event
 
     def _ready(self, views: DeviceCrops, done: torch.cuda.Event | None) -> DeviceCrops:
-        """The same for the current stream, which waits for the cropper's."""
+        """The views for the current stream, which waits for the cropper's."""
         if done is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(done)

@@ -1,7 +1,7 @@
 """The published recipe: Pillow and torchvision in worker processes, one photo at a time.
 
-Slow by design (twelve separate crops with a dozen passes each), but it needs nothing but Pillow:
-the reference for the other loaders, and the fallback when they are not installed.
+Slow by design (twelve separate crops with a dozen passes each), but it needs only Pillow: the
+reference for the other loaders, and the fallback if they are not installed.
 """
 
 import logging
@@ -94,7 +94,7 @@ def _collate(samples: list[Sample | Exception]) -> Sent | Exception:
 
 
 def _shared(crops: np.ndarray) -> torch.Tensor | np.ndarray:
-    """The crops in shared memory; as they are, to be sent through a pipe, if there is no room."""
+    """The crops in shared memory, or unchanged, to be sent through a pipe, if there is no room."""
     try:
         return torch.from_numpy(crops).share_memory_()
     except RuntimeError:

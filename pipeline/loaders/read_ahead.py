@@ -1,4 +1,4 @@
-"""Work a few steps ahead of who waits for it, in a thread that ends with its consumer."""
+"""Run a generator a few steps ahead of its consumer, in a thread that ends with it."""
 
 import threading
 from collections.abc import Generator
@@ -12,16 +12,16 @@ Item = TypeVar("Item")
 
 @dataclass
 class _End:
-    """The last thing that the thread says."""
+    """The last thing that the thread sends."""
 
     error: BaseException | None = None
 
 
 def ahead(items: Generator[Item, None, None], most: int) -> Generator[Item, None, None]:
-    """The items of a generator, which runs in a thread of its own, at most `most` items ahead.
+    """The items of a generator, which runs in its own thread, at most `most` items ahead.
 
-    Raises what `items` raises. Left early (closed, or no longer referred to), it waits for the item
-    under way, closes `items` in its thread and ends the thread.
+    Raises what `items` raises. If it is closed early, it waits for the current item, closes `items`
+    in its thread and ends the thread.
     """
     room = threading.Semaphore(most)
     ready: SimpleQueue[tuple[Item] | _End] = SimpleQueue()
@@ -46,7 +46,7 @@ def ahead(items: Generator[Item, None, None], most: int) -> Generator[Item, None
         while not isinstance(item := ready.get(), _End):
             room.release()
             yield item[0]
-            del item  # or it would stay in memory until the next one is there
+            del item  # else it stays in memory until the next one arrives
         if item.error is not None:
             raise item.error
     finally:

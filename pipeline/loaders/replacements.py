@@ -16,11 +16,11 @@ _MOST_IN_A_ROW = 100  # so many bad neighbors mean a bad data set, not a bad pho
 
 
 class Replacements:
-    """Second look at photos that a fast decoder refused, and the list of those that are lost. Any
-    thread may ask.
+    """Decodes photos again that a fast decoder refused, and lists the unreadable ones. Methods may
+    be called from any thread.
 
-    Which photo replaces which depends on the sample index alone, so every loader, batch size and
-    worker count agrees on it.
+    The replacement depends only on the sample index, so it is the same for every loader, batch size
+    and worker count.
     """
 
     def __init__(self, photos: Photos, views: list[ViewSpec], seed: int) -> None:
@@ -48,11 +48,11 @@ class Replacements:
         )
 
     def note(self, index: int, reason: str) -> None:
-        """Count an unreadable photo and name it, once."""
+        """Add an unreadable photo to the list, and log it once."""
         self.take_over(index, f"{self._photos.name(index)}: {reason}")
 
     def take_over(self, index: int, name_and_reason: str) -> None:
-        """The same for one that a worker process has named."""
+        """The same for one that a worker process found."""
         with self._noting:
             known = index in self.unreadable
             self.unreadable.setdefault(index, name_and_reason)
@@ -60,7 +60,7 @@ class Replacements:
             log.warning("unreadable photo, its neighbor is used: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:
-        """Cut the views of `index`, or of its replacement, anew; returns the index used."""
+        """Cut the views of `index`, or of its replacement; returns the index used."""
         used, pixels = self.readable(index)
         height, width = pixels.shape[:2]
         draws = draw_views(self._views, self._seed, epoch, index, height, width)

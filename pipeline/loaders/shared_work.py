@@ -1,7 +1,7 @@
-"""Threads that share jobs: each takes parts one by one and moves to the next job without waiting.
+"""Threads that share jobs: each takes parts one by one and moves on to the next job.
 
-No thread waits for the slowest at the end of a job, and results still come in the order of the
-jobs. The number of jobs that are open is bounded, so that their memory can be reused.
+No thread waits for the slowest one at the end of a job, and results come in the order of the jobs.
+The number of open jobs is bounded, so their memory can be reused.
 """
 
 import threading
@@ -52,7 +52,7 @@ def share(
             del job
             state.release()
     finally:
-        state.stop()
+        state.end()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -67,7 +67,7 @@ def _serve(state: "_State[SomeJob]", worker: MakeWorker[SomeJob]) -> None:
                 state.finish(job, work(job))
                 number += 1
     except BaseException as error:  # whatever it was, the consumer must hear of it
-        state.fail(error)
+        state.end(error)
 
 
 class _State(Generic[SomeJob]):
@@ -82,7 +82,7 @@ class _State(Generic[SomeJob]):
         self._changed = threading.Condition()
 
     def take(self, number: int) -> tuple[int, SomeJob] | None:
-        """The first open job from `number` on; opens one if there is room, else waits. None where
+        """The first open job from `number` on; opens one if there is room, else waits. None if
         there is nothing left to do."""
         with self._changed:
             while not self._stopped and self._error is None:
@@ -91,19 +91,15 @@ class _State(Generic[SomeJob]):
                     return number, self._open[number - self._first]
                 if self._ended:
                     return None
-                if len(self._open) < self._most:
-                    self._open_next()
-                else:
+                if len(self._open) == self._most:
                     self._changed.wait()
+                elif (job := next(self._source, None)) is None:
+                    self._ended = True
+                    self._changed.notify_all()
+                else:
+                    self._open.append(job)
+                    self._changed.notify_all()
             return None
-
-    def _open_next(self) -> None:
-        job = next(self._source, None)
-        if job is None:
-            self._ended = True
-        else:
-            self._open.append(job)
-        self._changed.notify_all()
 
     def finish(self, job: SomeJob, parts: int) -> None:
         with self._changed:
@@ -129,12 +125,8 @@ class _State(Generic[SomeJob]):
             self._first += 1
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
+    def end(self, error: BaseException | None = None) -> None:
+        """Let all threads end; `finished` raises the first error."""
         with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
+            self._stopped, self._error = True, self._error or error
             self._changed.notify_all()

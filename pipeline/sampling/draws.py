@@ -1,8 +1,8 @@
-"""Every random number of one sample's augmentation, from (seed, epoch, sample index) alone.
+"""All random numbers of a sample's augmentation, a function of (seed, epoch, sample index).
 
-The distributions are the published recipe's (iBOT, appendix A; torchvision's RandomResizedCrop and
-ColorJitter). Drawing them apart from the pixels lets any executor (numba, Pillow, Triton) cut the
-same crops, whatever the worker count, batch size, rank or device.
+The distributions are those of the published recipe (iBOT, appendix A; torchvision's
+RandomResizedCrop and ColorJitter). They are drawn apart from the pixels, so numba, Pillow and
+Triton cut the same crops, for any worker count, batch size, rank and device.
 """
 
 from dataclasses import astuple, dataclass

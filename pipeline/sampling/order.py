@@ -1,7 +1,7 @@
-"""Which sample stands where in an epoch: a permutation by (seed, epoch), cut into global batches.
+"""The order of an epoch: a permutation by (seed, epoch), cut into global batches.
 
-Each global batch is one slice of the permutation and each rank takes its own part of that slice. So
-two ranks with half the batch each see, step by step, what one rank with all of it sees.
+A global batch is one slice of the permutation, of which each rank takes its own part. So two ranks
+with half the batch each see, step by step, what one rank with the whole batch sees.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def steps_per_epoch(count: int, batch_size: int, world_size: int) -> int:
-    """Whole global batches in an epoch; what is left over waits for another epoch's order.
+    """Whole global batches in an epoch; the remaining photos are not used in it.
 
-    Raises ValueError where not even one global batch can be filled.
+    Raises ValueError if there are too few photos for one global batch.
     """
     steps = count // (batch_size * world_size)
     if steps == 0:

@@ -1,13 +1,13 @@
-"""Counter-based random numbers: any draw of any sample, without having made the draws before it.
+"""Counter-based random numbers: any draw of any sample, independent of all other draws.
 
-A key is a hash of (seed, epoch, sample index, purpose); draw number `counter` of that key is a hash
-of key + counter x golden ratio, which is SplitMix64 (Steele, Lea and Flood, "Fast splittable
-pseudorandom number generators", OOPSLA 2014) started at the key and read at any place. No state, so
-worker count, batch size, rank and device cannot change what a sample draws.
+A key is a hash of (seed, epoch, sample index, purpose). Draw number `counter` of a key is a hash of
+key + counter x golden ratio: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014), started at the key and read at any position. There is no state, so
+worker count, batch size, rank and device do not change what a sample draws.
 
 All arithmetic is on uint64, which wraps. numba turns a mix of int64 and uint64 into float64, hence
-the np.uint64 around every operand. Compiled code passes keys on as they come; from Python, wrap a
-key in np.uint64 before handing it back, as numba takes a plain int for an int64.
+np.uint64 around every operand. From Python, wrap a key in np.uint64 before passing it back, as
+numba takes an int for an int64.
 """
 
 from typing import Any
@@ -61,8 +61,8 @@ def uniform(key: Uint64, counter: int) -> float:
 def randint(key: Uint64, counter: int, n: int) -> int:
     """Return draw number `counter` of `key` as an int64 in 0 .. n - 1; n is 1 .. 2**53.
 
-    One draw a number, so some results are likelier than others by at most n x 2**-53. The product
-    never rounds up to n: the largest uniform lies 2**-53 below 1.
+    Results differ in probability by at most n x 2**-53. The product never rounds up to n: the
+    largest uniform is 1 - 2**-53.
     """
     return int(uniform(key, counter) * n)
 
