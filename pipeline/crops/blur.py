@@ -20,8 +20,8 @@ def box_radius(sigma: float) -> np.float32:
     variance = _F32(_F32(_F32(sigma) * _F32(sigma)) / three)
     length = _F32(math.sqrt(12.0 * variance + 1.0))
     whole = _F32(math.floor((length - 1.0) / 2.0))
-    # As in Pillow's C code, float32 from here on. numba computes integer with float32 in float64, so
-    # every constant is a float32, too.
+    # As in Pillow's C code, float32 from here on. numba widens an integer and a float32 to float64,
+    # so every constant is a float32, too.
     next_one = _F32(whole + one)
     rest = _F32(
         _F32(_F32(two * whole) + one) * _F32(_F32(whole * next_one) - _F32(three * variance))
