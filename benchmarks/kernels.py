@@ -172,12 +172,16 @@ def show_resources(arch: str, dtype: torch.dtype | None, console: Console) -> No
     )
     for heading in ("kernel", "width", "warps", "sm_70", "sm_80", "sm_90"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
-    settings = Settings(ModelConfig(arch=arch, depth=2), 4, dtype=dtype)
-    for launch in distinct(record_step(settings).kernels):
-        made = [compile_launch(launch, capability) for capability in (70, 80, 90)]
-        width = launch.constants.get("WIDTH", launch.constants.get("PROTOTYPES", ""))
-        cells = [f"{m.registers} / {m.shared} / {m.spills}" for m in made]
-        table.add_row(launch.name, str(width), str(made[0].warps), *cells)
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for i, capability in enumerate((70, 80, 90)):
+        settings = Settings(ModelConfig(arch=arch, depth=2), 4, dtype=dtype, capability=capability)
+        for launch in distinct(record_step(settings).kernels):
+            made = compile_launch(launch, capability)
+            width = launch.constants.get("WIDTH", launch.constants.get("PROTOTYPES", ""))
+            row = rows.setdefault((launch.name, str(width), str(made.warps)), [""] * 3)
+            row[i] = f"{made.registers} / {made.shared} / {made.spills}"
+    for names, cells in rows.items():
+        table.add_row(*names, *cells)
     console.print(table)
 
 

@@ -54,6 +54,12 @@ KERNELS = {
     "native_layer_norm_backward": 2,  # of the input; of gamma and beta
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,  # cuDNN's, on CUDA
 }
+# Triton kernels of ours; all that is not named here streams
+KERNEL_CATEGORIES = {
+    **dict.fromkeys(("_residual_norm_kernel", "_residual_norm_backward_kernel"), ROW_KERNELS),
+    **dict.fromkeys(("_row_kernel",), ROW_KERNELS),
+    **dict.fromkeys(("_attention_kernel", "_attention_backward_kernel"), ATTENTION),
+}
 NOT_LAUNCHED = (
     *("empty", "empty_like", "new_empty", "detach", "alias", "device", "promote_types"),
     *("_unsafe_view", "scalar_tensor", "squeeze_"),
@@ -116,9 +122,9 @@ class Recorder(TorchDispatchMode):
     def kernel(self, launch: Launch) -> None:
         """A Triton kernel of ours, which reads or writes each tensor once."""
         self.kernels.append(launch)
-        rows = launch.name.startswith(("_residual_norm", "_row"))
-        category = ROW_KERNELS if rows else STREAM_KERNELS
-        self.add(category, launch.name, 1, _bytes(launch.tensors()), 0)
+        category = KERNEL_CATEGORIES.get(launch.name, STREAM_KERNELS)
+        flops = _kernel_flops(launch) if category == ATTENTION else 0
+        self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
         self.launches.append(Launches(self.stage, category, name, kernels, moved, flops))
@@ -135,14 +141,25 @@ def _attention_flops(name: str, read: list[Tensor]) -> int:
     return sdpa_flop_count(*shapes[:3])
 
 
+def _kernel_flops(launch: Launch) -> int:
+    """Of the attention kernels, as if no tile were cut off and nothing were computed twice."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    pairs = ((named["images"], named["tokens"]), (named["more_images"], named["more_tokens"]))
+    products = 5 if "backward" in launch.name else 2
+    scores = sum(images * tokens**2 for images, tokens in pairs)
+    return 2 * products * scores * launch.constants["WIDTH"]
+
+
 class Settings(NamedTuple):
-    """The step that is counted. `kernels` False: without the Triton kernels of the blocks."""
+    """The step that is counted, on a GPU of sm_`capability`. `kernels` False: without the Triton
+    kernels of the blocks."""
 
     model: ModelConfig
     images: int
     local_size: int = 96
     dtype: torch.dtype | None = torch.float16
     kernels: bool = True
+    capability: int = 90
 
 
 def step_launches(settings: Settings) -> list[Launches]:
@@ -220,5 +237,5 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
         stack.enter_context(patch("ibeton.model.kernels.cross_entropy.rows_by_chunk", rows))
         if settings.kernels:
-            stack.enter_context(counting(recorder.kernel))
+            stack.enter_context(counting(recorder.kernel, settings.capability))
         yield stage

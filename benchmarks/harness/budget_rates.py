@@ -16,18 +16,20 @@ from ibeton.benchmarks.harness.budget_launches import Launches
 class Device(NamedTuple):
     """What a device reaches: `memory` bytes/s of a large copy, read and write together, `matrix`
     FLOP/s of a large product in half precision, `attention` FLOP/s of fused attention on short
-    sequences, `host` seconds that the host needs to enqueue one launch of eager PyTorch."""
+    sequences, `host` seconds that the host needs to enqueue one launch of eager PyTorch. Its
+    architecture is sm_`capability`."""
 
     memory: float
     matrix: float
     attention: float
     host: float
+    capability: int
 
 
 DEVICES = {
-    "h100": Device(2.48e12, 763e12, 75e12, 31e-6),  # measured, 2026-11-26, torch 2.11
-    "a100": Device(1.7e12, 250e12, 50e12, 31e-6),  # 80 GB; from data sheets, 80 % of the peaks
-    "v100": Device(0.75e12, 100e12, 18e12, 31e-6),  # from data sheets, 80 % of the peaks
+    "h100": Device(2.48e12, 763e12, 75e12, 31e-6, 90),  # measured, 2026-11-26, torch 2.11
+    "a100": Device(1.7e12, 250e12, 50e12, 31e-6, 80),  # 80 GB; from data sheets, 80 % of the peaks
+    "v100": Device(0.75e12, 100e12, 18e12, 31e-6, 70),  # from data sheets, 80 % of the peaks
 }
 SHORTEST = 2e-6  # seconds of a kernel that has next to nothing to do
 PRODUCT_SHARE = 0.75  # of the matrix rate, at the widths of a ViT

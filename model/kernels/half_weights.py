@@ -98,20 +98,14 @@ class _HalfLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, half_weight, weight, bias = ctx.saved_tensors
         grad_x = (grad @ half_weight).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient([grad], [x], weight).view_as(weight)
+        grad_weight = weight_gradient(grad, x, weight).view_as(weight)
         grad_bias = None if bias is None else grad.sum(dim=0, dtype=bias.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
-def weight_gradient(grads: list[Tensor], inputs: list[Tensor], weight: Tensor) -> Tensor:
-    """The sum of grad.T @ input over the pairs, in the dtype of `weight`. On CUDA the products
-    write float32, so nothing is rounded or cast in between."""
-    total: Tensor | None = None
-    for grad, x in zip(grads, inputs, strict=True):
-        if grad.dtype is not weight.dtype and (grad.is_cuda or counted()):
-            product = torch.mm(grad.t(), x, out_dtype=weight.dtype)
-        else:
-            product = (grad.t() @ x).to(weight.dtype)
-        total = product if total is None else total.add_(product)
-    assert total is not None
-    return total
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """grad.T @ x in the dtype of `weight`. On CUDA the product writes float32, so nothing is
+    rounded or cast in between."""
+    if grad.dtype is not weight.dtype and (grad.is_cuda or counted()):
+        return torch.mm(grad.t(), x, out_dtype=weight.dtype)
+    return (grad.t() @ x).to(weight.dtype)

@@ -31,7 +31,8 @@ class Launch(NamedTuple):
 
 
 Observer = Callable[[Launch], None]
-_observers: list[Observer] = []
+_observers: list[tuple[Observer, int]] = []  # each with the capability that it stands for
+MATRIX_UNITS = 80  # sm_80 and later have matrix units that Triton can use
 
 
 def interpreted() -> bool:
@@ -52,18 +53,30 @@ def kernels_run_on(x: Tensor) -> bool:
     return x.is_cuda or counted() or interpreted()
 
 
+def matrix_units(x: Tensor) -> bool:
+    """Whether Triton multiplies matrices like `x` at the speed of the device: in half precision on
+    sm_80 and later. In the interpreter always, so that it can show what those devices compute."""
+    if interpreted():
+        return True
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if _observers:
+        return _observers[-1][1] >= MATRIX_UNITS
+    return torch.cuda.get_device_capability(x.device)[0] * 10 >= MATRIX_UNITS
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing."""
     if _observers:
-        _observers[-1](Launch(kernel, arguments, constants))
+        _observers[-1][0](Launch(kernel, arguments, constants))
     elif all(grid):
         kernel[grid](*arguments, **constants)
 
 
 @contextmanager
-def counting(observer: Observer) -> Iterator[None]:
-    """Inside, kernels do not run: `observer` gets each launch."""
-    _observers.append(observer)
+def counting(observer: Observer, capability: int = 90) -> Iterator[None]:
+    """Inside, kernels do not run: `observer` gets each launch, as sm_`capability` makes them."""
+    _observers.append((observer, capability))
     try:
         yield
     finally:

@@ -12,9 +12,11 @@ from ibeton.model import ModelConfig
 pytest.importorskip("triton")
 # Blocks are alike, so one for each kind is enough: the first, a middle one, the last.
 NAMES = {
-    *("_residual_norm_kernel", "_residual_norm_backward_kernel", "_pack_gradients_kernel"),
+    *("_residual_norm_kernel", "_residual_norm_backward_kernel"),
     *("_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_column_sums_kernel", "_row_kernel"),
 }
+WITH_MATRIX_UNITS = NAMES | {"_attention_kernel", "_attention_backward_kernel"}
+WITHOUT = NAMES | {"_pack_gradients_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -34,8 +36,10 @@ NAMES = {
 def test_kernels_compile_without_spills(tmp_path, monkeypatch, arch, dtype, capability):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = ModelConfig(arch=arch, depth=2, layer_scale=0.1 if arch == "vit_l" else 0.0)
-    launches = distinct(record_step(Settings(config, 4, dtype=dtype)).kernels)
-    assert {launch.name for launch in launches} == NAMES
+    settings = Settings(config, 4, dtype=dtype, capability=capability)
+    launches = distinct(record_step(settings).kernels)
+    names = WITH_MATRIX_UNITS if capability >= 80 and dtype is not None else WITHOUT
+    assert {launch.name for launch in launches} == names
     for launch in launches:
         resources = compile_launch(launch, capability)
         assert resources.spills == 0, resources
