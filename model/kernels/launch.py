@@ -56,13 +56,19 @@ def kernels_run_on(x: Tensor) -> bool:
 def matrix_units(x: Tensor) -> bool:
     """Whether Triton multiplies matrices like `x` at the speed of the device: in half precision on
     sm_80 and later. In the interpreter always, so that it can show what those devices compute."""
-    if interpreted():
-        return True
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return False
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return interpreted() or (half and capability(x) >= MATRIX_UNITS)
+
+
+def capability(x: Tensor) -> int:
+    """80 for sm_80, and so on: of the device of `x`, or of the one that launches are counted for;
+    0 in the interpreter."""
     if _observers:
-        return _observers[-1][1] >= MATRIX_UNITS
-    return torch.cuda.get_device_capability(x.device)[0] * 10 >= MATRIX_UNITS
+        return _observers[-1][1]
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -1,8 +1,8 @@
 """Self-attention on packed tokens: one kernel for all crop sizes forward, and one backward that
 writes the gradients of query, key and value into one tensor and sums the bias gradient on the way.
 
-The kernels need matrix units that Triton can use: those of sm_80 and later, in half precision.
-Elsewhere PyTorch's attention runs (`library_attention`).
+The kernels need matrix units that Triton can use, those of sm_80 and later in half precision, and
+heads of at most 64 channels. Elsewhere PyTorch's attention runs (`library_attention`).
 
 In shapes: T tokens of all crop sizes, B images of one size with N tokens each, H heads, D channels
 per head, C = H * D, P programs of a backward.
@@ -30,6 +30,8 @@ except ImportError:  # builds of PyTorch without CUDA come without it
     triton = None
 
 TOKENS = 64  # of a tile of queries or keys
+STEP = 32  # of those that a backward takes at a time; more would not fit into registers
+CHANNELS = 64  # per head at most; more would not fit either
 
 Shapes = list[tuple[int, int]]  # (images, tokens per image) of each crop size
 
@@ -54,7 +56,7 @@ def attention_reference(qkv: Tensor, images: int, tokens: int, num_heads: int) -
 
 def attend(qkv: Tensor, shapes: Shapes, num_heads: int, with_grad: bool) -> Attended:
     """qkv [T, 3C] -> attention within each image."""
-    if not matrix_units(qkv):
+    if not matrix_units(qkv) or qkv.shape[1] > 3 * CHANNELS * num_heads:
         out, calls = library_attention(qkv, shapes, num_heads, with_grad)
         return Attended(out, qkv, shapes, num_heads, None, calls)
     out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
@@ -79,7 +81,7 @@ def attention_backward(
     for pair, sums in zip(pairs, parts, strict=True):
         launch(
             _attention_backward_kernel,
-            (len(sums), attended.num_heads),
+            (len(sums), attended.num_heads, 2),
             attended.qkv,
             attended.out,
             grad,
@@ -89,6 +91,7 @@ def attention_backward(
             sums.stride(0),
             len(attended.qkv),
             *pair,
+            STEP=STEP,
             **_constants(attended.qkv, attended.num_heads),
         )
     return grad_qkv
@@ -124,7 +127,7 @@ def _constants(qkv: Tensor, num_heads: int) -> dict[str, int | float | bool]:
         **{"WIDTH": width, "CHANNELS": channels, "SCALE": channels**-0.5, "TOKENS": TOKENS},
         "BLOCK": max(16, triton.next_power_of_2(channels)),
         "WIDE": interpreted(),  # it multiplies by NumPy, which has no bfloat16
-        **{"num_warps": 4, "num_stages": 2},
+        **{"num_warps": 4, "num_stages": 1},
     }
 
 
@@ -206,6 +209,83 @@ if triton is not None:
         tl.store(log_sum, top + tl.log2(total), mask=valid)
 
     @triton.jit
+    def _key_gradients(  # type: ignore[no-untyped-def]
+        k,  # [TOKENS, BLOCK], a tile
+        v,
+        qkv,  # of the image and head, as the pointers below
+        out,
+        grad_out,
+        log_sum,
+        length,  # tokens of the image
+        WIDTH: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        SCALE: tl.constexpr,
+        TOKENS: tl.constexpr,
+        STEP: tl.constexpr,
+        BLOCK: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradients of the tile's keys and values, float32, from all queries of the image."""
+        channel = tl.arange(0, BLOCK)
+        grad_k = tl.zeros([TOKENS, BLOCK], tl.float32)
+        grad_v = tl.zeros([TOKENS, BLOCK], tl.float32)
+        for start in range(0, length, STEP):
+            query = start + tl.arange(0, STEP)
+            seen = query < length
+            mask = seen[:, None] & (channel < CHANNELS)[None, :]
+            q = tl.load(qkv + query[:, None] * (3 * WIDTH) + channel[None, :], mask=mask, other=0.0)
+            at = query[:, None] * WIDTH + channel[None, :]
+            upstream = tl.load(grad_out + at, mask=mask, other=0.0)
+            o = tl.load(out + at, mask=mask, other=0.0)
+            along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
+            below = tl.load(log_sum + query, mask=seen, other=0.0)
+            score = _product(k, tl.trans(q), WIDE) * (SCALE * 1.4426950408889634)
+            weight = tl.where(seen[None, :], tl.exp2(score - below[None, :]), 0.0)
+            grad_v += _product(weight.to(v.dtype), upstream, WIDE)
+            slope = weight * (_product(v, tl.trans(upstream), WIDE) - along[None, :])
+            grad_k += _product(slope.to(k.dtype), q, WIDE)
+        return grad_k * SCALE, grad_v
+
+    @triton.jit
+    def _query_gradients(  # type: ignore[no-untyped-def]
+        q,  # [TOKENS, BLOCK], a tile
+        query,  # [TOKENS], its tokens
+        mask,  # [TOKENS, BLOCK]
+        qkv,  # as in `_key_gradients`
+        out,
+        grad_out,
+        log_sum,
+        length,
+        WIDTH: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        SCALE: tl.constexpr,
+        TOKENS: tl.constexpr,
+        STEP: tl.constexpr,
+        BLOCK: tl.constexpr,
+        WIDE: tl.constexpr,
+    ):
+        """Gradient of the tile's queries, float32, from all keys of the image."""
+        channel = tl.arange(0, BLOCK)
+        at = query[:, None] * WIDTH + channel[None, :]
+        upstream = tl.load(grad_out + at, mask=mask, other=0.0)
+        o = tl.load(out + at, mask=mask, other=0.0)
+        along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
+        below = tl.load(log_sum + query, mask=query < length, other=0.0)
+        grad_q = tl.zeros([TOKENS, BLOCK], tl.float32)
+        for start in range(0, length, STEP):
+            key = start + tl.arange(0, STEP)
+            seen = key < length
+            near = seen[:, None] & (channel < CHANNELS)[None, :]
+            source = qkv + WIDTH + key[:, None] * (3 * WIDTH) + channel[None, :]
+            k = tl.load(source, mask=near, other=0.0)
+            v = tl.load(source + WIDTH, mask=near, other=0.0)
+            score = _product(q, tl.trans(k), WIDE) * (SCALE * 1.4426950408889634)
+            weight = tl.where(seen[None, :], tl.exp2(score - below[:, None]), 0.0)
+            slope = weight * (_product(upstream, tl.trans(v), WIDE) - along[:, None])
+            grad_q += _product(slope.to(k.dtype), k, WIDE)
+        return grad_q * SCALE
+
+    @triton.jit
     def _attention_backward_kernel(  # type: ignore[no-untyped-def]
         qkv,  # [T, 3C]
         out,  # [T, C]
@@ -224,12 +304,14 @@ if triton is not None:
         CHANNELS: tl.constexpr,  # D
         SCALE: tl.constexpr,
         TOKENS: tl.constexpr,
+        STEP: tl.constexpr,  # tokens of a turn of the inner loops
         BLOCK: tl.constexpr,
         WIDE: tl.constexpr,
     ):
-        """Every P-th tile, for one head: the gradients of its keys and values from all queries of
-        the image, then those of its queries from all keys. The weights are computed again."""
-        head = tl.program_id(1)
+        """Every P-th tile, for one head. Half of the programs compute the gradients of its keys and
+        values from all queries of the image, the other half that of its queries from all keys. Both
+        compute the weights again."""
+        head, of_keys = tl.program_id(1), tl.program_id(2) == 0
         channel = tl.arange(0, BLOCK)
         inside = channel < CHANNELS
         query_sum = tl.zeros([BLOCK], tl.float32)
@@ -242,63 +324,35 @@ if triton is not None:
             row, length, tile = _place(
                 index, start, images, tokens, more_images, more_tokens, TOKENS
             )
-            of_image = qkv + row * (3 * WIDTH) + head * CHANNELS
-            out_of_image = out + row * WIDTH + head * CHANNELS
-            grad_of_image = grad_out + row * WIDTH + head * CHANNELS
+            qkv_of = qkv + row * (3 * WIDTH) + head * CHANNELS
+            out_of = out + row * WIDTH + head * CHANNELS
+            grad_of = grad_out + row * WIDTH + head * CHANNELS
             own = tile * TOKENS + tl.arange(0, TOKENS)
-            valid = own < length
-            own_mask = valid[:, None] & inside[None, :]
-            own_at = own[:, None] * (3 * WIDTH) + channel[None, :]
-            k = tl.load(of_image + WIDTH + own_at, mask=own_mask, other=0.0)
-            v = tl.load(of_image + 2 * WIDTH + own_at, mask=own_mask, other=0.0)
-            grad_k = tl.zeros([TOKENS, BLOCK], tl.float32)
-            grad_v = tl.zeros([TOKENS, BLOCK], tl.float32)
-            for at in range(0, length, TOKENS):
-                other = at + tl.arange(0, TOKENS)
-                seen = other < length
-                mask = seen[:, None] & inside[None, :]
-                q = tl.load(
-                    of_image + other[:, None] * (3 * WIDTH) + channel[None, :], mask=mask, other=0.0
+            mask = (own < length)[:, None] & inside[None, :]
+            at = own[:, None] * (3 * WIDTH) + channel[None, :]
+            target = grad + row * (3 * WIDTH) + head * CHANNELS + at
+            if of_keys:
+                grad_k, grad_v = _key_gradients(
+                    tl.load(qkv_of + WIDTH + at, mask=mask, other=0.0),
+                    tl.load(qkv_of + 2 * WIDTH + at, mask=mask, other=0.0),
+                    *(qkv_of, out_of, grad_of, log_sum + row, length),
+                    *(WIDTH, CHANNELS, SCALE, TOKENS, STEP, BLOCK, WIDE),
                 )
-                place = other[:, None] * WIDTH + channel[None, :]
-                upstream = tl.load(grad_of_image + place, mask=mask, other=0.0)
-                o = tl.load(out_of_image + place, mask=mask, other=0.0)
-                along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
-                below = tl.load(log_sum + row + other, mask=seen, other=0.0)
-                score = _product(k, tl.trans(q), WIDE) * (SCALE * 1.4426950408889634)
-                weight = tl.where(seen[None, :], tl.exp2(score - below[None, :]), 0.0)
-                grad_v += _product(weight.to(v.dtype), upstream, WIDE)
-                slope = weight * (_product(v, tl.trans(upstream), WIDE) - along[None, :])
-                grad_k += _product(slope.to(k.dtype), q, WIDE)
-            grad_k *= SCALE
-            target = grad + row * (3 * WIDTH) + head * CHANNELS + own_at
-            tl.store(target + WIDTH, grad_k.to(grad.dtype.element_ty), mask=own_mask)
-            tl.store(target + 2 * WIDTH, grad_v.to(grad.dtype.element_ty), mask=own_mask)
-            key_sum += tl.sum(tl.where(own_mask, grad_k, 0.0), axis=0)
-            value_sum += tl.sum(tl.where(own_mask, grad_v, 0.0), axis=0)
-
-            q = tl.load(of_image + own_at, mask=own_mask, other=0.0)
-            place = own[:, None] * WIDTH + channel[None, :]
-            upstream = tl.load(grad_of_image + place, mask=own_mask, other=0.0)
-            o = tl.load(out_of_image + place, mask=own_mask, other=0.0)
-            along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
-            below = tl.load(log_sum + row + own, mask=valid, other=0.0)
-            grad_q = tl.zeros([TOKENS, BLOCK], tl.float32)
-            for at in range(0, length, TOKENS):
-                other = at + tl.arange(0, TOKENS)
-                seen = other < length
-                mask = seen[:, None] & inside[None, :]
-                source = of_image + WIDTH + other[:, None] * (3 * WIDTH) + channel[None, :]
-                k = tl.load(source, mask=mask, other=0.0)
-                v = tl.load(source + WIDTH, mask=mask, other=0.0)
-                score = _product(q, tl.trans(k), WIDE) * (SCALE * 1.4426950408889634)
-                weight = tl.where(seen[None, :], tl.exp2(score - below[:, None]), 0.0)
-                slope = weight * (_product(upstream, tl.trans(v), WIDE) - along[:, None])
-                grad_q += _product(slope.to(k.dtype), k, WIDE)
-            grad_q *= SCALE
-            tl.store(target, grad_q.to(grad.dtype.element_ty), mask=own_mask)
-            query_sum += tl.sum(tl.where(own_mask, grad_q, 0.0), axis=0)
+                tl.store(target + WIDTH, grad_k.to(grad.dtype.element_ty), mask=mask)
+                tl.store(target + 2 * WIDTH, grad_v.to(grad.dtype.element_ty), mask=mask)
+                key_sum += tl.sum(tl.where(mask, grad_k, 0.0), axis=0)
+                value_sum += tl.sum(tl.where(mask, grad_v, 0.0), axis=0)
+            else:
+                grad_q = _query_gradients(
+                    tl.load(qkv_of + at, mask=mask, other=0.0),
+                    *(own, mask, qkv_of, out_of, grad_of, log_sum + row, length),
+                    *(WIDTH, CHANNELS, SCALE, TOKENS, STEP, BLOCK, WIDE),
+                )
+                tl.store(target, grad_q.to(grad.dtype.element_ty), mask=mask)
+                query_sum += tl.sum(tl.where(mask, grad_q, 0.0), axis=0)
         partial += tl.program_id(0).to(tl.int64) * partial_stride + head * CHANNELS + channel
-        tl.store(partial, query_sum, mask=inside)
-        tl.store(partial + WIDTH, key_sum, mask=inside)
-        tl.store(partial + 2 * WIDTH, value_sum, mask=inside)
+        if of_keys:
+            tl.store(partial + WIDTH, key_sum, mask=inside)
+            tl.store(partial + 2 * WIDTH, value_sum, mask=inside)
+        else:
+            tl.store(partial, query_sum, mask=inside)

@@ -4,6 +4,7 @@ device, else in Triton's interpreter: `test_interpreted.py` runs this file so.""
 import pytest
 import torch
 
+from ibeton.model.kernels import linear_gelu as linear_gelu_file
 from ibeton.model.kernels import packed_attention
 from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ibeton.model.kernels.column_sums import column_sums, column_sums_reference
@@ -15,6 +16,11 @@ from ibeton.model.kernels.half_weights import (
 )
 from ibeton.model.kernels.launch import interpreted
 from ibeton.model.kernels.library_attention import pack_gradients, pack_gradients_reference
+from ibeton.model.kernels.linear_gelu import (
+    linear_gelu,
+    linear_gelu_backward,
+    linear_gelu_reference,
+)
 from ibeton.model.kernels.packed_attention import (
     attend,
     attention_backward,
@@ -105,6 +111,46 @@ def test_bias_gelu(shape, dtype):
         outcome(function, leaves, upstream) for function in (bias_gelu, bias_gelu_reference)
     )
     assert_near(mine, reference)
+
+
+@pytest.mark.parametrize("path", ["kernels", "library"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 24, 40), *slow((1, 1, 1), (150, 64, 130), (300, 70, 9))])
+def test_linear_gelu(shape, dtype, path, monkeypatch):
+    if path == "library":
+        monkeypatch.setattr(linear_gelu_file, "matrix_units", lambda _: False)
+    tokens, inner, width = shape
+    x, bias = draw(tokens, inner, dtype=dtype), draw(width)
+    weight, after = draw(width, inner, dtype=dtype, seed=1), draw(inner, width, dtype=dtype, seed=2)
+    upstream = draw(tokens, inner, dtype=dtype, seed=3)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    hidden, active = linear_gelu_reference(*exact)
+    kept, mine = linear_gelu(x, weight, bias, keep=True)
+    nothing, alone = linear_gelu(x, weight, bias, keep=False)
+    assert nothing is None
+    assert torch.equal(alone, mine)
+    near([kept, mine], [hidden, active], dtype)
+
+    again = kept.double().requires_grad_()  # what the backward starts from
+    shift = bias.double().requires_grad_()
+    bias_gelu_reference(again, shift).backward(upstream.double() @ after.double())
+    partial = torch.full((3, width + 5), torch.nan, device=DEVICE)
+    for with_active in (False, True):
+        grad, copy = linear_gelu_backward(
+            upstream, after, kept, bias, partial[:, 2:-3], with_active
+        )
+        near([grad, partial[:, 2:-3].sum(0)], [again.grad, shift.grad], dtype)
+        assert (copy is not None) == with_active
+    assert torch.equal(copy, mine)
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
+
+
+def near(mine, exact, dtype):
+    """Within four roundings of the largest value."""
+    tolerance = max(1e-5, 4 * torch.finfo(dtype).eps)
+    for a, b in zip(mine, exact, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 65), (33, 128), (70, 7)])
