@@ -8,8 +8,10 @@ loop: step, log, save, evaluate.
 """
 
 from ibeton.progress import announce
+from ibeton.workers import stop_with_launcher
 
 if __name__ == "__main__":
+    stop_with_launcher()
     announce("loading PyTorch")  # the imports below take seconds
 
 import faulthandler
@@ -50,7 +52,7 @@ from ibeton.training.rollback import roll_back
 from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, seed_step, try_save
 from ibeton.training.run_folder import RunFolder
 from ibeton.training.timing.bottleneck import LoaderResources
-from ibeton.training.timing.forecast import FirstSteps, preflight
+from ibeton.training.timing.forecast import preflight
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
 from ibeton.workers import cores
@@ -367,14 +369,19 @@ def _resume_from(run: Run) -> str:
 def build_monitor(run: Run) -> StepMonitor:
     """The clock and the figures of this rank; with --profile, a trace of rank 0."""
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
-    batch_size, own_cores = run.config.pipeline.batch_size, cores_a_process(cores())
-    workers, on_gpu = run.config.pipeline.workers or cores(), run.device.type == "cuda"
+    workers, own_cores = run.config.pipeline.workers or cores(), cores_a_process(cores())
+    on_gpu = run.device.type == "cuda"
     resources = LoaderResources(run.loader.kind, workers, own_cores, on_gpu, per_epoch)
-    dtype = DTYPES[run.precision]
-    monitor = StepMonitor(batch_size, run.rank, run.world_size, run.device, dtype, resources)
     last = options.epochs * per_epoch
-    left = min(last, options.stop_after or last) - run.step
-    monitor.forecast = FirstSteps(left, run.world_size, run.device)
+    monitor = StepMonitor(
+        images=run.config.pipeline.batch_size,
+        rank=run.rank,
+        world_size=run.world_size,
+        device=run.device,
+        dtype=DTYPES[run.precision],
+        room=resources,
+        steps_left=min(last, options.stop_after or last) - run.step,
+    )
     if options.profile and run.rank == 0:
         monitor.trace(run.folder, options.profile)
     return monitor

@@ -17,7 +17,6 @@ counts.
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -29,9 +28,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.benchmarks.harness.measure import figures, in_words, machine, spread
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 from ibeton.pipeline.convert import ConvertOptions, convert
 from ibeton.pipeline.store import BetonReader, Photo, open_source, read_bytes, whole_jpeg_size
@@ -67,10 +65,6 @@ def repeated(data: Path, folder: Path, count: int) -> list[Photo]:
     return open_source(folder).photos
 
 
-def write_ours(source: Path, dst: Path) -> None:
-    convert(source, dst, ConvertOptions(workers=1))
-
-
 def write_ffcv(photos: list[Photo], dst: Path, **settings: str) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -88,24 +82,20 @@ def copy(photos: list[Photo], dst: Path) -> None:
         os.fsync(file.fileno())
 
 
-def seconds(work: Callable[[Path], None], dst: Path) -> float:
-    """Time of `work(dst)`, before which what others wrote is flushed."""
-    os.sync()
-    start = time.perf_counter()
-    work(dst)
-    return time.perf_counter() - start
-
-
-def measure(sides: dict[str, Callable[[Path], None]], room: Path, rounds: int) -> dict[str, Any]:
+def measure(
+    sides: dict[str, Callable[[Path], Any]], room: Path, rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each side in each round, after one that is not counted; the files stay."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
-        for name, work in sides.items():
-            dst = room / f"{list(sides).index(name)}.beton"
+        for i, (name, work) in enumerate(sides.items()):
+            dst = room / f"{i}.beton"
             dst.unlink(missing_ok=True)
-            took = seconds(work, dst)
+            os.sync()  # what others wrote
+            start = time.perf_counter()
+            work(dst)
             if number:
-                times[name].append(took)
+                times[name].append(time.perf_counter() - start)
     return times
 
 
@@ -130,9 +120,9 @@ def compare(room: Path, names: list[str]) -> str:
 def show(results: dict[str, Any], note: str) -> None:
     """Print the table and what it was measured with."""
     console, times = Console(width=110), results["seconds"]
-    table = Table(title=f"{results['photos']:,} photos, {results['megabytes']:.1f} MB, one worker")
-    for heading in ("", "photos/s", "MB/s of JPEG", "ours is faster by", "file MB"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    title = f"{results['photos']:,} photos, {results['megabytes']:.1f} MB, one worker"
+    headings = ("photos/s", "MB/s of JPEG", "ours is faster by", "file MB")
+    table = figures("", *headings, title=title)
     for name, took in times.items():
         table.add_row(
             name,
@@ -163,11 +153,8 @@ def main() -> None:
         import ffcv.writer  # noqa: F401
     except ImportError as error:
         sys.exit(f"error: there is no ffcv to compare with ({error}): make ffcv")
-    room = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=args.dst))
-    try:
-        run(args, room)
-    finally:
-        shutil.rmtree(room)
+    with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=args.dst) as room:
+        run(args, Path(room))
 
 
 def run(args: argparse.Namespace, room: Path) -> None:
@@ -176,9 +163,9 @@ def run(args: argparse.Namespace, room: Path) -> None:
         make_photos(room / "drawn", SyntheticOptions(images_per_class=30, val_per_class=1))
         data = room / "drawn" / "train"
     photos = repeated(data.resolve(), source, args.photos)
-    sides: dict[str, Callable[[Path], None]] = {
+    sides: dict[str, Callable[[Path], Any]] = {
         COPY: lambda dst: copy(photos, dst),
-        OURS: lambda dst: write_ours(source, dst),
+        OURS: lambda dst: convert(source, dst, ConvertOptions(workers=1)),
         RAW: lambda dst: write_ffcv(photos, dst),
         JPG: lambda dst: write_ffcv(photos, dst, write_mode="jpg"),
     }

@@ -35,9 +35,8 @@ from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.optim import build_optimizer
 from ibeton.pipeline import PipelineConfig
 from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
-from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.context import context_of
 from ibeton.pipeline.loaders.gpu_stream import GpuCrops
-from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling import MaskConfig, draw_batch, draw_masks, spec_table
 from ibeton.pipeline.store import BetonReader
 
@@ -81,21 +80,7 @@ class Bench:
         self.steps = 1 if args.interpreted else STEPS
         self.reader = BetonReader(data)
         self.source = StoredPhotos(self.reader, args.batch_size, pinned=on_gpu)
-        context = LoaderContext(
-            data=data,
-            photos=self.reader,
-            views=config.views(),
-            global_views=config.global_crops_number,
-            batch_size=args.batch_size,
-            workers=1,
-            batches_ahead=config.batches_ahead,
-            seed=config.seed,
-            replacements=Replacements(self.reader, config.views(), config.seed),
-            device=self.device,
-            mean=config.mean,
-            std=config.std,
-        )
-        self.feed = GpuCrops(context, self.source)
+        self.feed = GpuCrops(context_of(config, self.reader, self.device), self.source)
         self.cropper = self.feed.cropper
         self.indices = np.arange(args.batch_size)
         self.model(args.arch)

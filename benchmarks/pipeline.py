@@ -114,26 +114,11 @@ class Bench:
 
     def pixels_only(self) -> Side:
         """Packed pixels for croppers on a GPU."""
-        from ibeton.pipeline.loaders.context import LoaderContext
+        from ibeton.pipeline.loaders.context import context_of
         from ibeton.pipeline.loaders.ffcv import FfcvPixels
-        from ibeton.pipeline.loaders.replacements import Replacements
 
         config = self.config
-        context = LoaderContext(
-            data=config.data,
-            photos=self.reader,
-            views=self.views,
-            global_views=config.global_crops_number,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            batches_ahead=config.batches_ahead,
-            seed=config.seed,
-            replacements=Replacements(self.reader, self.views, config.seed),
-            device=torch.device("cpu"),
-            mean=config.mean,
-            std=config.std,
-        )
-        source, epochs = FfcvPixels(context, pinned=False), count()
+        source, epochs = FfcvPixels(context_of(config, self.reader), pinned=False), count()
 
         def side() -> int:
             epoch = next(epochs)

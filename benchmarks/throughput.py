@@ -40,7 +40,7 @@ from ibeton.benchmarks.harness.throughput_report import compare, print_report, w
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_command
 from ibeton.options import Parser
-from ibeton.stages import PARTS, StageClock, stage
+from ibeton.stages import PARTS, stage
 from ibeton.train import Run, prepare
 from ibeton.training.config import ARCHITECTURES, parse
 from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdict
@@ -153,23 +153,21 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
     }
 
 
-def clock_cost(bench: Bench) -> dict[str, Any]:
-    """What the clock takes of a step: marks counted, times the cost of one in a loop by itself."""
-    many, on_cpu = 1000, StageClock(torch.device("cpu"))
-    clock = bench.clock if bench.run.device.type == "cuda" else on_cpu
-    stages.use(clock)
-    clock.start()
+def clock_cost(bench: Bench) -> dict[str, float]:
+    """What the clock takes of a step: its marks, times the cost of one in a loop by itself."""
+    many, window = 1000, bench.windows[BOTH][0]
+    stages.use(bench.clock)
+    bench.clock.start()
     laps = []
     for _ in range(20):  # of which the best is no one else's turn
         for _ in range(many):
             with stage("loss"):
                 pass
-        laps.append(clock.lap())
-    seconds = min(sum(lap.seconds().values()) for lap in laps) / many
+        laps.append(sum(bench.clock.lap().seconds().values()))
     stages.use(None)
-    window = bench.windows[BOTH][0]
-    share = seconds * len(window.parts) * window.steps / window.seconds
-    return {"us_a_stage": 1e6 * seconds, "share_of_step": share}
+    per_stage = min(laps) / many
+    share = per_stage * len(window.parts) * window.steps / window.seconds
+    return {"us_per_stage": 1e6 * per_stage, "share_of_step": share}
 
 
 def middle_round(windows: list[Window]) -> int:

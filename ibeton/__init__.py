@@ -5,8 +5,9 @@ model, and `ibeton.build_loader(ibeton.PipelineConfig(data=...))` yields batches
 The command `ibeton` does the rest: `ibeton --help`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ibeton.lazy import exports
 
 if TYPE_CHECKING:
     from ibeton.model import IBOT, ModelConfig, build, load_backbone, training_step
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_FROM = {
-    **dict.fromkeys(("IBOT", "ModelConfig", "build", "load_backbone", "training_step"), "model"),
-    **dict.fromkeys(("Batch", "Loader", "PipelineConfig", "build_loader"), "pipeline"),
-}
 __all__ = [
     "IBOT",
     "Batch",
@@ -31,8 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on demand, so that `import ibeton` and `ibeton --help` do not wait for torch."""
-    if name not in _FROM:
-        raise AttributeError(f"module 'ibeton' has no attribute {name!r}")
-    return getattr(import_module(f"ibeton.{_FROM[name]}"), name)
+_MODEL = ("IBOT", "ModelConfig", "build", "load_backbone", "training_step")
+_PIPELINE = ("Batch", "Loader", "PipelineConfig", "build_loader")
+# On demand, so that `import ibeton` and `ibeton --help` do not wait for torch
+__getattr__ = exports("ibeton", {"model": _MODEL, "pipeline": _PIPELINE})

@@ -10,6 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ibeton.workers import stop_with_launcher
+
 # subcommand -> (module with `main(argv)`, arguments put before the user's, help)
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("train", (), "pre-train a backbone"),
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
     module, before, _ = COMMANDS[name]
+    stop_with_launcher()
     sys.argv[0] = f"ibeton {name}"  # what usage and errors call the program
     return importlib.import_module(f"ibeton.{module}").main([*before, *rest]) or 0
 

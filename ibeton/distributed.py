@@ -1,24 +1,23 @@
 """Joins the group of processes: a plain process, one of torchrun's, or one of SLURM's."""
 
-import ctypes
 import datetime
 import os
 import re
-import signal
 import socket
-import sys
 from collections.abc import Mapping, MutableMapping
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from ibeton.workers import stop_with_launcher
+
 JOIN_S = 300  # by then all processes must have joined
+_TORCHRUN_S = 60  # torchrun's store is there before the processes: otherwise it is gone
 # Collectives may then take this long, as rank 0 saves and evaluates alone. The watchdog checks
 # meanwhile that the others are alive.
 PATIENCE = datetime.timedelta(hours=4)
 VERDICT = "ibeton/verdict"  # why the group ends; empty while it runs
-_PR_SET_PDEATHSIG = 1
 _PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
 
 
@@ -37,8 +36,7 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     adopt_slurm(os.environ)
     if "RANK" not in os.environ:
         return device, 0, 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _stop_with_launcher()
+    stop_with_launcher()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
         device = own_gpu(int(os.environ["LOCAL_RANK"]))
@@ -82,13 +80,6 @@ def checked_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"--device {name}: the last GPU here is cuda:{count - 1}")
     return device
-
-
-def _stop_with_launcher() -> None:
-    """Have the kernel ask this process to stop when torchrun, its parent, dies: torchrun cannot do
-    so itself after a SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def own_gpu(local_rank: int) -> torch.device:
@@ -152,21 +143,26 @@ def address() -> tuple[str, int]:
 
 def serves_store(rank: int) -> bool:
     """Whether the store runs in this process; torchrun has its own."""
-    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return rank == 0 and not _torchrun_serves()
+
+
+def _torchrun_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def connect(rank: int, serve: bool = False) -> dist.TCPStore:
     """A connection to the store, which this process starts if `serve`. Raises ValueError if there
-    is none within JOIN_S."""
+    is none within JOIN_S, or within _TORCHRUN_S of torchrun's."""
     host, port = address()
-    patience = datetime.timedelta(seconds=JOIN_S)
+    wait_s = JOIN_S if serve or not _torchrun_serves() else _TORCHRUN_S
+    patience = datetime.timedelta(seconds=wait_s)
     try:
         return dist.TCPStore(host, port, None, serve, timeout=patience, wait_for_workers=False)
     except RuntimeError as error:
         trouble = (
             f"rank 0 cannot listen at {host}:{port}; set MASTER_PORT to a free port"
             if serve
-            else f"rank {rank} cannot reach rank 0 at {host}:{port} within {JOIN_S} s; is it"
+            else f"rank {rank} cannot reach rank 0 at {host}:{port} within {wait_s} s; is it"
             " running, and MASTER_ADDR right?"
         )
         raise ValueError(f"{trouble} ({str(error).splitlines()[0]})") from error

@@ -4,9 +4,11 @@ Each worker has its own pipe, which closes when the worker dies. `ProcessPoolExe
 for all workers: if one is killed while it writes, the parent waits forever.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
@@ -18,6 +20,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -25,6 +29,14 @@ Result = TypeVar("Result")
 def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stop_with_launcher() -> None:
+    """Have the kernel ask this process to stop when torchrun, its parent, dies: torchrun cannot do
+    so itself after a SIGKILL. Does nothing without torchrun. To be called before imports that take
+    seconds."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def end_with_parent(*_: object) -> None:

@@ -60,7 +60,7 @@ class Decoded:
     The parts may be slots that the loader reuses: consume them before asking for the next batch.
     """
 
-    parts: list[Tensor]  # uint8 [bytes] each, of one long row of pixels
+    parts: list[Tensor]  # uint8 [bytes] each, on any device, of one long row of pixels
     offsets: np.ndarray  # int64 [B]; photo b is [heights[b], widths[b], 3] from that byte on
     heights: np.ndarray  # int64 [B]
     widths: np.ndarray  # int64 [B]

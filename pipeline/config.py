@@ -8,8 +8,14 @@ from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
 CROPS_ON = ("auto", "gpu", "cpu")
+DECODE = ("cpu", "gpu", "auto")
 MASK_SHAPES = ("block", "rand")
-CHOICES = {"loader": ("auto", *LOADERS), "crops_on": CROPS_ON, "pred_shape": MASK_SHAPES}
+CHOICES = {
+    "loader": ("auto", *LOADERS),
+    "crops_on": CROPS_ON,
+    "decode": DECODE,
+    "pred_shape": MASK_SHAPES,
+}
 
 
 @dataclass
@@ -27,6 +33,13 @@ class PipelineConfig:
         "where views are cut: on the GPU, beside the step, or by the loader's workers, which leaves"
         " the GPU to the step where cores are many (auto: on the GPU, where there is one)",
         CROPS_ON,
+    )
+    decode: str = option(
+        "cpu",
+        "where JPEGs are decoded: on the CPU, with Pillow's pixels; by GPU and CPU together, where"
+        " views are cut on the GPU: faster where cores are few, pixels differ a little; auto: on"
+        " the GPU too if that is the faster of the two (dali: where views are cut)",
+        DECODE,
     )
     batch_size: int = option(64, "images per step in each process")
     workers: int = option(0, "loader threads or processes in each process (0: all cores)")

@@ -8,15 +8,13 @@ import torch
 
 from ibeton.pipeline.batch import Batch, BatchPlan, Crops, DeviceCrops, normalized
 from ibeton.pipeline.config import PipelineConfig
-from ibeton.pipeline.loaders.choice import choose_crops, choose_loader
-from ibeton.pipeline.loaders.context import LoaderContext
-from ibeton.pipeline.loaders.replacements import Replacements
+from ibeton.pipeline.loaders.context import context_of
+from ibeton.pipeline.loaders.kinds import choose_crops, choose_decoding, choose_loader
 from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
 from ibeton.pipeline.sampling.order import epoch_order, rank_batches, steps_per_epoch
 from ibeton.pipeline.store.photos import open_photos
 from ibeton.stages import stage
-from ibeton.workers import cores
 
 log = logging.getLogger(__name__)
 
@@ -46,27 +44,16 @@ class Loader:
         self.steps_per_epoch = steps_per_epoch(len(self.photos), config.batch_size, world_size)
         self.kind, self.reason = choose_loader(config, device)
         self.crops_on = choose_crops(config, self.kind, device)
+        gpu_decoding, how = choose_decoding(config, self.kind, self.photos, device)
+        self.reason += f"; {how}" if how else ""
         self._config = config
         self._rank, self._world_size = rank, world_size
         self._mean = torch.tensor(config.mean, device=device)
         self._std = torch.tensor(config.std, device=device)
-        self._replacements = Replacements(self.photos, config.views(), config.seed)
-        self._cutter = self.kind.build(
-            LoaderContext(
-                data=config.data,
-                photos=self.photos,
-                views=config.views(),
-                global_views=config.global_crops_number,
-                batch_size=config.batch_size,
-                workers=config.workers or cores(),
-                batches_ahead=config.batches_ahead,
-                seed=config.seed,
-                replacements=self._replacements,
-                device=device if self.crops_on == "gpu" else torch.device("cpu"),
-                mean=config.mean,
-                std=config.std,
-            )
-        )
+        cut_on = device if self.crops_on == "gpu" else "cpu"
+        context = context_of(config, self.photos, cut_on, gpu_decoding)
+        self._replacements = context.replacements
+        self._cutter = self.kind.build(context)
         # The work under way, and the (epoch, step) that it gives next.
         self._stream: Generator[tuple[BatchPlan, Crops | DeviceCrops], None, None] | None = None
         self._next = (-1, -1)

@@ -19,14 +19,18 @@ from ibeton.training.log.curves import compare_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
-_TAIL = 1 << 16  # bytes of a log in which its last records stand
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0; 2 where there is no run, with a sentence."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["compare"]:
-        return _compare_command(given[1:])
+        parser = Parser(prog="python -m training.runs compare", description="Compare two runs.")
+        parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder")
+        parser.add_argument("--png", type=Path, default=Path("compare.png"), help="to write")
+        args = parser.parse_args(given[1:])
+        first, second = args.runs
+        return run_command(lambda: compare(first, second, args.png), writes=False)
     parser = Parser(
         prog="python -m training.runs",
         description="List runs and their state; `compare A B` shows what differs between two.",
@@ -35,30 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
         "folder", nargs="?", type=Path, default=Path("runs"), help="of runs, or of one run"
     )
     folder = Path(parser.parse_args(given).folder)
-
-    def show() -> int:
-        print_table([_HEADS, *(_row(run) for run in run_folders(folder))])
-        return 0
-
-    return run_command(show, writes=False)
+    return run_command(lambda: list_runs(folder), writes=False)
 
 
-def _compare_command(given: list[str]) -> int:
-    parser = Parser(prog="python -m training.runs compare", description="Compare two runs.")
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--png", type=Path, default=Path("compare.png"), help="picture to write")
-    args = parser.parse_args(given)
-
-    def show() -> int:
-        compare(args.runs[0], args.runs[1], args.png)
-        return 0
-
-    return run_command(show, writes=False)
+def list_runs(folder: Path) -> int:
+    """Print a line per run folder in `folder`; returns 0."""
+    print_table([_HEADS, *(_row(run) for run in run_folders(folder))])
+    return 0
 
 
-def compare(first: Path, second: Path, png: Path) -> None:
+def compare(first: Path, second: Path, png: Path) -> int:
     """Print the settings and last figures that differ between two runs, and draw their curves over
-    each other in `png`. Raises FileNotFoundError for what is no run folder."""
+    each other in `png`; returns 0. Raises FileNotFoundError for what is no run folder."""
     for folder in (first, second):
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}")
@@ -72,16 +64,11 @@ def compare(first: Path, second: Path, png: Path) -> None:
         if configs[0].get(name) != configs[1].get(name)
     ]
     figures = zip(_HEADS[2:6], _row(first)[2:6], _row(second)[2:6], strict=True)
-    print_table([("", *_titles(first, second)), *rows, *figures])
+    titles = [f.name if first.name != second.name else str(f) for f in (first, second)]
+    print_table([("", *titles), *rows, *figures])
     picture = compare_curves([first, second], png)
     print(f"curves: {picture}" if picture else "no curves: neither run has logged a step")
-
-
-def _titles(first: Path, second: Path) -> tuple[str, str]:
-    """Names that tell the two folders apart."""
-    if first.name != second.name:
-        return first.name, second.name
-    return str(first), str(second)
+    return 0
 
 
 def _setting(config: dict[str, Any], name: str) -> str:
@@ -108,10 +95,10 @@ def summary(folder: Path) -> dict[str, Any]:
     if state == "running" and not is_held(folder):
         state = "killed"
     found: dict[str, Any] = dict.fromkeys(("step", "loss", "images_per_s", "knn_top1"))
-    log = folder / "log.jsonl"
-    if log.exists():
-        found |= _last(log, b'"loss": ', ("step", "loss", "images_per_s"))
-        found |= _last(log, b'"knn_top1": ', ("knn_top1",))
+    if (path := folder / "log.jsonl").exists():
+        log = path.read_bytes()
+        found |= _last(log, b'"loss": ', "step", "loss", "images_per_s")
+        found |= _last(log, b'"knn_top1": ', "knn_top1")
     starts = run.get("starts")
     steps = 0 if found["step"] is None else found["step"] + 1
     return {
@@ -122,19 +109,14 @@ def summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def _last(log: Path, holds: bytes, names: tuple[str, ...]) -> dict[str, Any]:
-    """`names` of the last whole record with `holds`, read from the end of the file."""
-    with open(log, "rb") as file:
-        size = end = file.seek(0, 2)
-        while end > 0:
-            end = max(0, end - _TAIL)
-            file.seek(end)
-            lines = file.read(size - end).split(b"\n")[bool(end) : -1]
-            for line in reversed(lines):
-                if holds in line:
-                    record = json.loads(line)
-                    return {name: record.get(name) for name in names}
-    return {}
+def _last(log: bytes, holds: bytes, *names: str) -> dict[str, Any]:
+    """`names` of the last whole record with `holds`."""
+    whole = log[: log.rfind(b"\n") + 1]
+    found = whole.rfind(holds)
+    if found < 0:
+        return {}
+    record = json.loads(whole[whole.rfind(b"\n", 0, found) + 1 : whole.index(b"\n", found)])
+    return {name: record.get(name) for name in names}
 
 
 def _row(folder: Path) -> tuple[str, ...]:

@@ -9,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 
 def processor() -> str:
     """The processor's name as Linux tells it, else Python's word for it."""
@@ -62,6 +65,14 @@ def spread(values: list[float], digits: int = 3) -> str:
     """Median (quartiles), for a table."""
     middle, low, high = (number(value, digits) for value in quartiles(values))
     return f"{middle} ({low} - {high})"
+
+
+def figures(first: str, *headings: str, title: str | None = None) -> Table:
+    """A table of figures: the first column to the left, the others to the right."""
+    table = Table(first, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def take_turns(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:

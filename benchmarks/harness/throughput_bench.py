@@ -10,7 +10,7 @@ import torch
 
 from ibeton import stages
 from ibeton.pipeline import Batch, Loader, build_loader
-from ibeton.stages import StageClock, StepTiming, stage
+from ibeton.stages import StageClock, stage
 from ibeton.train import DTYPES, Run, train_step
 from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.run import rate_schedule
@@ -19,7 +19,7 @@ from ibeton.workers import cores
 
 LOADER_STEPS = 16  # of a turn of the loader at least: single batches come in bursts
 UNTIMED = 2  # steps at the beginning of a turn, until the loader is in its stride
-LOADER, MODEL, OFF, BOTH = "loader", "model", "model, clock off", "both"
+LOADER, MODEL, BOTH = "loader", "model", "both"
 PIL, PLAIN = "published loader", "plain model"
 
 
@@ -48,41 +48,31 @@ class Bench:
             for _ in range(UNTIMED):
                 next(batches)
             window = Window()
-            self._start(self.clock)
+            self._start()
             for _ in range(max(self.steps, LOADER_STEPS)):
                 with stage(stages.WAIT):
                     next(batches)
                 window.add(self.images, self.clock.lap().seconds(), stages.work.take())
             self._end(name, window, batches)
 
-    def model(self) -> None:
-        """Steps on one batch, in turn with stages told apart and without."""
-        laps: dict[str, list[StepTiming]] = {MODEL: [], OFF: []}
-        self.train_step()
-        self._start(self.clock)
-        for _ in range(self.steps):
-            for name, clock in ((MODEL, self.clock), (OFF, None)):
-                stages.use(clock)
-                self.train_step()
-                laps[name].append(self.clock.lap())
-        for name, those in laps.items():
-            self._end(name, self._window(those))
-
-    def plain(self, step: Callable[[Any], Any]) -> None:
-        """Steps of the plain model on the same batch."""
+    def model(self, name: str, step: Callable[[Any], Any]) -> None:
+        """Steps on one batch, whose times are read at the end."""
         step(self.batch)
-        self._start(None)
+        self._start()
         laps = []
         for _ in range(self.steps):
             step(self.batch)
             laps.append(self.clock.lap())
-        self._end(PLAIN, self._window(laps))
+        window = Window()
+        for lap in laps:
+            window.add(self.images, lap.seconds(), {})
+        self._end(name, window)
 
     def both(self) -> None:
         """What train.py does, but for its log."""
         window = Window()
         with closing(self._batches(self.run.loader)) as batches:
-            self._start(self.clock)
+            self._start()
             for i in range(UNTIMED + self.steps):
                 with stage(stages.WAIT):
                     batch = next(batches)
@@ -92,26 +82,20 @@ class Bench:
             self._settle(window)
             self._end(BOTH, window, batches)
 
-    def train_step(self) -> None:
-        train_step(self.run, self.batch, 0, self.rates)
-
     def sides(self, stack: ExitStack, baseline: bool) -> list[Callable[[], None]]:
         """All turns of a round."""
+        run, take = self.run, functools.partial
+        ours = take(train_step, run, epoch=0, rates=self.rates)
         sides: list[Callable[[], None]] = [
-            functools.partial(self.loader, LOADER, self.run.loader),
-            self.model,
-            self.both,
+            *(take(self.loader, LOADER, run.loader), take(self.model, MODEL, ours), self.both)
         ]
         if baseline:
             from ibeton.benchmarks.model import Baseline
 
-            config = self.run.config
-            pil = build_loader(dataclasses.replace(config.pipeline, loader="pil"), self.run.device)
+            pil = build_loader(dataclasses.replace(run.config.pipeline, loader="pil"), run.device)
             stack.callback(pil.close)
-            dtype = DTYPES[self.run.precision]
-            plain = Baseline(config.model, self.run.device.type, dtype).step
-            sides.append(functools.partial(self.loader, PIL, pil))
-            sides.append(functools.partial(self.plain, plain))
+            plain = Baseline(run.config.model, run.device.type, DTYPES[run.precision]).step
+            sides += [take(self.loader, PIL, pil), take(self.model, PLAIN, plain)]
         return sides
 
     def _batches(self, loader: Loader) -> Generator[Batch, None, None]:
@@ -124,18 +108,12 @@ class Bench:
             )
         yield from loader.epoch(0, loader.steps_per_epoch - wanted)
 
-    def _start(self, clock: StageClock | None) -> None:
+    def _start(self) -> None:
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
-        stages.use(clock)
+        stages.use(self.clock)
         stages.work.take()
         self.clock.start()
-
-    def _window(self, laps: list[StepTiming]) -> Window:
-        window = Window()
-        for lap in laps:
-            window.add(self.images, lap.seconds(), {})
-        return window
 
     def _settle(self, window: Window) -> None:
         record = self._late.resolve()

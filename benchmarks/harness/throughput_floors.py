@@ -3,20 +3,19 @@ bandwidth, its operations over the measured matrix rate, its JPEGs over the deco
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from ibeton.model.masking import masked_patches
 from ibeton.pipeline import Batch
-from ibeton.pipeline.loaders import LoaderKind
 from ibeton.pipeline.store import JPG, BetonReader, Photos
 from ibeton.train import DTYPES, Run, train_step
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 
 _PHOTOS = 64  # looked at to know the bytes and the decode of a photo
 _FLOAT = 4  # bytes
+Demand = dict[str, tuple[str, float]]  # stage -> which of the Peaks it needs, and how much of it
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ def measure_peaks(run: Run) -> Peaks:
     """Takes about a second."""
     memory = _copy_rate(run.device, run.device)
     link = _copy_rate(torch.device("cpu"), run.device) / 2 if run.device.type == "cuda" else memory
-    flops = matrix_rate(run.device, DTYPES[run.precision])
-    return Peaks(flops, memory, link, _decode_rate(run.loader.photos, run.loader.kind))
+    return Peaks(matrix_rate(run.device, DTYPES[run.precision]), memory, link, _decode_rate(run))
 
 
 def _copy_rate(source: torch.device, target: torch.device) -> float:
@@ -57,17 +55,17 @@ def _copy_rate(source: torch.device, target: torch.device) -> float:
     return 2 * a.nbytes / best
 
 
-def _decode_rate(photos: Photos, kind: LoaderKind) -> float:
-    """Photos/s of a loader's decoder in one thread. Each photo counts with the best of its
+def _decode_rate(run: Run) -> float:
+    """Photos/s of the loader's decoder in one thread. Each photo counts with the best of its
     passes."""
-    some = _sample(photos)
+    photos, some = run.loader.photos, _sample(run.loader.photos)
     if isinstance(photos, BetonReader):
         some = [i for i in some if photos.modes[i] == JPG]
     best = np.full(len(some), np.inf)
     for _ in range(3):
         for i, index in enumerate(some):
             begin = time.perf_counter()
-            kind.decode(photos, index)
+            run.loader.kind.decode(photos, index)
             best[i] = min(best[i], time.perf_counter() - begin)
     return len(some) / float(best.sum()) if some else float("inf")
 
@@ -77,39 +75,40 @@ def _sample(photos: Photos) -> list[int]:
     return np.linspace(0, len(photos) - 1, min(_PHOTOS, len(photos))).astype(int).tolist()
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What the stages of a step need: operations, bytes in memory, bytes to the device, and photos
-    to decode."""
-
-    flops: dict[str, float]
-    memory: dict[str, float]
-    to_device: dict[str, float]
-    photos: int
-
-
 def demand_of(run: Run, batch: Batch, rates: dict[str, float]) -> Demand:
-    """Counted over one step with `batch`, which is taken."""
-    photos, loader = batch.global_crops.shape[1], run.loader
-    cut_here = loader.crops_on == "cpu"
-    pixels = photos * float(
-        np.mean([_pixels(run.loader.photos, i) for i in _sample(run.loader.photos)])
+    """What each stage of a step needs, counted over one step with `batch`, which is taken.
+
+    The loss reads logits of student and teacher and writes the student's gradient. The optimizer
+    reads gradients for their norms, scales them, reads weights, gradients and two moments, and
+    writes all but the gradients: ten passes. The moving average reads two and writes one.
+    """
+    config, photos = run.config.model, run.loader.photos
+    images, views, local = batch.masks.shape[1], len(batch.global_crops), len(batch.local_crops)
+    cls_rows, patch_rows = images * (3 * views + 2 * local), 3 * int(batch.masks.sum())
+    logits = cls_rows * config.out_dim + patch_rows * config.patch_prototypes()
+    student, teacher = (
+        float(_FLOAT * sum(p.numel() for p in net.parameters()))
+        for net in (run.ibot.student, run.ibot.teacher)
     )
-    views = float(batch.global_crops.numel() + batch.local_crops.numel())  # bytes as uint8
-    memory = {"crop": pixels + views, **_model_bytes(run, batch)}
-    to_device: dict[str, float] = {}
-    if run.device.type == "cpu":
-        memory["copy"] = views * (1 + _FLOAT)
-    else:
-        to_device["copy"] = views if cut_here else pixels
-    return Demand(_flops(run, batch, rates), memory, to_device, photos)
-
-
-def _pixels(photos: Photos, index: int) -> int:
-    """Bytes of a decoded photo."""
     if isinstance(photos, BetonReader):
-        return 3 * int(photos.heights[index]) * int(photos.widths[index])
-    return photos.pixels(index).size
+        sizes = [3 * int(photos.heights[i]) * int(photos.widths[i]) for i in _sample(photos)]
+    else:
+        sizes = [photos.pixels(i).size for i in _sample(photos)]
+    pixels = images * float(np.mean(sizes))
+    crops = float(batch.global_crops.numel() + batch.local_crops.numel())  # bytes as uint8
+    if run.device.type == "cpu":
+        copy = ("memory", crops * (1 + _FLOAT))
+    else:
+        copy = ("host_to_device", crops if run.loader.crops_on == "cpu" else pixels)
+    return {
+        **{name: ("flops", count) for name, count in _flops(run, batch, rates).items()},
+        "crop": ("memory", pixels + crops),
+        "copy": copy,
+        "loss": ("memory", float(logits * (_FLOAT if DTYPES[run.precision] is None else 2))),
+        "optimizer": ("memory", 10 * student),
+        "ema": ("memory", 3 * teacher),
+        "decode": ("decode", float(images)),
+    }
 
 
 def _flops(run: Run, batch: Batch, rates: dict[str, float]) -> dict[str, float]:
@@ -126,28 +125,7 @@ def _flops(run: Run, batch: Batch, rates: dict[str, float]) -> dict[str, float]:
     return {name: float(count) for name, count in counts.items()}
 
 
-def _model_bytes(run: Run, batch: Batch) -> dict[str, float]:
-    """The loss reads logits of student and teacher and writes the student's gradient. The optimizer
-    reads gradients for their norms, scales them, reads weights, gradients and two moments, and
-    writes all but the gradients: ten passes. The moving average reads two and writes one."""
-    config = run.config.model
-    views, local, images = len(batch.global_crops), len(batch.local_crops), batch.masks.shape[1]
-    masked = int(batch.masks.sum())
-    cls_rows, patch_rows = 2 * (views + local) + views, 3 * masked
-    values = images * cls_rows * config.out_dim + patch_rows * config.patch_prototypes()
-    width = _FLOAT if DTYPES[run.precision] is None else 2
-    weights = sum(p.numel() for p in run.ibot.student.parameters())
-    teacher = sum(p.numel() for p in run.ibot.teacher.parameters())
-    return {
-        "loss": float(values * width),
-        "optimizer": 10.0 * _FLOAT * weights,
-        "ema": 3.0 * _FLOAT * teacher,
-    }
-
-
 def floors(demand: Demand, peaks: Peaks, workers: int) -> dict[str, float]:
-    """Seconds a step below which each stage cannot go; stages without a floor are left out."""
-    found: dict[str, Any] = {name: flops / peaks.flops for name, flops in demand.flops.items()}
-    found |= {name: size / peaks.memory for name, size in demand.memory.items()}
-    found |= {name: size / peaks.host_to_device for name, size in demand.to_device.items()}
-    return found | {"decode": demand.photos / (peaks.decode * workers)}
+    """Seconds per step below which each stage cannot go; the loader has `workers` to decode."""
+    found = {name: amount / getattr(peaks, kind) for name, (kind, amount) in demand.items()}
+    return found | {"decode": found["decode"] / workers}

@@ -198,7 +198,7 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
             raise ValueError(str(batch))
         losses = run.train_step(batch)
         if run.step % config.log_steps == 0 or run.step == last:
-            record = {name: loss.item() for name, loss in losses.items()}
+            record = over_ranks(losses, run.place.world_size)
             if not np.isfinite(record["loss"]) and not run.scaler.is_enabled():
                 raise RunError(f"the loss is {record['loss']} at step {run.step}: lower --lr")
             per_s = (run.step - first) * config.batch_size / (time.monotonic() - started)
@@ -214,6 +214,14 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
         if config.eval_every and run.step % config.eval_every == 0 and run.step < last:
             report(run.evaluate(), run.step, log)
     return True
+
+
+def over_ranks(losses: dict[str, Tensor], world_size: int) -> dict[str, float]:
+    """Means over all ranks, which must all call."""
+    values = torch.stack(list(losses.values()))
+    if world_size > 1:
+        dist.all_reduce(values)
+    return dict(zip(losses, (values / world_size).tolist(), strict=True))
 
 
 def save(run: Training) -> None:

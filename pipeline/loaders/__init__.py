@@ -3,7 +3,6 @@
 `LOADERS` holds each by name, with what others need to know of it. Imports neither torch nor numba.
 """
 
-from ibeton.pipeline.loaders.choice import choose_crops, choose_loader
-from ibeton.pipeline.loaders.kinds import LOADERS, LoaderKind
+from ibeton.pipeline.loaders.kinds import LOADERS, LoaderKind, choose_crops, choose_loader
 
 __all__ = ["LOADERS", "LoaderKind", "choose_crops", "choose_loader"]

@@ -1,33 +1,55 @@
 """What every loader is made from and what it has to give."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ibeton.pipeline.batch import BatchPlan, Crops, DeviceCrops
+from ibeton.pipeline.config import PipelineConfig
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec
 from ibeton.pipeline.store.photos import Photos
+from ibeton.workers import cores
+
+if TYPE_CHECKING:
+    from ibeton.pipeline.loaders.gpu_decode import GpuDecoding
 
 
 @dataclass(frozen=True)
 class LoaderContext:
-    """The data, the views to cut of each photo, and the means to do it."""
+    """The settings, the photos, and the means to cut them."""
 
-    data: str  # path
+    config: PipelineConfig
     photos: Photos
-    views: list[ViewSpec]  # global ones first
-    global_views: int
-    batch_size: int
-    workers: int
-    batches_ahead: int
-    seed: int
     replacements: Replacements
+    views: list[ViewSpec]  # of each photo, global ones first
     device: torch.device  # where views are cut
-    mean: Sequence[float]  # [3], as std on the 0..1 scale
-    std: Sequence[float]
+    gpu_decoding: "GpuDecoding | None" = None  # the GPU's share of the decoding
+
+    @property
+    def workers(self) -> int:
+        """Threads or processes."""
+        return self.config.workers or cores()
+
+    def split(self) -> tuple[list[ViewSpec], list[ViewSpec]]:
+        """Global and local views."""
+        count = self.config.global_crops_number
+        return self.views[:count], self.views[count:]
+
+
+def context_of(
+    config: PipelineConfig,
+    photos: Photos,
+    device: torch.device | str = "cpu",
+    gpu_decoding: "GpuDecoding | None" = None,
+    views: list[ViewSpec] | None = None,
+) -> LoaderContext:
+    """The context of `config`; `views` are those of the config if not given."""
+    views = config.views() if views is None else views
+    replacements = Replacements(photos, views, config.seed)
+    return LoaderContext(config, photos, replacements, views, torch.device(device), gpu_decoding)
 
 
 class Cutter(Protocol):

@@ -64,7 +64,7 @@ class DaliPhotos:
     def __init__(self, context: LoaderContext) -> None:
         self._photos, self._replacements = context.photos, context.replacements
         self._workers = context.workers
-        self._decoder = DaliDecoder(context.device, context.batch_size, context.workers)
+        self._decoder = DaliDecoder(context.device, context.config.batch_size, context.workers)
         self._complete = bytearray(len(context.photos))  # 1: so found
         self._refused: set[int] = set()  # photos that look sound and that DALI does not decode
 
@@ -152,7 +152,7 @@ class DaliPixels:
         self, plans: Iterator[BatchPlan]
     ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
         """The photos of each planned batch, `batches_ahead` batches ahead."""
-        with closing(ahead(self._decode(plans), self._context.batches_ahead)) as batches:
+        with closing(ahead(self._decode(plans), self._context.config.batches_ahead)) as batches:
             yield from batches
 
     def _decode(
@@ -175,14 +175,12 @@ class DaliCrops:
 
     def __init__(self, context: LoaderContext) -> None:
         self._context, self._photos = context, DaliPhotos(context)
-        self._specs, count = spec_table(context.views), context.global_views
-        self._shapes = [
-            stack_shape(some) for some in (context.views[:count], context.views[count:])
-        ]
+        self._specs = spec_table(context.views)
+        self._shapes = [stack_shape(views) for views in context.split()]
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
         """The views of each planned batch, `batches_ahead` batches ahead."""
-        with closing(ahead(self._cut(plans), self._context.batches_ahead)) as batches:
+        with closing(ahead(self._cut(plans), self._context.config.batches_ahead)) as batches:
             yield from batches
 
     def _cut(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
@@ -190,7 +188,12 @@ class DaliCrops:
             for plan, used in self._photos.decoded(pool, plans):
                 heights, widths = used.sides()
                 draws = draw_batch(
-                    self._specs, self._context.seed, plan.epoch, plan.indices, heights, widths
+                    self._specs,
+                    self._context.config.seed,
+                    plan.epoch,
+                    plan.indices,
+                    heights,
+                    widths,
                 )
                 views = [np.empty((len(draws), *shape), np.uint8) for shape in self._shapes]
                 spent = sum(pool.map(_cut_timed, used.photos, draws, *views))

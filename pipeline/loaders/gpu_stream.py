@@ -32,13 +32,13 @@ class GpuCrops:
     """
 
     def __init__(self, context: LoaderContext, source: PhotoSource) -> None:
-        self._source, self._device, self._seed = source, context.device, context.seed
+        self._source, self._device, self._seed = source, context.device, context.config.seed
         self._specs = spec_table(context.views)
         self.cropper = GpuCropper(
             views=context.views,
-            global_views=context.global_views,
-            mean=context.mean,
-            std=context.std,
+            global_views=context.config.global_crops_number,
+            mean=context.config.mean,
+            std=context.config.std,
             device=context.device,
             dtype=torch.float32,
         )
@@ -76,6 +76,9 @@ class GpuCrops:
             self._clock.enter("copy")
             parts = [part.to(self._device, non_blocking=True).reshape(-1) for part in photos.parts]
             pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if self._stream is not None:
+                for part in parts:  # some were made on another stream
+                    part.record_stream(self._stream)
             self._clock.leave()
             copied = self._event()
             self._clock.enter("crop")

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ibeton.command import Failure
 from ibeton.pipeline.batch import BatchPlan, Crops
+from ibeton.pipeline.config import PipelineConfig
 from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
+from ibeton.pipeline.sampling.draws import draw_views
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos, open_photos
 from ibeton.stages import work
@@ -41,11 +42,8 @@ Sent = tuple[Any, Any, Any, Notes]
 class _Views(Dataset):
     """Sample (epoch, index) -> its views. Each worker opens the photos itself."""
 
-    def __init__(self, path: str, views: list[ViewSpec], global_views: int, seed: int) -> None:
-        self._path = path
-        self._views = views
-        self._global_views = global_views
-        self._seed = seed
+    def __init__(self, config: PipelineConfig) -> None:
+        self._config, self._views = config, config.views()
         self._replacements: Replacements | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Exception:
@@ -56,23 +54,23 @@ class _Views(Dataset):
             return error
 
     def _sample(self, epoch: int, index: int) -> Sample:
+        config = self._config
         if self._replacements is None:
-            self._photos: Photos = open_photos(self._path)
-            self._replacements = Replacements(self._photos, self._views, self._seed)
+            self._photos: Photos = open_photos(config.data)
+            self._replacements = Replacements(self._photos, self._views, config.seed)
         times = [time.perf_counter()]
         with suppress(UnreadablePhoto):  # what follows finds it in memory
             self._photos.photo_bytes(index)
         times.append(time.perf_counter())
         used, pixels = self._replacements.readable(index)
         times.append(time.perf_counter())
-        draws = draw_views(self._views, self._seed, epoch, index, *pixels.shape[:2])
+        draws = draw_views(self._views, config.seed, epoch, index, *pixels.shape[:2])
         views = cut_views_reference(
             Image.fromarray(pixels), draws, [view.size for view in self._views]
         )
         unreadable = dict(self._replacements.unreadable) if used != index else {}
-        global_crops, local_crops = (
-            _stack(some) for some in (views[: self._global_views], views[self._global_views :])
-        )
+        count = config.global_crops_number
+        global_crops, local_crops = _stack(views[:count]), _stack(views[count:])
         times.append(time.perf_counter())
         return global_crops, local_crops, used, unreadable, np.diff(times)
 
@@ -129,13 +127,13 @@ class PilCrops:
         self._warned = False
         self._replacements = context.replacements
         self._loader = DataLoader(
-            _Views(context.data, context.views, context.global_views, context.seed),
+            _Views(context.config),
             batch_sampler=self._keys,  # type: ignore[arg-type]
             num_workers=context.workers,
             collate_fn=_collate,
             worker_init_fn=end_with_parent,
             persistent_workers=True,
-            prefetch_factor=context.batches_ahead,
+            prefetch_factor=context.config.batches_ahead,
             # numba's thread pools do not survive a fork.
             multiprocessing_context="forkserver",
         )

@@ -6,7 +6,7 @@ jobs. The number of jobs that are open is bounded, so that their memory can be r
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -21,18 +21,18 @@ class Job:
 
 SomeJob = TypeVar("SomeJob", bound=Job)
 Worker = Callable[[SomeJob], int]
+MakeWorker = Callable[[], AbstractContextManager[Worker[SomeJob]]]
 
 
 def share(
     jobs: Iterator[SomeJob],
-    worker: Callable[[], AbstractContextManager[Worker[SomeJob]]],
-    workers: int,
+    workers: Sequence[MakeWorker[SomeJob]],
     most: int,
 ) -> Generator[SomeJob, None, None]:
     """Yield `jobs` in order, each when all of its parts are finished.
 
-    `worker()` is entered in each of `workers` threads and gives the function that works: called
-    with a job, it takes parts until none is left to take and returns how many it finished. At most
+    Each of `workers` is entered in a thread of its own and gives the function that works: called
+    with a job, it takes parts until none is left for it and returns how many it finished. At most
     `most` jobs are open at a time, the yielded one included, which ends when the next is asked for.
 
     Raises what `jobs` or a worker raises. Closing the generator ends the threads.
@@ -42,7 +42,7 @@ def share(
         threading.Thread(
             target=_serve, args=(state, worker), name=f"ibeton-photos-{i}", daemon=True
         )
-        for i in range(workers)
+        for i, worker in enumerate(workers)
     ]
     try:
         for thread in threads:
@@ -58,9 +58,7 @@ def share(
                 thread.join()
 
 
-def _serve(
-    state: "_State[SomeJob]", worker: Callable[[], AbstractContextManager[Worker[SomeJob]]]
-) -> None:
+def _serve(state: "_State[SomeJob]", worker: MakeWorker[SomeJob]) -> None:
     try:
         number = 0
         with worker() as work:

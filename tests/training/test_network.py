@@ -116,7 +116,7 @@ def test_a_machine_that_is_cut_off_ends_the_job_which_then_goes_on(
         end(members)
     for rank in range(last):
         assert f"rank {last}" in said(tmp_path, rank)
-        assert "no sign of life" in said(tmp_path, rank)
+        assert "no heartbeat" in said(tmp_path, rank)
     assert f"rank {last} has had no answer from rank 0 at {NET}.1" in said(tmp_path, last)
     came_to = len(steps(tmp_path))
     ip("-n", name_of(last), "link", "set", "eth0", "up")

@@ -1,4 +1,4 @@
-"""Signs of life between ranks, over a connection to the store that is used for nothing else."""
+"""Heartbeats between ranks, over a store connection of their own."""
 
 import json
 import socket
@@ -15,10 +15,10 @@ Sign = dict[str, Any]
 
 
 class Heartbeat:
-    """Leaves this rank's sign of life in the store each BEAT_S, and reads those of all.
+    """Writes this rank's heartbeat to the store every BEAT_S and reads those of all ranks.
 
-    What a rank says is compared with what it said before, at this rank's clock: clocks of machines
-    need not agree. The thread may hang in a network that is cut; then `answered` stays behind.
+    Silence is measured with this rank's clock, so clocks of machines need not agree. If the network
+    is down the thread may hang; then `answered`, the time of the last exchange, stops advancing.
     """
 
     def __init__(self, rank: int, world_size: int, sign: Callable[[], Sign]) -> None:
@@ -41,14 +41,14 @@ class Heartbeat:
             beat, last = beat + 1, self._closed.is_set()
             try:
                 self._exchange({"beat": beat, "host": _HOST, "left": last, **self._sign()})
-            except RuntimeError:  # the store is gone: `answered` tells
+            except RuntimeError:  # the store is gone: `answered` shows it
                 time.sleep(BEAT_S)
             if last:
                 return
             self._closed.wait(BEAT_S)
 
     def _exchange(self, sign: Sign) -> None:
-        """One beat, and the others' last ones."""
+        """Write this rank's heartbeat, read those of the others and the verdict."""
         self._store.set(self._keys[self._rank], json.dumps(sign))
         if self._to_post:
             self._store.compare_set(VERDICT, "", self._to_post)
@@ -61,23 +61,23 @@ class Heartbeat:
         self.answered, self.verdict = now, verdict
 
     def silence(self, rank: int) -> float:
-        """Seconds since rank `rank` said something new; 0 for one that has left in good order."""
+        """Seconds since the last new heartbeat of `rank`; 0 if it has signed off."""
         return 0.0 if self.signs[rank].get("left") else time.monotonic() - self._heard[rank]
 
     def forgive(self) -> None:
-        """Count silence from now on: it was this rank that did not listen."""
+        """Restart the count of silence, after this process was stopped itself."""
         self._heard = [time.monotonic()] * len(self._heard)
         self.answered = time.monotonic()
 
     def post(self, verdict: str, patience: float) -> None:
-        """Tell all ranks why the group ends, unless one has told before; gives up, where the store
-        does not answer, after `patience` seconds."""
+        """Tell all ranks why the group ends; the first verdict holds. Gives up after `patience`
+        seconds if the store does not answer."""
         self._to_post = verdict
         deadline = time.monotonic() + patience
         while not self.verdict and time.monotonic() < deadline:
             time.sleep(BEAT_S / 10)
 
     def close(self) -> None:
-        """Say that this rank leaves, and end the thread, unless it hangs."""
+        """Sign off and stop the thread, unless it hangs."""
         self._closed.set()
         self._thread.join(3 * BEAT_S)

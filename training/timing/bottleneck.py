@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from ibeton.pipeline.loaders import LoaderKind
 from ibeton.stages import StageWork
-from ibeton.training.timing.speed import WAITING, Window, loader_ceiling, slowest
+from ibeton.training.timing.speed import MUCH_WAIT, WAITING, Window, loader_ceiling, slowest
 
-MUCH_WAIT = 0.05  # share of the step above which waiting is no accident
 _MUCH_COMM = 0.1
 _SHORT_EPOCH = 50  # steps: below it, the start of an epoch is a noticeable part
 _IDLE = 0.4  # workers of a loader that limits are busier than this
@@ -177,29 +176,3 @@ def rank_line(ranks: list[dict[str, float]]) -> str:
         f"rank {rank} is the slowest: {own:.4g} ms per step of its own work; its {stage} takes"
         f" {behind:.4g} ms more than the mean of the others, which wait for it"
     )
-
-
-class Adviser:
-    """Says what limits the data side, once per cause; it looks at windows of `steps` steps."""
-
-    def __init__(self, room: LoaderResources, steps: int = 20) -> None:
-        self._room, self._steps = room, steps
-        self._window: Window | None = None
-        self._said: set[str] = set()
-
-    def add(self, images: int, parts: dict[str, float], stage_work: dict[str, StageWork]) -> str:
-        """Add a step; a line, now and then."""
-        if self._window is None:  # the first step of a process waits for what is compiled
-            self._window = Window()
-            return ""
-        self._window.add(images, parts, stage_work)
-        if self._window.steps < self._steps:
-            return ""
-        window, self._window = self._window, Window()
-        if window.waiting <= MUCH_WAIT * window.seconds:
-            return ""
-        found = verdict(window, self._room)
-        if found.limit in self._said:
-            return ""
-        self._said.add(found.limit)
-        return found.text

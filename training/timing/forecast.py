@@ -12,13 +12,10 @@ from ibeton.model import IBOT
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.training import checkpoints
 from ibeton.training.run import Run
-from ibeton.training.timing.bottleneck import MUCH_WAIT
-from ibeton.training.timing.speed import Window, peak_memory
+from ibeton.training.timing.speed import MUCH_WAIT, peak_memory
 
 _LOOKED_AT = 16  # photos of a folder that are weighed
 _MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers an optimizer keeps per weight
-_SKIPPED = 2  # first steps, in which things are compiled and allocated
-_MEASURED, _SECONDS = 10, 20.0  # steps that a forecast is made of, or fewer if they take that long
 _FLOAT = 4  # bytes
 
 
@@ -91,42 +88,12 @@ def disk_line(checkpoint: float, to_come: int, free: float) -> str:
     )
 
 
-class FirstSteps:
-    """Turns the first steps of a process into a forecast, once.
-
-    `steps_left` are those from the first one measured on, `world_size` the processes that step
-    together.
-    """
-
-    def __init__(self, steps_left: int, world_size: int, device: torch.device) -> None:
-        self._left, self._world_size, self._device = steps_left, world_size, device
-        self._window, self._seen, self._said = Window(), 0, False
-
-    def add(self, images: int, parts: dict[str, float]) -> str:
-        """Add a step of this process; the forecast, when enough steps are measured, else ""."""
-        self._seen += 1
-        if self._seen <= _SKIPPED or self._said:
-            return ""
-        self._window.add(images, parts, {})
-        enough = self._window.steps >= _MEASURED or self._window.seconds >= _SECONDS
-        if not enough or self._seen >= self._left:
-            return ""
-        self._said = True
-        step = self._window.seconds / self._window.steps
-        return forecast_line(
-            step * (self._left - self._seen),
-            self._window.images_per_s * self._world_size,
-            self._window.waiting / self._window.seconds,
-            memory_words(self._device),
-        )
-
-
-def forecast_line(seconds: float, images_per_s: float, waiting: float, memory: str) -> str:
-    """What is left at the measured rate, what limits, and the memory."""
+def forecast_line(seconds: float, images_per_s: float, waiting: float, device: torch.device) -> str:
+    """What is left at the measured rate, what limits, and the peak of memory so far."""
     limit = "the loader" if waiting > MUCH_WAIT else "the model"
     return (
         f"forecast from the first steps: {duration(seconds)} left at {number(images_per_s)}"
-        f" images/s; {limit} limits (data wait {waiting:.0%}); memory {memory}"
+        f" images/s; {limit} limits (data wait {waiting:.0%}); memory {memory_words(device)}"
     )
 
 

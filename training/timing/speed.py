@@ -1,17 +1,16 @@
-"""How fast a run is and where its time goes, over windows of steps."""
+"""Where the time of steps goes: sums over windows of them, and what the machine has."""
 
 import os
 import resource
 import sys
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ibeton.stages import PARTS, StageWork, stage
+from ibeton.stages import PARTS, StageWork
 
 WAITING = ("wait", "copy", "mask")  # what the training thread spends on its next batch
+MUCH_WAIT = 0.05  # share of the step above which waiting is no accident
 
 
 @dataclass
@@ -47,6 +46,11 @@ class Window:
     def images_per_s(self) -> float:
         return self.images / self.seconds
 
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds per step of each part that occurs."""
+        per_step = 1000 / self.steps
+        return {n: round(self.parts[n] * per_step, 3) for n in PARTS if n in self.parts}
+
 
 def loader_ceiling(stage_work: dict[str, StageWork]) -> float:
     """Images/s that the loader could give if its workers were never idle. Workers share all of
@@ -55,77 +59,6 @@ def loader_ceiling(stage_work: dict[str, StageWork]) -> float:
     ceilings = [work_done.ceiling for work_done in stage_work.values() if not work_done.shared]
     workers = [work_done.workers for work_done in stage_work.values() if work_done.shared]
     return min([*ceilings, max(workers) / together if together else float("inf")])
-
-
-class Speed:
-    """Figures of one rank since its last record.
-
-    `flops` are those of a step of this rank (0: not counted), `rate` the device's FLOP/s.
-    """
-
-    def __init__(self, images: int, world_size: int, device: torch.device, rate: float) -> None:
-        self.flops = 0.0
-        self.window = Window()
-        self._images, self._world_size = images, world_size
-        self._device, self._rate = device, rate
-        self._first = True
-        # Host to host, as asking a GPU would wait for what it has queued.
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-
-    def add(self, parts: dict[str, float], stage_work: dict[str, StageWork]) -> None:
-        """Add a step. The first step of a process, in which things are compiled, is shown and then
-        forgotten."""
-        if self._first and self.window.steps:
-            self.window, self._first = Window(), False
-        self.window.add(self._images, parts, stage_work)
-
-    @property
-    def warming_up(self) -> bool:
-        """Whether the window is that of the first step, in which things are compiled."""
-        return self._first
-
-    def figures(self) -> dict[str, Any]:
-        """Means since the last record. images_per_s is that of all ranks, peak_share the share of
-        the device's matrix rate; stage_ms are milliseconds per step on the critical path, loader_ms
-        milliseconds per photo of one worker or stream."""
-        window = self.window
-        figures: dict[str, Any] = {
-            "images_per_s": window.images_per_s * self._world_size,
-            "data_wait": window.waiting / window.seconds,
-        }
-        if self.flops and self._rate:
-            figures["peak_share"] = self.flops * window.steps / window.seconds / self._rate
-        figures["memory_gib"] = peak_memory(self._device) / 2**30
-        per_step = 1000 / window.steps
-        figures["stage_ms"] = {
-            name: round(window.parts[name] * per_step, 3) for name in PARTS if name in window.parts
-        }
-        if window.stage_work:
-            figures["loader_ms"] = {
-                name: round(1000 * work_done.per_photo, 3)
-                for name, work_done in window.stage_work.items()
-            }
-            figures["loader_ceiling"] = loader_ceiling(window.stage_work) * self._world_size
-        return figures
-
-    def ranks(self) -> list[dict[str, float]]:
-        """Milliseconds per step of every part, by rank; empty for one process. Collective."""
-        if self._group is None:
-            return []
-        own = torch.tensor([self.window.parts.get(name, 0.0) for name in PARTS])
-        own *= 1000 / self.window.steps
-        every = [torch.empty_like(own) for _ in range(self._world_size)]
-        with stage("comm"):
-            dist.all_gather(every, own, group=self._group)
-        return [
-            {name: round(ms, 3) for name, ms in zip(PARTS, rank.tolist(), strict=True) if ms}
-            for rank in every
-        ]
-
-    def restart(self) -> None:
-        """Begin a new window, after a record."""
-        if not self._first:
-            self.window = Window()
 
 
 def slowest(ranks: list[dict[str, float]]) -> tuple[int, float, str, float]:

@@ -1,15 +1,18 @@
 """The command line of a small run, the run as a process, and what it says of bad input."""
 
-import json
-import os
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
-from finetune_runs import QUICK, Process
+from run_processes import Forker, Process
 
 from ibeton.evaluation.finetune.__main__ import main
+
+# 24 photos in batches of 8: 3 steps per epoch
+QUICK = shlex.split(
+    "--epochs 4 --warmup-epochs 1 --batch-size 8 --mix-images 4 --lr 1e-3 --lr-batch-size 8"
+    " --workers 1 --log-steps 1 --device cpu"
+)
 
 
 @pytest.fixture
@@ -24,32 +27,19 @@ def given(checkpoint, folders):
 
 
 @pytest.fixture(scope="session")
-def forker():
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("finetune_forker.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    yield process
-    process.stdin.close()
-    process.wait(60)
+def forker(tmp_path_factory):
+    forker = Forker("ibeton.evaluation.finetune.__main__", tmp_path_factory.mktemp("said"))
+    yield forker
+    forker.close()
 
 
 @pytest.fixture
-def start(forker, given, tmp_path):
+def start(forker, given):
     """Begins a run as a process: `start(folder, *options, environment={})`."""
 
     def begin(folder: Path, *options: object, environment: dict[str, str] | None = None) -> Process:
-        begin.count += 1
-        output = tmp_path / f"{begin.count}.said"
-        job = {"arguments": given(folder, *options), "output": str(output)}
-        forker.stdin.write(json.dumps({**job, "environment": environment or {}}) + "\n")
-        forker.stdin.flush()
-        return Process(int(forker.stdout.readline()), folder, output)
+        return forker.start(folder, given(folder, *options), environment)
 
-    begin.count = 0
     return begin
 
 

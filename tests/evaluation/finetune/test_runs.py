@@ -5,14 +5,13 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import STEPS_PER_EPOCH
 from photo_folders import COLORS, write_photos
+from run_processes import two_ranks
 
 from ibeton.evaluation.finetune.__main__ import main
 from ibeton.evaluation.finetune.classifier import load_classifier
@@ -20,6 +19,7 @@ from ibeton.evaluation.finetune.score import CenterViews, hits, score
 from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 
+STEPS_PER_EPOCH = 3
 STEPS = 4 * STEPS_PER_EPOCH
 pytestmark = pytest.mark.timeout(3600)  # on a busy machine imports alone take minutes
 
@@ -96,14 +96,7 @@ def test_a_finished_run_is_told_again_and_not_trained_again(given, tmp_path):
 
 def test_two_processes_and_parts_of_a_batch_do_what_one_process_does(start, tmp_path):
     options = ("--drop-path", "0", "--epochs", "2", "--ema", "0.5")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    runs = [
-        start(tmp_path / "two", *options, environment={**group, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
+    runs = [start(tmp_path / "two", *options, environment=rank) for rank in two_ranks()]
     runs += [start(tmp_path / "one", *options)]
     runs += [start(tmp_path / "parts", *options, "--accumulate", "2")]
     for process in runs:

@@ -66,8 +66,7 @@ class PilHere:
     """What the pil loader does, in this process instead of workers, whose start takes seconds."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        views = config.views()
-        self._views = pil_loader._Views(config.data, views, config.global_crops_number, config.seed)
+        self._views = pil_loader._Views(config)
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
         for plan in plans:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from ibeton.pipeline import PipelineConfig
 from ibeton.pipeline.batch import BatchPlan, normalized
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 from ibeton.pipeline.loaders import LOADERS
-from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.context import LoaderContext, context_of
 from ibeton.pipeline.loaders.ffcv import FfcvCrops, FfcvPixels
-from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import published_views
 from ibeton.pipeline.sampling.order import epoch_order, rank_batches
 from ibeton.pipeline.store.beton import BetonReader
@@ -42,22 +42,9 @@ def plans_of(count: int, epoch: int, size: int = 4) -> list[BatchPlan]:
     return [BatchPlan(epoch, indices) for indices in batches]
 
 
-def context_of(path: Path, device: torch.device = CPU) -> LoaderContext:
-    photos = BetonReader(path)
-    return LoaderContext(
-        data=str(path),
-        photos=photos,
-        views=VIEWS,
-        global_views=2,
-        batch_size=4,
-        workers=2,
-        batches_ahead=2,
-        seed=3,
-        replacements=Replacements(photos, VIEWS, 3),
-        device=device,
-        mean=MEAN,
-        std=STD,
-    )
+def context_for(path: Path, device: torch.device = CPU) -> LoaderContext:
+    config = PipelineConfig(data=str(path), batch_size=4, workers=2, seed=3)
+    return context_of(config, BetonReader(path), device, views=VIEWS)
 
 
 @on_a_device
@@ -66,8 +53,8 @@ def test_views_equal_those_of_the_cpu(beton: Path, mended_interpreter: None) -> 
     from ibeton.pipeline.loaders.gpu_stream import GpuCrops
 
     plans = plans_of(48, 1)[:3]
-    on_cpu = FfcvCrops(context_of(beton))
-    context = context_of(beton, DEVICE)
+    on_cpu = FfcvCrops(context_for(beton))
+    context = context_for(beton, DEVICE)
     on_gpu = GpuCrops(context, FfcvPixels(context, pinned=DEVICE.type == "cuda"))
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     count = 0
@@ -110,7 +97,7 @@ def test_pixels_are_packed_and_those_of_the_photos(
     reader = BetonReader(path)
     plans = [plan for epoch in range(2) for plan in plans_of(48, epoch)]
     seen = []
-    for plan, decoded in FfcvPixels(context_of(path), pinned=False).stream(iter(plans)):
+    for plan, decoded in FfcvPixels(context_for(path), pinned=False).stream(iter(plans)):
         assert decoded.indices.tolist() == plan.indices.tolist()
         (pixels,), end = decoded.parts, 0
         for b, index in enumerate(plan.indices):
@@ -134,7 +121,7 @@ def test_a_photo_that_does_not_decode_gives_way_to_its_neighbor(
     with path.open("r+b") as file:
         file.seek(start + 2)
         file.write(bytes(40))  # the header of photo 5
-    context = context_of(path)
+    context = context_for(path)
     plan = BatchPlan(0, np.array([3, 5, 7, 9]))
     ((_, decoded),) = FfcvPixels(context, pinned=False).stream(iter([plan]))
     assert decoded.indices.tolist() == [3, 6, 7, 9]
@@ -151,7 +138,7 @@ def test_a_photo_that_does_not_decode_gives_way_to_its_neighbor(
 def test_streams_may_be_left_half_way(beton: Path) -> None:
     before = threading.active_count()
     for epoch in range(4):
-        stream = FfcvPixels(context_of(beton), pinned=False).stream(iter(plans_of(48, epoch)))
+        stream = FfcvPixels(context_for(beton), pinned=False).stream(iter(plans_of(48, epoch)))
         for _ in range(epoch + 1):
             _, decoded = next(stream)
             assert len(decoded.offsets) == 4

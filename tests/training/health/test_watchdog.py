@@ -12,7 +12,7 @@ import pytest
 from paths import ROOT
 from slurm import end, free_job, srun_words, start, wait_for
 
-from ibeton.training.health.watchdog import HUNG, thread_stacks
+from ibeton.training.health.watchdog import HUNG
 
 MEMBER = str(ROOT / "tests" / "training" / "group_member.py")
 Group = list[subprocess.Popen[bytes]]
@@ -76,10 +76,9 @@ def test_a_loader_that_stalls_is_named_with_what_each_thread_does(
     members = group(2, "loader", stall=5)
     assert [member.wait(120) for member in members] == [HUNG, HUNG]
     for rank in (0, 1):
-        assert "the loader of rank 1 has given no batch" in said(tmp_path, rank)
+        assert "the loader of rank 1 has delivered no batch" in said(tmp_path, rank)
         assert "for step 3" in said(tmp_path, rank)
-        assert "thread MainThread:" in said(tmp_path, rank)
-        assert "loader_that_hangs_on_its_disk" in said(tmp_path, rank)
+    assert "loader_that_hangs_on_its_disk" in said(tmp_path, 1)
 
 
 def test_a_loader_that_stalls_ends_a_single_process_too(
@@ -87,7 +86,7 @@ def test_a_loader_that_stalls_ends_a_single_process_too(
 ) -> None:
     (member,) = group(1, "loader", stall=5)
     assert member.wait(120) == HUNG
-    assert "the loader has given no batch" in said(tmp_path, 0)
+    assert "the loader has delivered no batch" in said(tmp_path, 0)
     assert "loader_that_hangs_on_its_disk" in said(tmp_path, 0)
 
 
@@ -116,7 +115,3 @@ def test_an_evaluation_that_takes_longer_than_a_step_may_is_waited_for(
     members = group(2, "evaluation", stall=5)
     assert [member.wait(120) for member in members] == [0, 0], said(tmp_path, 0)
     assert "done" in said(tmp_path, 1)
-
-
-def test_stacks_name_this_test() -> None:
-    assert "test_stacks_name_this_test" in thread_stacks()

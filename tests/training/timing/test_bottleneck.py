@@ -5,9 +5,9 @@ import torch
 
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.stages import StageWork
-from ibeton.training.timing.bottleneck import Adviser, LoaderResources, rank_line, verdict
-from ibeton.training.timing.monitor import StepMonitor
-from ibeton.training.timing.speed import Speed, Window, loader_ceiling, slowest
+from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdict
+from ibeton.training.timing.monitor import Adviser, StepMonitor
+from ibeton.training.timing.speed import Window, loader_ceiling, slowest
 
 # A ViT-S step of 64 images on a GPU, in seconds a step.
 MODEL = {
@@ -145,13 +145,12 @@ def test_the_slowest_rank_is_named_with_the_stage_in_which_it_is_behind() -> Non
 def advice_of(adviser: Adviser, seconds_waiting: float, steps: int) -> list[str]:
     parts = MODEL | {"wait": seconds_waiting}
     work = stage_work(0.1, 25, 0, workers=4, photos=64)
-    lines = [adviser.add(64, parts, work) for _ in range(steps)]
-    return [line for line in lines if line]
+    return [line for _ in range(steps) for line in adviser.add(64, parts, work)]
 
 
 def test_advice_comes_once_per_cause_however_the_wait_goes_up_and_down() -> None:
-    adviser = Adviser(GPU, steps=5)
-    assert advice_of(adviser, 0.15, steps=5) == [], "the first step is left out"
+    adviser = Adviser(GPU, 0, world_size=1, device=torch.device("cpu"), steps=5)
+    assert advice_of(adviser, 0.15, steps=6) == [], "the first two steps are left out"
     (line,) = advice_of(adviser, 0.15, steps=21)
     assert "decode limits" in line
     for wait in (0.0, 0.15, 0.01, 0.2) * 4:
@@ -169,7 +168,7 @@ def test_short_epochs_are_named_where_no_stage_limits() -> None:
 
 def test_the_first_step_of_a_run_names_no_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [{"student": 2820.0}, {"student": 100.0}]
-    monkeypatch.setattr(Speed, "ranks", lambda self: ranks)
+    monkeypatch.setattr(StepMonitor, "_ranks", lambda self: ranks)
     monitor = StepMonitor(8, 1, 1, torch.device("cpu"), None, GPU)
     said = []
     for _ in range(3):

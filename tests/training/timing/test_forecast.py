@@ -9,8 +9,8 @@ from small_runs import Start, records
 
 from ibeton.model import ModelConfig, build
 from ibeton.model.checkpoint import model_state
+from ibeton.training.timing.bottleneck import LoaderResources
 from ibeton.training.timing.forecast import (
-    FirstSteps,
     cache_line,
     checkpoint_bytes,
     disk_line,
@@ -19,41 +19,39 @@ from ibeton.training.timing.forecast import (
     gib,
     number,
 )
+from ibeton.training.timing.monitor import Adviser
 
 GIB = 2**30
 CPU = torch.device("cpu")
 
 
-def step(wait: float = 0.0) -> dict[str, float]:
-    return {"wait": wait, "backward": 0.5}
+NOTHING = LoaderResources(None, workers=1, cores=1, on_gpu=False)
+
+
+def said(left: int, steps: int, backward: float = 0.5, wait: float = 0.0) -> list[str]:
+    """What four processes hear of a forecast, step by step; the first two steps are slow."""
+    adviser = Adviser(NOTHING, left, world_size=4, device=CPU)
+    times = [100.0] * 2 + [backward] * (steps - 2)
+    added = (adviser.add(8, {"wait": wait, "backward": seconds}, {}) for seconds in times)
+    return [" ".join(line for line in lines if "forecast" in line) for lines in added]
 
 
 def test_a_forecast_comes_once_from_steps_after_the_first_two() -> None:
-    steps = FirstSteps(1002, world_size=4, device=CPU)
-    said = [steps.add(8, {"backward": 100.0}) for _ in range(2)]  # compiled: not counted
-    said += [steps.add(8, step()) for _ in range(20)]
-    (line,) = filter(None, said)
-    assert said.index(line) == 11, "two skipped, ten measured"
+    lines = said(left=1002, steps=22)
+    (line,) = filter(None, lines)
+    assert lines.index(line) == 11, "two skipped, ten measured"
     assert "8.25 min left at 64 images/s; the model limits (data wait 0%)" in line
     assert re.search(r"memory [\d,.]+ [MG]iB at the peak", line)
 
 
 def test_a_slow_step_is_not_waited_for_ten_times() -> None:
-    steps = FirstSteps(100, world_size=1, device=CPU)
-    said = [steps.add(8, {"backward": 11.0}) for _ in range(5)]
-    assert [bool(line) for line in said] == [False, False, False, True, False]
-
-
-def test_a_waiting_model_is_limited_by_its_loader() -> None:
-    steps = FirstSteps(100, world_size=1, device=CPU)
-    said = "".join(steps.add(8, step(wait=0.5)) for _ in range(12))
-    assert "the loader limits (data wait 50%)" in said
+    lines = said(left=100, steps=5, backward=11.0)
+    assert [bool(line) for line in lines] == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("left", [-3, 0, 1, 12])
 def test_nothing_is_forecast_of_a_run_that_is_over_by_then(left: int) -> None:
-    steps = FirstSteps(left, world_size=1, device=CPU)
-    assert not any(steps.add(8, step()) for _ in range(13))
+    assert not any(said(left, steps=13))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +79,7 @@ def test_numbers_have_three_digits_and_no_powers_of_ten() -> None:
         "300 MiB",
         "120 GiB",
     ]
-    assert "1,250 images/s" in forecast_line(60, 1250.0, 0.01, "")
+    assert "1,250 images/s; the loader limits" in forecast_line(60, 1250.0, 0.5, CPU)
 
 
 def test_lines_on_cache_and_disk() -> None:
@@ -108,12 +106,12 @@ def test_a_run_tells_what_it_will_take(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(folder, "--epochs", "100000", "--keep-every", "10", "--stop-after", "16")
     assert process.wait() == 0, process.said()[-2000:]
-    said = process.said()
-    assert "page cache:" in said
-    assert "read from disk once" in said
-    disk = next(line for line in said.splitlines() if line.startswith("disk:"))
+    text = process.said()
+    assert "page cache:" in text
+    assert "read from disk once" in text
+    disk = next(line for line in text.splitlines() if line.startswith("disk:"))
     assert re.search(r"for 2 checkpoints of [\d.]+ MiB", disk), "two epochs, not 100,000"
-    (line,) = (line for line in said.splitlines() if "forecast from the first steps" in line)
+    (line,) = (line for line in text.splitlines() if "forecast from the first steps" in line)
     assert " left at " in line
     assert len(records(folder)) == 16
     again = start(folder, "--epochs", "100000", "--keep-every", "10", "--stop-after", "16",

@@ -1,25 +1,28 @@
-"""Runs of `ibeton finetune` without its imports each time: this process imports once, and forks.
+"""Runs of a training command without its imports each time: this process imports once, and forks.
 
-Reads a line of JSON for each run: arguments, environment, and the file for what it says, beside
-which the exit status is written at its end. Answers with the process id.
+The argument is the command's module. Reads a line of JSON for each run: arguments, environment, and
+the file for what it says, beside which the exit status is written at its end. Answers with the
+process id.
 """
 
+import importlib
 import json
 import os
 import signal
 import sys
 import traceback
 
+# What commands import late.
+ALSO = {
+    "ibeton.evaluation.finetune.__main__": ("timm.data.mixup", "timm.scheduler", "timm.utils"),
+    "ibeton.evaluation.segment": ("transformers.models.upernet.modeling_upernet",),
+    "ibeton.evaluation.detect": ("faster_coco_eval",),
+}
+
 if __name__ == "__main__":
-    import timm.data.auto_augment
-    import timm.data.mixup
-    import timm.data.random_erasing
-    import timm.optim
-    import timm.scheduler
-    import timm.utils  # noqa: F401 - imported once, here
-
-    from ibeton.evaluation.finetune.__main__ import main
-
+    command = importlib.import_module(sys.argv[1])
+    for name in ALSO[sys.argv[1]]:
+        importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes the dead away
     for line in sys.stdin:
         job = json.loads(line)
@@ -33,7 +36,7 @@ if __name__ == "__main__":
             os.environ.update(job["environment"])
             status = 1
             try:
-                status = main(job["arguments"])
+                status = command.main(job["arguments"])
             except BaseException:
                 traceback.print_exc()
             sys.stdout.flush()
