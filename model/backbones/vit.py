@@ -24,8 +24,8 @@ from ibeton.model.backbones.blocks import (
     init_linear,
 )
 from ibeton.model.backbones.fused_block import fused_block
+from ibeton.model.backbones.fused_embed import fused_embed
 from ibeton.model.config import ModelConfig
-from ibeton.model.kernels.half_weights import half_linear, product_dtype
 from ibeton.model.kernels.launch import kernels_run_on
 from ibeton.model.kernels.residual_norm import Branch, residual_norm
 
@@ -43,7 +43,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the convolution, but by one matrix product: patches do not overlap. Raises ValueError
-        for a shape that the patches do not tile."""
+        as `split`."""
+        return F.linear(
+            self.split(x).flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias
+        )
+
+    def split(self, x: Tensor) -> Tensor:
+        """The patches [B, h, w, in_chans, P, P] of images, a view. Raises ValueError for a shape
+        that patches do not tile."""
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f"images of shape {list(x.shape)}: expected [B, {self.proj.in_channels}, H, W]"
@@ -55,15 +62,7 @@ class PatchEmbed(nn.Module):
                 f" pixel patches: crop to a multiple of --patch-size or change it"
             )
         patches = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, in_chans, h, P, w, P]
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, h, w, in_chans, P, P]
-        if kernels_run_on(x):
-            # One kernel casts and copies.
-            rows = patches.to(product_dtype(x), memory_format=torch.contiguous_format)
-            rows = rows.flatten(3).flatten(0, 2)
-            out = half_linear(rows, self.proj.weight, self.proj.bias)
-            return out.unflatten(0, (len(x), -1))
-        patches = patches.flatten(3).flatten(1, 2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return patches.permute(0, 2, 4, 1, 3, 5)
 
 
 class VisionTransformer(nn.Module):
@@ -129,22 +128,43 @@ class VisionTransformer(nn.Module):
         """
         patches = self.patch_embed(x)  # [B, N, C]
         if masks is not None:
-            patches = self._mask(patches, masks, x.shape[2:])
+            token = self._check_masks(masks, x).to(patches.dtype)
+            patches = torch.where(masks.flatten(1).unsqueeze(2), token, patches)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         tokens = torch.cat([cls_token, patches], dim=1)
         return tokens + self.position_embedding(x.shape[2], x.shape[3])
 
-    def _mask(self, patches: Tensor, masks: Tensor, size: torch.Size) -> Tensor:
+    def _check_masks(self, masks: Tensor, images: Tensor) -> Tensor:
+        """The embedding of masked patches."""
         if self.masked_embed is None:
             raise ValueError("masks for a backbone without masked_embed: only a student has it")
-        expected = [len(patches), *(pixels // self.patch_size for pixels in size)]
+        expected = [len(images), *(pixels // self.patch_size for pixels in images.shape[2:])]
         if list(masks.shape) != expected or masks.dtype != torch.bool:
             raise ValueError(
                 f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
-                " one value a patch"
+                " one value per patch"
             )
-        return torch.where(
-            masks.flatten(1).unsqueeze(2), self.masked_embed.to(patches.dtype), patches
+        return self.masked_embed
+
+    def _embed_views(
+        self, views: list[Tensor], masks: list[Tensor | None]
+    ) -> tuple[Tensor, Shapes]:
+        """`embed` of each crop size -> packed tokens [T, C] and their shapes."""
+        plain = not kernels_run_on(views[0]) or _hooked(self.patch_embed)
+        if plain or any(x.requires_grad for x in views):
+            embedded = [self.embed(x, mask) for x, mask in zip(views, masks, strict=True)]
+            packed = [tokens.flatten(0, 1) for tokens in embedded]
+            shapes = [(t.shape[0], t.shape[1]) for t in embedded]
+            return packed[0] if len(packed) == 1 else torch.cat(packed), shapes
+        for x, mask in zip(views, masks, strict=True):
+            if mask is not None:
+                self._check_masks(mask, x)
+        return fused_embed(
+            [self.patch_embed.split(x) for x in views],
+            masks,
+            [self.position_embedding(*x.shape[2:]) for x in views],
+            *(self.patch_embed.proj.weight, self.patch_embed.proj.bias),
+            *(self.cls_token, self.masked_embed),
         )
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -160,9 +180,7 @@ class VisionTransformer(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Class tokens [B, C] and patch tokens [M, C] (all of them: [B, N, C]) of each crop
         size."""
-        embedded = [self.embed(x, mask) for x, mask in zip(views, masks, strict=True)]
-        shapes = [(t.shape[0], t.shape[1]) for t in embedded]
-        x = _pack(embedded)
+        x, shapes = self._embed_views(views, masks)
         if self.fc_norm is None and any(index is not None for index in indices):
             return self._selected(x, shapes, indices)
         parts = self._normed(x, shapes).split([images * tokens for images, tokens in shapes])
@@ -185,7 +203,7 @@ class VisionTransformer(nn.Module):
 
     def _normed(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
         """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens."""
-        if not kernels_run_on(x) or self._hooked():
+        if not kernels_run_on(x) or _hooked(self.blocks):
             return self.norm(self._blocks(x, shapes, rows))
         x, branch = self._fused_blocks(x, shapes, rows)
         if isinstance(self.norm, nn.Identity):
@@ -222,11 +240,6 @@ class VisionTransformer(nn.Module):
                 x, branch = fused_block(*arguments)
         assert branch is not None
         return x, branch
-
-    def _hooked(self) -> bool:
-        """Whether a module inside the blocks has a hook, which the kernels would not call."""
-        modules = self.blocks.modules()
-        return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
     def _recomputes(self, x: Tensor) -> bool:
         """Whether norms and GELUs of packed tokens x [T, C] are computed again in the backward."""
@@ -294,10 +307,9 @@ class VisionTransformer(nn.Module):
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
 
 
-def _pack(embedded: list[Tensor]) -> Tensor:
-    """Tokens [B, 1 + N, C] of each crop size -> [T, C]."""
-    packed = [tokens.flatten(0, 1) for tokens in embedded]
-    return packed[0] if len(packed) == 1 else torch.cat(packed)
+def _hooked(module: nn.Module) -> bool:
+    """Whether a module inside has a hook, which the kernels would not call."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def selected_rows(

@@ -8,6 +8,12 @@ from ibeton.model.kernels import linear_gelu as linear_gelu_file
 from ibeton.model.kernels import packed_attention
 from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ibeton.model.kernels.column_sums import column_sums, column_sums_reference
+from ibeton.model.kernels.embed_tokens import (
+    Added,
+    embed_tokens,
+    embed_tokens_backward,
+    embed_tokens_reference,
+)
 from ibeton.model.kernels.half_weights import (
     HalfWeights,
     half_linear,
@@ -151,6 +157,33 @@ def near(mine, exact, dtype):
     tolerance = max(1e-5, 4 * torch.finfo(dtype).eps)
     for a, b in zip(mine, exact, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(5, 6, 24), *slow((1, 1, 3), (19, 4, 300))])
+def test_embed_tokens(shape, masked, dtype):
+    images, patches, width = shape
+    product = draw(images * patches, width, dtype=dtype).requires_grad_()
+    added = Added(draw(width), draw(1, 1, width), draw(1, 1 + patches, width), draw(1, width))
+    masks = draw(images, patches) > 0 if masked else None
+    leaves = [product, *(leaf.requires_grad_() for leaf in added)]
+    expected = embed_tokens_reference(product, masks, added)
+    upstream = draw(*expected.shape)
+    expected.backward(upstream)
+    out = torch.full_like(expected, torch.nan)
+    embed_tokens(product.detach(), masks, Added(*(leaf.detach() for leaf in added)), out)
+    grad = torch.empty_like(product)
+    partial = torch.full((3, 2 * (1 + patches) * width + 5), torch.nan, device=DEVICE)
+    embed_tokens_backward(upstream, masks, grad, partial[:, 2:-3])
+    total, seen = partial[:, 2:-3].sum(0).view(2, 1 + patches, width)
+    sums = [seen[1:].sum(0), total[:1].unsqueeze(0), total.unsqueeze(0)]
+    if masked:
+        sums.append((total - seen)[1:].sum(0, keepdim=True))
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert_near([out, grad, *sums], [expected.detach(), *grads])
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 65), (33, 128), (70, 7)])
