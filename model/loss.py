@@ -77,7 +77,7 @@ class IBOTLoss(nn.Module):
         self._check(student, teacher, patches)
         cls_logits, patch_logits, local_cls = student
         if local_cls is not None:
-            cls_logits = torch.cat([cls_logits, local_cls])
+            cls_logits = _together(cls_logits, local_cls)
         temp, patch_temp = self.temperatures(epoch) if temps is None else temps.unbind()
         cls = self.lambda1 * self._across_views(cls_logits, teacher.cls, temp)
         patch = self.lambda2 * cross_entropy(
@@ -169,3 +169,12 @@ class IBOTLoss(nn.Module):
                 f"{len(patches.weight)} masked patches for patch logits {list(patch.shape)}:"
                 " expected one weight a row"
             )
+
+
+def _together(cls: Tensor, local_cls: Tensor) -> Tensor:
+    """Both below each other: without a copy if they are the two parts of one tensor."""
+    whole = cls._base
+    both = (len(cls) + len(local_cls), *cls.shape[1:])
+    if whole is not None and whole is local_cls._base and whole.shape == both:
+        return whole
+    return torch.cat([cls, local_cls])

@@ -64,8 +64,9 @@ KERNEL_CATEGORIES = {
 }
 NOT_LAUNCHED = (
     *("empty", "empty_like", "new_empty", "detach", "alias", "device", "promote_types"),
-    *("_unsafe_view", "scalar_tensor", "squeeze_"),
+    *("_unsafe_view", "scalar_tensor", "squeeze_", "new_empty_strided"),
 )
+GATHERS = ("index_select", "index", "embedding")
 MULTI_TENSOR = ("_foreach", "_fused", "_amp")
 CHUNK = 320 * 65_536  # elements that one launch of a multi-tensor kernel takes
 
@@ -98,10 +99,16 @@ class Recorder(TorchDispatchMode):
         inputs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
         tensors = [t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name.startswith(MULTI_TENSOR):
+        if name.startswith(MULTI_TENSOR) and name not in ("_foreach_norm",):
             written = tensors  # updated in place
+        if name == "copy_":
+            tensors = tensors[1:]
+        elif name in GATHERS:  # of the first tensor, only what is taken
+            tensors = [*tensors[1:], *written]
+        elif name == "index_add_":
+            tensors, written = tensors[1:], [tensors[-1]] * 2
         is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
-        if not is_view and name not in NOT_LAUNCHED and (written or tensors):
+        if not is_view and name not in NOT_LAUNCHED and any(t.numel() for t in written):
             self.note(name, tensors, written)
         return out
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from ibeton.benchmarks.harness.model_step import Baseline, Side
@@ -42,8 +43,10 @@ def last_block_whole(vit: Any, x: Tensor, shapes: Any, rows: Tensor | None = Non
     return x if rows is None else x.index_select(0, rows)
 
 
-def one_by_one(network: Network, *arguments: Any) -> Any:
-    return views_one_by_one(network.backbone, *arguments)
+def one_by_one(network: Network, views: Any, masks: Any, patch_indices: Tensor) -> Any:
+    indices = [patch_indices, *[patch_indices[:0]] * (len(views) - 1)]
+    tokens = views_one_by_one(network.backbone, views, masks, indices)
+    return torch.cat([*(cls for cls, _ in tokens), tokens[0][1]]), patch_indices.shape
 
 
 def patches_by_convolution(embed: PatchEmbed, x: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ CHANGES: dict[str, list[tuple[str, Any]]] = {
     "scaled_dot_product_attention": [
         ("ibeton.model.backbones.blocks.F.scaled_dot_product_attention", attention_reference)
     ],
-    "crop sizes packed": [("ibeton.model.network.Network._views", one_by_one)],
+    "crop sizes packed": [("ibeton.model.network.Network._rows", one_by_one)],
     "norm and GELU recomputed": [
         ("ibeton.model.backbones.blocks.norm_linear", norm_linear_reference),
         ("ibeton.model.backbones.blocks.gelu_linear", gelu_linear_reference),

@@ -26,6 +26,7 @@ from ibeton.model.backbones.blocks import (
 from ibeton.model.backbones.fused_block import fused_block
 from ibeton.model.backbones.fused_embed import fused_embed
 from ibeton.model.config import ModelConfig
+from ibeton.model.kernels.half_weights import product_dtype
 from ibeton.model.kernels.launch import kernels_run_on
 from ibeton.model.kernels.residual_norm import Branch, residual_norm
 
@@ -169,7 +170,17 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, in_chans, H, W], masks bool [B, h, w] or None -> tokens [B, 1 + N, C]."""
-        cls, patches = self.forward_views([x], [masks], [None])[0]
+        return self._tokens(x, masks)
+
+    def tokens_for_product(self, x: Tensor) -> Tensor:
+        """`forward`, in float32 or as matrix products take it."""
+        return self._tokens(x, None, for_product=True)
+
+    def _tokens(self, x: Tensor, masks: Tensor | None, for_product: bool = False) -> Tensor:
+        if self.fc_norm is None:
+            packed, shapes = self._embed_views([x], [masks])
+            return self._normed(packed, shapes, None, for_product).unflatten(0, shapes[0])
+        [(cls, patches)] = self.forward_views([x], [masks], [None])
         return torch.cat([cls.unsqueeze(1), patches], dim=1)
 
     def forward_views(
@@ -182,34 +193,48 @@ class VisionTransformer(nn.Module):
         size."""
         x, shapes = self._embed_views(views, masks)
         if self.fc_norm is None and any(index is not None for index in indices):
-            return self._selected(x, shapes, indices)
+            outputs = self._selected(x, shapes, indices).split(_counts(shapes, indices))
+            patches = [
+                out if index is not None else out.unflatten(0, (images, -1))
+                for out, index, (images, _) in zip(
+                    outputs[len(shapes) :], indices, shapes, strict=True
+                )
+            ]
+            return list(zip(outputs[: len(shapes)], patches, strict=True))
         parts = self._normed(x, shapes).split([images * tokens for images, tokens in shapes])
         return [
             self._class_and_patches(part.view(images, tokens, -1), index)
             for part, (images, tokens), index in zip(parts, shapes, indices, strict=True)
         ]
 
-    def _selected(
-        self, x: Tensor, shapes: Shapes, indices: list[Tensor | None]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """`forward_views` from packed tokens: the last block's MLP runs on the selected ones."""
-        rows = selected_rows(shapes, indices, x.device)
-        outputs = self._normed(x, shapes, torch.cat(rows)).split([len(r) for r in rows])
-        patches = [
-            out if index is not None else out.unflatten(0, (images, -1))
-            for out, index, (images, _) in zip(outputs[1::2], indices, shapes, strict=True)
-        ]
-        return list(zip(outputs[::2], patches, strict=True))
+    def selected(self, views: list[Tensor], masks: list[Tensor | None], index: Tensor) -> Tensor:
+        """As `forward_views`, as one tensor: the class tokens of all crop sizes, then the patches
+        of the first size in `index` int64 [M]. Float32, or as matrix products take it."""
+        none = index.new_empty(0)
+        indices: list[Tensor | None] = [index, *[none] * (len(views) - 1)]
+        if self.fc_norm is None:
+            return self._selected(*self._embed_views(views, masks), indices, for_product=True)
+        outputs = self.forward_views(views, masks, indices)
+        return torch.cat([*(cls for cls, _ in outputs), *(patches for _, patches in outputs)])
 
-    def _normed(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
-        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens."""
+    def _selected(
+        self, x: Tensor, shapes: Shapes, indices: list[Tensor | None], for_product: bool = False
+    ) -> Tensor:
+        """Packed tokens [T, C] -> those of `selected_rows`, as the last block's MLP gives them."""
+        return self._normed(x, shapes, selected_rows(shapes, indices, x.device), for_product)
+
+    def _normed(
+        self, x: Tensor, shapes: Shapes, rows: Tensor | None = None, for_product: bool = False
+    ) -> Tensor:
+        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens. By the
+        kernels it is float32, or with `for_product` in the dtype of matrix products."""
         if not kernels_run_on(x) or _hooked(self.blocks):
             return self.norm(self._blocks(x, shapes, rows))
         x, branch = self._fused_blocks(x, shapes, rows)
         if isinstance(self.norm, nn.Identity):
             return x + branch.value()
-        norm = self.norm
-        return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, x.dtype)[1]
+        norm, dtype = self.norm, product_dtype(x) if for_product else x.dtype
+        return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)[1]
 
     def _fused_blocks(
         self, x: Tensor, shapes: Shapes, rows: Tensor | None
@@ -312,17 +337,26 @@ def _hooked(module: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def selected_rows(
-    shapes: Shapes, indices: list[Tensor | None], device: torch.device
-) -> list[Tensor]:
-    """Rows among the packed tokens of the class tokens [B] and the selected patches [M] of each
-    crop size: two tensors for each crop size."""
-    rows, start = [], 0
+def selected_rows(shapes: Shapes, indices: list[Tensor | None], device: torch.device) -> Tensor:
+    """Rows among the packed tokens: the class tokens of each crop size, then the selected patches
+    of each. An index int64 [M] counts the patches of all images of a size; None: all of them."""
+    classes, patches, start = [], [], 0
     for (images, tokens), index in zip(shapes, indices, strict=True):
+        end = start + images * tokens
+        classes.append(torch.arange(start, end, tokens, device=device))
         if index is None:
             index = torch.arange(images * (tokens - 1), device=device)
-        rows.append(start + tokens * torch.arange(images, device=device))
-        # One class token before the patches of each image.
-        rows.append(start + index + index // (tokens - 1) + 1)
-        start += images * tokens
-    return rows
+        if len(index):  # one class token before the patches of each image
+            patches.append(index + index // (tokens - 1) + (start + 1))
+        start = end
+    return torch.cat([*classes, *patches])
+
+
+def _counts(shapes: Shapes, indices: list[Tensor | None]) -> list[int]:
+    """How many rows `selected_rows` gives of each kind and crop size."""
+    classes = [images for images, _ in shapes]
+    patches = [
+        images * (tokens - 1) if index is None else len(index)
+        for index, (images, tokens) in zip(indices, shapes, strict=True)
+    ]
+    return classes + patches

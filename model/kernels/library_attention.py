@@ -66,7 +66,9 @@ def library_attention_backward(
     """The gradient of the packed query, key and value [T, 3C]. PyTorch's graph is consumed."""
     grad_qkv = grad.new_empty(len(grad), partial.shape[1])
     counts = [call.out.shape[0] * call.out.shape[2] for call in calls]
-    parts = zip(grad.split(counts), grad_qkv.split(counts), shares(partial, counts), calls, strict=True)
+    parts = zip(
+        grad.split(counts), grad_qkv.split(counts), shares(partial, counts), calls, strict=True
+    )
     for upstream, out, sums, call in parts:
         images, heads, tokens, _ = call.out.shape
         upstream = upstream.view(images, tokens, heads, -1).transpose(1, 2)

@@ -33,6 +33,12 @@ from ibeton.model.kernels.packed_attention import (
     attention_reference,
 )
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
+from ibeton.model.kernels.unit_rows import unit_rows, unit_rows_backward, unit_rows_reference
+from ibeton.model.kernels.weight_norm import (
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -184,6 +190,56 @@ def test_embed_tokens(shape, masked, dtype):
     assert_near([out, grad, *sums], [expected.detach(), *grads])
     assert partial[:, :2].isnan().all()
     assert partial[:, -3:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(21, 24), *slow((1, 1), (70, 300))])
+def test_unit_rows(shape, dtype):
+    x, bias = draw(*shape, dtype=dtype), draw(shape[1])
+    upstream = draw(*shape, dtype=dtype, seed=1)
+    leaves = [t.double().requires_grad_() for t in (x, bias)]
+    expected = torch.nn.functional.normalize(leaves[0] + leaves[1], dim=-1)
+    expected.backward(upstream.double())
+    sums = torch.full((3, shape[1]), torch.nan, device=DEVICE)
+    units, factor = unit_rows(x, bias, sums, period=5)
+    assert torch.equal(unit_rows(x, bias)[0], units)
+    patches = torch.arange(shape[0], device=DEVICE) % 5 > 0
+    near([units, sums.sum(0)], [expected, expected[patches].sum(0)], dtype)
+    partial = torch.full((3, shape[1] + 5), torch.nan, device=DEVICE)
+    grad = unit_rows_backward(upstream, x, bias, factor, partial[:, 2:-3])
+    near([grad, partial[:, 2:-3].sum(0)], [leaf.grad for leaf in leaves], dtype)
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
+
+
+def test_a_row_of_length_zero_is_divided_by_a_constant():
+    bias = draw(24)
+    x = (-bias).repeat(2, 1).requires_grad_()
+    upstream = draw(2, 24)
+    expected = unit_rows_reference(x, bias)
+    expected.backward(upstream)
+    units, factor = unit_rows(x.detach(), bias)
+    assert not units.any()
+    grad = unit_rows_backward(upstream, x.detach(), bias, factor, torch.empty(3, 24, device=DEVICE))
+    torch.testing.assert_close(grad, x.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("shape", [(21, 24), *slow((1, 3), (70, 300))])
+def test_weight_norm(shape, uses, dtype):
+    direction, length = draw(*shape), draw(shape[0], 1)
+    leaves = [t.double().requires_grad_() for t in (direction, length)]
+    expected = weight_norm_reference(*leaves)
+    grads = [draw(*shape, seed=i) for i in range(uses)]
+    expected.backward(sum(grads).double())
+    half, wide = weight_norm(direction, length, dtype, exact=True)
+    assert half.dtype is dtype
+    assert weight_norm(direction, length, dtype)[1] is None
+    near([half], [expected], dtype)
+    near([wide], [expected], torch.float32)
+    found = weight_norm_backward(grads, direction, length)
+    near(found, [leaf.grad for leaf in leaves], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 65), (33, 128), (70, 7)])
