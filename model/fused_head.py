@@ -5,6 +5,7 @@ to unit vectors, and unit vectors to logits.
 weight gradients are float32. In shapes: R tokens, C channels, D of the bottleneck, K prototypes.
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,27 +32,27 @@ def bottleneck_and_mean(
 ) -> tuple[Tensor, Tensor]:
     """`fused_bottleneck` without gradient of images with `tokens` rows each, and the mean of the
     unit vectors of all patches, float32 [D]. The first row of each image is its class token."""
-    *hidden, (weight, bias) = layers
     dtype = product_dtype(x)
+    weights, biases = [in_dtype(weight, dtype) for weight, _ in layers], [b for _, b in layers]
     with torch.autocast(x.device.type, enabled=False):
-        *_, product = _products(x.to(dtype), hidden, weight, keep=False)
+        *_, product = _products(x.to(dtype), weights, biases, keep=False)
         partial = partial_sums(product, product.shape[1])
-        units, _ = unit_rows(product, bias, partial, tokens)
+        units, _ = unit_rows(product, biases[-1], partial, tokens)
     return units, column_sums(partial) / (len(x) - len(x) // tokens)
 
 
 def _products(
-    x: Tensor, hidden: list[tuple[Tensor, Tensor]], weight: Tensor, keep: bool
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], keep: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What enters each layer and each GELU (if they are kept), and the last layer's output without
-    its bias."""
+    its bias. The weights are in the dtype of x."""
     entering, before_gelu = [x], []
-    for matrix, bias in hidden:
-        inner, x = linear_gelu(x, in_dtype(matrix, x.dtype), bias, keep)
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        inner, x = linear_gelu(x, weight, bias, keep)
         if inner is not None:
             entering.append(x)
             before_gelu.append(inner)
-    return entering, before_gelu, x @ in_dtype(weight, x.dtype).t()
+    return entering, before_gelu, x @ weights[-1].t()
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -59,43 +60,37 @@ class _Bottleneck(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dtype: torch.dtype, needs_grad: bool, *parameters: Tensor
     ) -> Tensor:
-        *hidden, (weight, bias) = _pairs(parameters)
+        weights = [in_dtype(weight, dtype) for weight in parameters[::2]]
+        biases = list(parameters[1::2])
         with torch.autocast(x.device.type, enabled=False):
-            entering, before_gelu, product = _products(x.to(dtype), hidden, weight, needs_grad)
-            units, factor = unit_rows(product, bias)
+            entering, before_gelu, product = _products(x.to(dtype), weights, biases, needs_grad)
+            units, factor = unit_rows(product, biases[-1])
         if needs_grad:
-            ctx.save_for_backward(product, factor, *entering, *before_gelu, *parameters)
-        ctx.x_dtype, ctx.layers = x.dtype, len(hidden) + 1
+            ctx.save_for_backward(product, factor, *entering, *before_gelu, *weights, *parameters)
+        ctx.x_dtype, ctx.layers = x.dtype, len(weights)
         return units
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        product, factor, *saved = ctx.saved_tensors
-        entering, saved = saved[: ctx.layers], saved[ctx.layers :]
-        before_gelu, parameters = saved[: ctx.layers - 1], saved[ctx.layers - 1 :]
-        layers = _pairs(parameters)
-        columns = [len(bias) for _, bias in layers]
+        product, factor, *rest = ctx.saved_tensors
+        layers, saved = ctx.layers, iter(rest)
+        entering, before_gelu, weights, parameters = (
+            list(islice(saved, count)) for count in (layers, layers - 1, layers, 2 * layers)
+        )
+        originals, biases = parameters[::2], parameters[1::2]
+        columns = [len(bias) for bias in biases]
         sums = partial_sums(product, sum(columns))
         by_layer = sums.split(columns, dim=1)
-        grad = unit_rows_backward(grad.contiguous(), product, layers[-1][1], factor, by_layer[-1])
-        grad_weights = [weight_gradient(grad, entering[-1], layers[-1][0])]
-        for i in reversed(range(len(before_gelu))):
-            after = in_dtype(layers[i + 1][0], grad.dtype)
+        grad = unit_rows_backward(grad.contiguous(), product, biases[-1], factor, by_layer[-1])
+        grad_weights = [weight_gradient(grad, entering[-1], originals[-1])]
+        for i in reversed(range(layers - 1)):
             grad, _ = linear_gelu_backward(
-                grad, after, before_gelu[i], layers[i][1], by_layer[i], with_active=False
+                grad, weights[i + 1], before_gelu[i], biases[i], by_layer[i], with_active=False
             )
-            grad_weights.insert(0, weight_gradient(grad, entering[i], layers[i][0]))
-        grad_x = grad @ in_dtype(layers[0][0], grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_biases = column_sums(sums).split(columns)
-        pairs = zip(grad_weights, grad_biases, strict=True)
-        return (
-            None if grad_x is None else grad_x.to(ctx.x_dtype),
-            *(None, None, *(gradient for pair in pairs for gradient in pair)),
-        )
-
-
-def _pairs(parameters: Any) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(parameters[::2], parameters[1::2], strict=True))
+            grad_weights.insert(0, weight_gradient(grad, entering[i], originals[i]))
+        grad_x = (grad @ weights[0]).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        pairs = zip(grad_weights, column_sums(sums).split(columns), strict=True)
+        return grad_x, None, None, *(gradient for pair in pairs for gradient in pair)
 
 
 def fused_prototypes(units: list[Tensor], direction: Tensor, length: Tensor) -> tuple[Tensor, ...]:
@@ -126,3 +121,15 @@ class _Prototypes(torch.autograd.Function):
             (grad @ weight).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return grad_direction, grad_length, None, *grad_units
+
+
+def target_logits(
+    cls: Tensor, patches: Tensor, mean: Tensor, direction: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [R, K] of unit vectors of class tokens and of patches, in the dtype of products, and
+    of a mean of unit vectors, float32 [K]. Without gradient."""
+    dtype = product_dtype(cls)
+    weight, exact = weight_norm(direction, length, dtype, exact=True)
+    assert exact is not None
+    with torch.autocast(cls.device.type, enabled=False):
+        return cls.to(dtype) @ weight.t(), patches.to(dtype) @ weight.t(), exact @ mean

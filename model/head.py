@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 from ibeton.model.backbones.blocks import init_linear
 from ibeton.model.config import ModelConfig
-from ibeton.model.fused_head import bottleneck_and_mean, fused_bottleneck, fused_prototypes
+from ibeton.model.fused_head import (
+    bottleneck_and_mean,
+    fused_bottleneck,
+    fused_prototypes,
+    target_logits,
+)
 from ibeton.model.kernels.launch import kernels_run_on
 
 
@@ -117,6 +122,16 @@ class IBOTHead(nn.Module):
         weight = last.weight()
         patch_weight = weight if last is last2 else last2.weight()
         return F.linear(cls, weight), F.linear(patches, patch_weight)
+
+    def target_logits(self, cls: Tensor, patches: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+        """`prototypes` of class tokens and patches, both [R, bottleneck_dim], and the patch logits
+        of a mean of unit vectors, float32 at least. Without gradient."""
+        last, last2 = self.last_layer, self.last_layer2
+        if last is last2 and kernels_run_on(cls):
+            return target_logits(cls, patches, mean, last.weight_v, last.weight_g)
+        with torch.autocast(cls.device.type, enabled=False):
+            mean_logits = last2(mean)
+        return *self.prototypes(cls, patches), mean_logits
 
     def cls_logits(self, x: Tensor) -> Tensor:
         """Class tokens [B, C] -> logits [B, K]."""

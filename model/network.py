@@ -84,10 +84,7 @@ class Network(nn.Module):
             patch_indices + patch_indices // (units.shape[1] - 1) + 1
         )  # with class tokens between
         patches = units.flatten(0, 1).index_select(0, rows)
-        cls_logits, patch_logits = self.head.prototypes(units[:, 0], patches)
-        with torch.autocast(global_crops.device.type, enabled=False):
-            mean = self.head.last_layer2(mean)
-        return Targets(cls_logits, patch_logits, mean)
+        return Targets(*self.head.target_logits(units[:, 0], patches, mean))
 
     def _views(
         self, views: list[Tensor], masks: list[Tensor | None], indices: list[Tensor | None]

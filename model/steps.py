@@ -6,6 +6,7 @@ decides (`step_inputs`), forward and backward (`compute_gradients`), and the upd
 from the host whether to step (SGD, LARS, a sharded one).
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,7 +80,7 @@ class Gradients(NamedTuple):
 
     terms: list[dict[str, Tensor]]  # of the loss, for each micro-step
     batch_means: Tensor  # [P, K + K2], see `IBOTLoss.forward`
-    buffers: list[Tensor]  # values before the step
+    statistics: list[Tensor]  # of batch norms, before the step
 
 
 def takes_scalars(optimizer: Optimizer) -> bool:
@@ -148,7 +149,7 @@ class Step:
         """Forward and backward of all micro-steps. The gradients are scaled by the scaler."""
         ibot, dtype = self.ibot, self.autocast_dtype
         self.optimizer.zero_grad(set_to_none=True)
-        before = [buffer.clone() for buffer in ibot.buffers()]
+        before = [buffer.clone() for buffer in self._statistics()]
         device, parts = inputs.global_crops.device.type, len(inputs.places)
         crops = inputs.global_crops.chunk(parts, dim=1)
         local = (
@@ -164,11 +165,18 @@ class Step:
                         crops[i], local[i], masks[i], epoch, patches, inputs.rates[3:]
                     )
                 with stage("backward"):
-                    loss = _nan_if_not_finite(part["loss"]) / parts
-                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                    upstream = _nan_if_not_finite(part["loss"].detach())
+                    upstream = upstream if parts == 1 else upstream / parts
+                    scaler = self.scaler
+                    part["loss"].backward(upstream if scaler is None else scaler.scale(upstream))
             terms.append({name: term.detach() for name, term in part.items()})
             batch_means.append(means)
-        return Gradients(terms, torch.stack(batch_means), before)
+        means = batch_means[0].unsqueeze(0) if parts == 1 else torch.stack(batch_means)
+        return Gradients(terms, means, before)
+
+    def _statistics(self) -> Iterator[Tensor]:
+        """Buffers that the forward changes: statistics of batch norms."""
+        return (b for module in (self.ibot.student, self.ibot.teacher) for b in module.buffers())
 
     def update_weights(
         self, inputs: StepInputs, epoch: int, computed: Gradients, reduced: bool = False
@@ -179,32 +187,36 @@ class Step:
         rates = inputs.rates.unbind() if inputs.rates.is_cuda else inputs.rates.tolist()
         lr, weight_decay, momentum = rates[:3]
         set_rates(optimizer, lr, weight_decay)
-        with stage("comm"):  # one all-reduce, and little else
-            ibot.loss.update_centers(list(computed.batch_means), reduced)
         with stage("optimizer"):
             if scaler is not None:
                 scaler.unscale_(optimizer)
             norms = clip_gradients(ibot.student.parameters(), self.clip_grad)
-            skipped = ~norms.norm().isfinite()  # the same on all ranks, as the gradients are
+            norm = norms.norm()
+            finite = norm.isfinite()  # the same on all ranks, as the gradients are
+            skipped = ~finite
             cancel_last_layer_gradients(ibot.student, epoch, self.freeze_last_layer)
             if scaler is not None and scaler.is_enabled():  # it has checked the gradients itself
                 scaler.step(optimizer)
                 scaler.update()
             else:
                 _step_unless(skipped, optimizer)
-            for buffer, old in zip(ibot.buffers(), computed.buffers, strict=True):
-                buffer.copy_(torch.where(skipped, old, buffer))
+            for buffer, old in zip(self._statistics(), computed.statistics, strict=True):
+                torch.where(skipped, old, buffer, out=buffer)
+        with stage("comm"):  # one all-reduce, and little else
+            ibot.loss.update_centers(list(computed.batch_means), reduced, skipped)
         with stage("ema"):
             ibot.update_teacher(momentum, skipped)
         parts = computed.terms
-        metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return metrics | {"grad_norm": norms.norm(), "finite": ~skipped}
+        metrics = parts[0]
+        if len(parts) > 1:
+            metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in metrics}
+        return metrics | {"grad_norm": norm, "finite": finite}
 
 
 def _nan_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, with NaN gradients unless it is finite: ranks average their gradients, so all of
-    them learn of it without another message."""
-    return loss * (1 + 0 * loss.detach())
+    """The gradient of the loss itself: 1, or NaN unless it is finite. Ranks average their
+    gradients, so all of them learn of it without another message."""
+    return 1 + 0 * loss
 
 
 def _step_unless(skipped: Tensor, optimizer: Optimizer) -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from ibeton.model import ModelConfig, build
-from ibeton.model.backbones.blocks import Kept, Shapes
+from ibeton.model.backbones.blocks import Kept, Shapes, spread_kept
 from ibeton.model.kernels.launch import Launch, counting
 from ibeton.model.masking import BUCKETS
 from ibeton.model.optim import build_optimizer
@@ -58,7 +58,7 @@ KERNELS = {
 # Triton kernels of ours; all that is not named here streams
 KERNEL_CATEGORIES = {
     **dict.fromkeys(("_residual_norm_kernel", "_residual_norm_backward_kernel"), ROW_KERNELS),
-    **dict.fromkeys(("_row_kernel",), ROW_KERNELS),
+    **dict.fromkeys(("_row_kernel", "_class_metrics_kernel"), ROW_KERNELS),
     **dict.fromkeys(("_attention_kernel", "_attention_backward_kernel"), ATTENTION),
     **dict.fromkeys(("_linear_gelu_kernel", "_linear_gelu_backward_kernel"), TRITON_PRODUCTS),
 }
@@ -130,7 +130,9 @@ class Recorder(TorchDispatchMode):
 
     def kernel(self, launch: Launch) -> None:
         """A Triton kernel of ours, which reads or writes each tensor once."""
-        self.kernels.append(launch)
+        # Aliases: autograd copies a gradient that somebody else holds.
+        arguments = (a.detach() if isinstance(a, Tensor) else a for a in launch.arguments)
+        self.kernels.append(launch._replace(arguments=tuple(arguments)))
         category = KERNEL_CATEGORIES.get(launch.name, STREAM_KERNELS)
         flops = _kernel_flops(launch) if category in (ATTENTION, TRITON_PRODUCTS) else 0
         self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
@@ -203,6 +205,7 @@ def record_step(settings: Settings) -> Recorder:
             torch.empty(5, dtype=torch.float64),
         )
         on_host = SimpleNamespace(is_cuda=False, tolist=lambda: [1e-3, 0.1, 0.99, 0.07, 0.07])
+        ibot.loss._across_views(views * images, torch.device("cpu"))  # kept from the first step on
         step = Step(ibot, optimizer, scaler, autocast_dtype=settings.dtype)
         with (
             recorder,
@@ -221,8 +224,7 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
     is given: stochastic depth keeps all samples."""
 
     def kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
-        tokens = sum(images * length for images, length in shapes)
-        return [Kept(None, shapes, 1.0, torch.empty(tokens, 1)) if rate else None for rate in rates]
+        return spread_kept(torch.empty(len(rates), sum(n for n, _ in shapes)), rates, shapes)
 
     def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, difference = torch.empty(len(student)), torch.empty_like(student)
