@@ -152,6 +152,7 @@ class GraphedStep:
         return Recording(static, draws, first, record(update, draws))
 
     def _replay(self, recording: Recording) -> Metrics:
+        self._step.ibot.half_weights.refresh()  # the graph relies on the copies of the last step
         with stage("graph"):
             if recording.compute is not None:
                 recording.compute()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ibeton.model.fused_update import FusedUpdate
 from ibeton.model.ibot import IBOT
 from ibeton.model.masking import MaskedPatches, bucket_size, masked_patches, to_device
 from ibeton.model.optim import AdamW, cancel_last_layer_gradients, clip_gradients
@@ -107,6 +108,7 @@ class Step:
             raise ValueError(
                 "float16 needs a GradScaler: small gradients vanish without loss scaling"
             )
+        self._update = FusedUpdate(self.ibot, self.optimizer, self.clip_grad)
 
     def inputs(
         self,
@@ -183,34 +185,46 @@ class Step:
     ) -> dict[str, Tensor]:
         """Centers, clipping, optimizer, teacher; skipped on the device if a gradient is not finite.
         `reduced`: `computed.batch_means` are the same on all ranks already."""
-        ibot, optimizer, scaler = self.ibot, self.optimizer, self.scaler
+        ibot = self.ibot
+        if self._update.runs():
+            with stage("optimizer"):
+                frozen = self.is_frozen(epoch)
+                norm, skipped = self._update(inputs.rates, self.scaler, frozen)
+                cancel_last_layer_gradients(ibot.student, epoch, self.freeze_last_layer)
+        else:
+            norm, skipped = self._update_plainly(inputs, epoch)
+        for buffer, old in zip(self._statistics(), computed.statistics, strict=True):
+            torch.where(skipped, old, buffer, out=buffer)
+        with stage("comm"):  # one all-reduce, and little else
+            ibot.loss.update_centers(list(computed.batch_means), reduced, skipped)
+        parts = computed.terms
+        metrics = parts[0]
+        if len(parts) > 1:
+            metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in metrics}
+        return metrics | {"grad_norm": norm, "finite": ~skipped}
+
+    def _update_plainly(self, inputs: StepInputs, epoch: int) -> tuple[Tensor, Tensor]:
+        """Clip, step, and move the teacher. Returns the norm of all gradients before clipping, and
+        whether nothing changed because it is not finite."""
+        optimizer, scaler, student = self.optimizer, self.scaler, self.ibot.student
         rates = inputs.rates.unbind() if inputs.rates.is_cuda else inputs.rates.tolist()
         lr, weight_decay, momentum = rates[:3]
         set_rates(optimizer, lr, weight_decay)
         with stage("optimizer"):
             if scaler is not None:
                 scaler.unscale_(optimizer)
-            norms = clip_gradients(ibot.student.parameters(), self.clip_grad)
+            norms = clip_gradients(student.parameters(), self.clip_grad)
             norm = norms.norm()
-            finite = norm.isfinite()  # the same on all ranks, as the gradients are
-            skipped = ~finite
-            cancel_last_layer_gradients(ibot.student, epoch, self.freeze_last_layer)
+            skipped = ~norm.isfinite()  # the same on all ranks, as the gradients are
+            cancel_last_layer_gradients(student, epoch, self.freeze_last_layer)
             if scaler is not None and scaler.is_enabled():  # it has checked the gradients itself
                 scaler.step(optimizer)
                 scaler.update()
             else:
                 _step_unless(skipped, optimizer)
-            for buffer, old in zip(self._statistics(), computed.statistics, strict=True):
-                torch.where(skipped, old, buffer, out=buffer)
-        with stage("comm"):  # one all-reduce, and little else
-            ibot.loss.update_centers(list(computed.batch_means), reduced, skipped)
         with stage("ema"):
-            ibot.update_teacher(momentum, skipped)
-        parts = computed.terms
-        metrics = parts[0]
-        if len(parts) > 1:
-            metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in metrics}
-        return metrics | {"grad_norm": norm, "finite": finite}
+            self.ibot.update_teacher(momentum, skipped)
+        return norm, skipped
 
 
 def _nan_if_not_finite(loss: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class Recorder(TorchDispatchMode):
         arguments = (a.detach() if isinstance(a, Tensor) else a for a in launch.arguments)
         self.kernels.append(launch._replace(arguments=tuple(arguments)))
         category = KERNEL_CATEGORIES.get(launch.name, STREAM_KERNELS)
+        category = OPTIMIZER if launch.touches else category
         flops = _kernel_flops(launch) if category in (ATTENTION, TRITON_PRODUCTS) else 0
         self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
 
@@ -206,6 +207,8 @@ def record_step(settings: Settings) -> Recorder:
         )
         on_host = SimpleNamespace(is_cuda=False, tolist=lambda: [1e-3, 0.1, 0.99, 0.07, 0.07])
         ibot.loss._across_views(views * images, torch.device("cpu"))  # kept from the first step on
+        if settings.kernels and settings.dtype is not None:
+            ibot.half_weights._make(settings.dtype)  # as the step before has left them
         step = Step(ibot, optimizer, scaler, autocast_dtype=settings.dtype)
         with (
             recorder,
@@ -213,7 +216,9 @@ def record_step(settings: Settings) -> Recorder:
             mock.patch("ibeton.model.steps.stage", stage),
         ):
             gradients = step.compute_gradients(inputs, epoch=1)
-            step.update_weights(inputs._replace(rates=cast(Tensor, on_host)), 1, gradients)
+            if not settings.kernels:
+                inputs = inputs._replace(rates=cast(Tensor, on_host))
+            step.update_weights(inputs, 1, gradients)
     return recorder
 
 

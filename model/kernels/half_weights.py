@@ -20,28 +20,28 @@ _copies: dict[Tensor, Tensor] = {}
 
 class HalfWeights:
     """Copies of the parameters of linear layers and convolutions. Their memory stays the same from
-    step to step, as CUDA graphs need it."""
+    step to step, as CUDA graphs need it. `model.fused_update` writes them with the parameters."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._networks = list(networks)
-        self._pairs: dict[Tensor, Tensor] = {}
+        self._versions: list[int] = []
+        self.copies: dict[Tensor, Tensor] = {}
 
     @contextmanager
     def fresh(self, x: Tensor) -> Iterator[None]:
-        """Copy the parameters as they are now, in one go, if Triton kernels take the input x and
-        autocast is on. `in_dtype` finds the copies inside."""
+        """Copies of the parameters as they are now, if Triton kernels take the input x and autocast
+        is on. `in_dtype` finds the copies inside."""
         dtype = product_dtype(x)
         if kernels_run_on(x) and dtype is not x.dtype:
-            self._copy(dtype)
-            _copies.update(self._pairs)
+            self._make(dtype)
+            _copies.update(self.copies)
         try:
             yield
         finally:
-            for parameter in self._pairs:
+            for parameter in self.copies:
                 _copies.pop(parameter, None)
 
-    @torch.no_grad()
-    def _copy(self, dtype: torch.dtype) -> None:
+    def _make(self, dtype: torch.dtype) -> None:
         parameters = [
             parameter
             for network in self._networks
@@ -50,9 +50,19 @@ class HalfWeights:
             for parameter in layer.parameters(recurse=False)
         ]
         kept = {p: (p.device, dtype) for p in parameters}
-        if kept != {p: (copy.device, copy.dtype) for p, copy in self._pairs.items()}:
-            self._pairs = {p: torch.empty_like(p, dtype=dtype) for p in parameters}
-        torch._foreach_copy_(list(self._pairs.values()), list(self._pairs))
+        if kept != {p: (copy.device, copy.dtype) for p, copy in self.copies.items()}:
+            self.copies = {p: torch.empty_like(p, dtype=dtype) for p in parameters}
+            self._versions = []
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy all parameters in one go if PyTorch has changed one since: loaded a checkpoint, or
+        taken a step."""
+        versions = [parameter._version for parameter in self.copies]
+        if versions != self._versions:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+            self._versions = versions
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

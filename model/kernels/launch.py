@@ -20,6 +20,7 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]  # and options of the compiler
+    touches: list[Tensor]  # read or written beside the arguments; twice if both
 
     @property
     def name(self) -> str:
@@ -27,7 +28,7 @@ class Launch(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """What the kernel reads or writes."""
-        return [a for a in self.arguments if isinstance(a, Tensor)]
+        return [*(a for a in self.arguments if isinstance(a, Tensor)), *self.touches]
 
 
 Observer = Callable[[Launch], None]
@@ -71,10 +72,17 @@ def capability(x: Tensor) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    touches: list[Tensor] | None = None,
+    **constants: Any,
+) -> None:
+    """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing.
+    `touches`: tensors that the kernel finds by their addresses."""
     if _observers:
-        _observers[-1][0](Launch(kernel, arguments, constants))
+        _observers[-1][0](Launch(kernel, arguments, constants, touches or []))
     elif all(grid):
         kernel[grid](*arguments, **constants)
 
