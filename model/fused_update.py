@@ -45,12 +45,12 @@ class FusedUpdate:
         sizes = [slot.weight.numel() for slot in slots]
         if self._chunks is None or self._sizes != sizes or self._chunks.device != device:
             self._chunks, self._sizes = chunk_table(sizes).to(device), sizes
-        rows = torch.tensor([slot.row() for slot in slots], dtype=torch.int64)
+        rows = [slot.row() for slot in slots]
         beta1, beta2 = optimizer.param_groups[0]["betas"]
         scaling = scaler if scaler is not None and scaler.is_enabled() else None
         norm, found = fused_update(
             slots,
-            from_host(lambda: rows, device),
+            from_host(lambda: torch.tensor(rows, dtype=torch.int64), device),
             self._chunks,
             rates.to(device),
             None if scaling is None else scaling._scale,
