@@ -75,7 +75,7 @@ if triton is not None:
         mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
         at = row[:, None] * WIDTH + column[None, :]
         value = tl.load(direction + at, mask=mask, other=0.0)
-        norm = tl.sqrt(tl.sum(value * value, axis=1))
+        norm = tl.where(row < rows, tl.sqrt(tl.sum(value * value, axis=1)), 1.0)
         value *= (tl.load(length + row, mask=row < rows, other=0.0) / norm)[:, None]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
         if wide is not None:
@@ -100,7 +100,8 @@ if triton is not None:
         mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
         at = row[:, None] * WIDTH + column[None, :]
         unit = tl.load(direction + at, mask=mask, other=0.0)
-        inverse = (1.0 / tl.sqrt(tl.sum(unit * unit, axis=1)))[:, None]
+        norm = tl.where(row < rows, tl.sqrt(tl.sum(unit * unit, axis=1)), 1.0)
+        inverse = (1.0 / norm)[:, None]
         unit = tl.where(mask, unit * inverse, 0.0)
         value = tl.load(grad + at, mask=mask, other=0.0)
         if more_grad is not None:
