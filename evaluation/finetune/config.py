@@ -105,7 +105,7 @@ class FinetuneConfig:
     eval_every: int = option(1, "epochs between scores on --val")
     eval_batch_size: int = option(128, "images at a time when scoring")
     save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
-    keep_last: int = option(2, "keep so many of the last checkpoints")
+    keep_last: int = option(2, "how many of the last checkpoints to keep (at least 2)")
     log_steps: int = option(10, "steps between records in log.jsonl")
     lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
     stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
