@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ibeton.command import missing_extra, protect_output
+from ibeton.command import missing_extra, protect_output, refusal
 from ibeton.distributed import join_processes
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
@@ -305,8 +305,11 @@ def main(arguments: list[str] | None = None) -> int:
                 run = prepare(config)
             with run.watchdog.report_errors():
                 folder = lock_run_folder(run) if run.rank == 0 else None
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            print(f"error: {explain(error) or error}", file=sys.stderr)
+        except Exception as error:
+            message = refusal(error)
+            if not message:
+                raise
+            print(f"error: {message}", file=sys.stderr)
             return 2
         except StopRequested:
             print("stopped before the first step: nothing to save", file=sys.stderr)
@@ -329,7 +332,9 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
                 report(run, log)
             elif log is not None:
                 why = stops.reason or "another process was asked to"
-                log.say(f"stopped ({why}) at step {run.step}; {_resume_from(run)}")
+                log.say(
+                    f"stopped ({why}) at step {run.step}; {checkpoints.resume_advice(run.folder)}"
+                )
     except Exception as error:
         message = explain(error)
         if not message:
@@ -337,7 +342,7 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
         state = f"failed: {message.splitlines()[0]}"
         print(f"error: {message}", file=sys.stderr)
         if run.rank == 0:
-            print(_resume_from(run), file=sys.stderr)
+            print(checkpoints.resume_advice(run.folder), file=sys.stderr)
     except KeyboardInterrupt:
         state, status = "interrupted", INTERRUPTED
         print("interrupted; --resume auto continues from the last save", file=sys.stderr)
@@ -353,18 +358,6 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     return status
-
-
-def _resume_from(run: Run) -> str:
-    """From where `--resume auto` would continue, after reading that file."""
-    try:
-        found = checkpoints.newest(run.folder)
-    except (ValueError, OSError) as error:
-        return str(error)
-    if found is None:
-        return f"there is no checkpoint in {run.folder}: nothing was saved"
-    path, content, _ = found
-    return f"{path} (step {content['step']}) is sound: --resume auto continues from it"
 
 
 def build_monitor(run: Run) -> StepMonitor:

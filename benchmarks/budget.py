@@ -21,8 +21,10 @@ from rich.table import Table
 from ibeton.benchmarks.harness.budget_launches import CATEGORIES, Launches, Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category, host_seconds
 from ibeton.benchmarks.model import DTYPES
+from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import RECOMPUTE
+from ibeton.progress import plain_console
 
 
 def summary(launches: list[Launches], device: Device) -> dict[str, dict[str, float]]:
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(DEVICES), default="h100")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    console, device = Console(width=80), DEVICES[args.device]
+    console, device = plain_console(width=80), DEVICES[args.device]
     results: dict[str, Any] = {}
     for name, kernels in (("without kernels", False), ("with kernels", True)):
         model = ModelConfig(arch=args.arch, recompute=args.recompute if kernels else "on")
@@ -81,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import figures, in_words, machine, spread
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
+from ibeton.command import run_or_exit
 from ibeton.pipeline.convert import ConvertOptions, convert
 from ibeton.pipeline.store import BetonReader, Photo, open_source, read_bytes, whole_jpeg_size
+from ibeton.progress import plain_console
 
 OURS, RAW, JPG, COPY = "ibeton, keep", "FFCV, raw (default)", "FFCV, jpg", "copy (floor)"
 
@@ -119,7 +120,7 @@ def compare(room: Path, names: list[str]) -> str:
 
 def show(results: dict[str, Any], note: str) -> None:
     """Print the table and what it was measured with."""
-    console, times = Console(width=110), results["seconds"]
+    console, times = plain_console(width=110), results["seconds"]
     title = f"{results['photos']:,} photos, {results['megabytes']:.1f} MB, one worker"
     headings = ("photos/s", "MB/s of JPEG", "ours is faster by", "file MB")
     table = figures("", *headings, title=title)
@@ -187,4 +188,4 @@ def run(args: argparse.Namespace, room: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

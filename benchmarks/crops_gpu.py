@@ -31,6 +31,7 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.optim import build_optimizer
 from ibeton.pipeline import PipelineConfig
@@ -39,6 +40,7 @@ from ibeton.pipeline.loaders.context import context_of
 from ibeton.pipeline.loaders.gpu_stream import GpuCrops
 from ibeton.pipeline.sampling import MaskConfig, draw_batch, draw_masks, spec_table
 from ibeton.pipeline.store import BetonReader
+from ibeton.progress import plain_console
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 8  # of a turn
@@ -74,7 +76,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, data: str) -> None:
         self.device = torch.device("cpu" if args.interpreted else "cuda")
-        self.config = PipelineConfig(data=data, **SMALL_VIEWS if args.interpreted else {})
+        self.config = PipelineConfig(data=(data,), **SMALL_VIEWS if args.interpreted else {})
         config, on_gpu = self.config, not args.interpreted
         self.dtype = DTYPES[args.precision]
         self.steps = 1 if args.interpreted else STEPS
@@ -244,7 +246,7 @@ def main() -> None:
         from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 
         adapt_interpreter()
-    console = Console(width=100)
+    console = plain_console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))
         bench = Bench(args, data)
@@ -269,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles
+from ibeton.progress import plain_console
 
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL_LIMIT_S = 900
@@ -248,7 +249,7 @@ def main() -> int:
     """0 if every part ran; what was measured does not matter."""
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    out, console = args.out.resolve(), Console(width=110)
+    out, console = args.out.resolve(), plain_console(width=110)
     all_parts = parts(out, args.rehearse)
     seconds = sum(part.limit for part in all_parts) if args.rehearse else 60 * args.minutes
     end = time.monotonic() + seconds

@@ -25,10 +25,12 @@ from rich.table import Table
 from ibeton.benchmarks.harness.measure import in_words, machine
 from ibeton.benchmarks.harness.model_step import Baseline, Batch
 from ibeton.benchmarks.model import DTYPES, peak_flops
+from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import build_optimizer
 from ibeton.model.steps import Step
+from ibeton.progress import plain_console
 from ibeton.training.timing.flops import flop_counter
 
 CASES = (
@@ -193,7 +195,7 @@ def main() -> None:
         cases = [case_of(name) for name in args.cases]
     except ValueError as error:
         parser.error(str(error))
-    console, results = Console(width=110), {}
+    console, results = plain_console(width=110), {}
     about, start = machine("torch", "triton"), time.monotonic()
     if args.device == "cuda":
         about["processor"] = torch.cuda.get_device_name()
@@ -210,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

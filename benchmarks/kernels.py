@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import ARCHITECTURES
 from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
@@ -33,6 +34,7 @@ from ibeton.model.kernels.cross_entropy import cross_entropy, cross_entropy_refe
 from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
+from ibeton.progress import plain_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -192,7 +194,7 @@ def main() -> None:
         "--compile", choices=tuple(ARCHITECTURES), help="list what its kernels take, and end"
     )
     args = parser.parse_args()
-    console = Console(width=110)
+    console = plain_console(width=110)
     if args.compile:
         half = args.precision != "fp32"
         show_resources(args.compile, DTYPES[args.precision] if half else None, console)
@@ -235,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

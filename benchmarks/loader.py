@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.command import run_or_exit
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan
 from ibeton.pipeline.loaders import LOADERS
@@ -31,6 +32,7 @@ from ibeton.pipeline.loaders.context import context_of
 from ibeton.pipeline.loaders.gpu_decode import GpuDecoding, NvJpeg, nvjpeg_problem
 from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.store import BetonReader, Decoder, is_beton
+from ibeton.progress import plain_console
 from ibeton.workers import cores
 
 BATCHES = 8  # of a round at least: the first ones fill an empty pipeline, the last ones empty it
@@ -43,7 +45,7 @@ class Sides:
     def __init__(self, reader: BetonReader, workers: int, batch: int, images: int) -> None:
         self.reader, self.workers, self.batch = reader, workers, batch
         self.images = max(images, BATCHES * batch) // batch * batch
-        config = PipelineConfig(data=str(reader.path), workers=workers, batch_size=batch)
+        config = PipelineConfig(data=(str(reader.path),), workers=workers, batch_size=batch)
         pixels = next(kind.pixels for kind in LOADERS.values() if kind.share_decoding)
         assert pixels is not None
         self.source = pixels(context_of(config, reader))
@@ -103,7 +105,7 @@ def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) 
         for i in plan.indices:
             pixels = torch.from_numpy(reader.pixels(int(i)).reshape(-1))
             gpu.remember(np.array([i]), pixels, np.zeros(1, np.int64))
-    config = PipelineConfig(data=str(reader.path), workers=workers, batch_size=batch)
+    config = PipelineConfig(data=(str(reader.path),), workers=workers, batch_size=batch)
     kind = next(kind for kind in LOADERS.values() if kind.share_decoding)
     assert kind.pixels is not None
     both = kind.pixels(context_of(config, reader, device, gpu))
@@ -139,13 +141,14 @@ def borders(args: argparse.Namespace, folder: Path, console: Console) -> object:
     loader. Each wait is that of a step; those of first steps are listed apart."""
     data = args.data or synthetic_beton(folder, 1 + STEPS * SMALL_BATCH // 10)
     size = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2}
-    config = PipelineConfig(data=data, batch_size=SMALL_BATCH, patch_size=8, **size)  # type: ignore[arg-type]
+    config = PipelineConfig(data=(data,), batch_size=SMALL_BATCH, patch_size=8, **size)  # type: ignore[arg-type]
     loader = build_loader(config)
     steps = list(loader.epoch(0))  # compiles
     began = time.perf_counter()
     steps = list(loader.epoch(1))
     pause = 1.5 * (time.perf_counter() - began) / len(steps)
-    first, others = [], []
+    first: list[float] = []
+    others: list[float] = []
     for epoch in range(2, 2 + EPOCHS):
         batches = loader.epoch(epoch)
         for step in range(loader.steps_per_epoch):
@@ -201,7 +204,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     keep_freed_memory()
-    console, began = Console(width=100), time.perf_counter()
+    console, began = plain_console(width=100), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if args.borders:
             figures = borders(args, Path(folder), console)
@@ -221,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import (
     figures,
@@ -20,7 +19,9 @@ from ibeton.benchmarks.harness.measure import (
     spread,
     take_turns,
 )
+from ibeton.command import run_or_exit
 from ibeton.pipeline.sampling import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
+from ibeton.progress import plain_console
 
 VIEWS, REPEATS = 2, 20  # one compiled batch takes a millisecond, too short to time alone
 # name -> shape, patches of one side, ratio, ratio_var
@@ -68,7 +69,7 @@ def main() -> None:
         rates = results[name] = measure(config, side, args.batch_size, args.rounds)
         cells = [spread([rate / 1e3 for rate in side]) for side in rates.values()]
         table.add_row(name, *cells, spread(ratios(rates, "compiled", "reference")))
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(
         f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, taken in turns, one"
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -26,7 +26,9 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
 from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Clock, Side, Times
+from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
+from ibeton.progress import plain_console
 from ibeton.training.timing.flops import flop_counter
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,7 +203,7 @@ def main() -> None:
     if args.memory_of:
         print(peak_memory(make_side(args.memory_of, args), make_batch(args)))
         return
-    console = Console(width=110)
+    console = plain_console(width=110)
     results: dict[str, Any] = {"machine": about(args), "settings": {**vars(args), "json": None}}
     results["comparison"] = compare(args, console)
     console.print(
@@ -213,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import (
@@ -39,14 +38,17 @@ from ibeton.benchmarks.harness.measure import (
     take_turns,
 )
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.command import run_or_exit
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan, normalized
-from ibeton.pipeline.crops import cut_views, cut_views_reference
+from ibeton.pipeline.crops.cpu import cut_views
+from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loaders import LOADERS, RECIPE
 from ibeton.pipeline.loaders.context import Cutter, PhotoSource, context_of
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem
 from ibeton.pipeline.sampling import ViewSpec, draw_views, stack_shape
 from ibeton.pipeline.store import JPG, BetonReader, Decoder, is_beton
+from ibeton.progress import plain_console
 from ibeton.workers import end_with_parent
 
 BATCH = 32
@@ -64,7 +66,7 @@ class Bench:
     def __init__(
         self, data: str, workers: int, images: int, two_crops: bool, stack: ExitStack
     ) -> None:
-        self.config = PipelineConfig(data=data, workers=workers, batch_size=BATCH)
+        self.config = PipelineConfig(data=(data,), workers=workers, batch_size=BATCH)
         self.reader, self.two_crops = BetonReader(data), two_crops
         self.views = TWO_CROPS if two_crops else self.config.views()
         self.images, self.place = images, 0
@@ -223,7 +225,7 @@ def main() -> None:
 
     about = machine("torch", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
     at_hand = sorted(os.sched_getaffinity(0))
-    console = Console(width=100)
+    console = plain_console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))
         how = args.images, args.rounds, args.like == "two-crops"
@@ -264,4 +266,4 @@ def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

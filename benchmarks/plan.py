@@ -27,6 +27,7 @@ from ibeton.model import build
 from ibeton.model.config import SWINS
 from ibeton.options import Parser
 from ibeton.pipeline.loaders import LOADERS, choose_crops
+from ibeton.progress import plain_console
 from ibeton.training.config import Config, parse
 from ibeton.training.timing.forecast import checkpoint_bytes, duration, gib, number
 
@@ -172,7 +173,7 @@ def main(given: list[str] | None = None) -> int:
 
     def act() -> int:
         result = planned(own, rest)
-        show(result, Console(highlight=False, markup=False))
+        show(result, plain_console())
         if own.json:
             own.json.parent.mkdir(parents=True, exist_ok=True)
             own.json.write_text(json.dumps(result, indent=1))

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from ibeton import stages
 from ibeton.benchmarks.harness.measure import machine
@@ -40,6 +39,7 @@ from ibeton.benchmarks.harness.throughput_report import compare, print_report, w
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_command
 from ibeton.options import Parser
+from ibeton.progress import plain_console
 from ibeton.stages import PARTS, stage
 from ibeton.train import Run, prepare
 from ibeton.training.config import ARCHITECTURES, parse
@@ -241,7 +241,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(given: list[str] | None = None) -> int:
     """0, 2 for bad input, 1 for a failure on the way."""
     own, rest = arguments(given)
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
 
     def act() -> int:
         if own.compare:

@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from ibeton.atomic import write_text
+from ibeton.command import run_or_exit
 from ibeton.distributed import join_processes
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
-from ibeton.evaluation.networks import load_with_head, untrained
+from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.score_format import score_text
 from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.head import IBOTHead
-from ibeton.options import Parser
+from ibeton.options import Parser, check_output_file
+from ibeton.progress import plain_console
 
 Scores = dict[str, float]
 
@@ -102,8 +103,8 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     how = Extraction(device, batch_size, args.workers, args.precision)
     how.dtype()  # refuses a precision that the device lacks
-    if args.json is not None and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json is not None:
+        check_output_file("--json", args.json)
     return how
 
 
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     networks: dict[str, tuple[nn.Module, IBOTHead | None]] = {args.network: (backbone, head)}
     if args.untrained:
         networks["untrained"] = untrained(config)
-    size = args.image_size or config["image_size"]
+    size = view_size(args.image_size, config)
     train = PhotoSet(args.train, size)
     val = PhotoSet(args.val, size, train.classes)
     if max(train.num_classes, val.num_classes) < 2:
@@ -194,7 +195,8 @@ def command(
     name, about = name or protocols[0].name, about or protocols[0].about
     parser = make_parser(protocols, name, about)
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> None:
         report = run(args, protocols)
         if report["scores"]:
             path = args.json or args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
@@ -206,12 +208,12 @@ def command(
             )
             for protocol, reason in report["left_out"].items():
                 print(f"left out: {protocol}: {reason}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+
+    try:
+        return run_or_exit(act)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
@@ -224,7 +226,7 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 
 def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]]) -> None:
     """Print all scores as a table, then the headlines (protocol, score) as Markdown."""
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = plain_console(width=None if sys.stdout.isatty() else 100)
     print(title)  # not the table's own title, which would be wrapped to its width
     console.print(table(scores))
     print(markdown(scores, headlines))

@@ -26,7 +26,7 @@ from ibeton.evaluation.dense.coco_metrics import average_precisions, results, to
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.photos import fitted, normalized, palette
-from ibeton.evaluation.dense.pictures import objects, panels
+from ibeton.evaluation.dense.pictures import SMALL, objects, panels
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
 from ibeton.evaluation.pictures.canvas import save, spread
@@ -118,7 +118,7 @@ class Detection(Task):
         classes, colors = self.val.classes, palette(len(self.val.classes))
         for index in spread(self.val, self.config.pictures):
             photo, found = self.found(index, place.device)
-            sure = found["scores"].cpu() >= DRAWN_SCORE
+            sure = (found["scores"].cpu() >= DRAWN_SCORE).nonzero()[:, 0].flip(0)  # best last
             found = {name: values.cpu()[sure] for name, values in found.items()}
             figure, axes = panels(photo)
             for axis, of in zip(axes[1:], (self.val.truth(index), found), strict=True):
@@ -126,6 +126,7 @@ class Detection(Task):
                 scores = [f" {score:.2f}" for score in of.get("scores", ())] or [""] * len(own)
                 texts = [classes[i] + score for i, score in zip(own, scores, strict=True)]
                 objects(axis, of["boxes"], of["masks"], texts, [colors[i] for i in own])
+            axes[2].set_xlabel(f"{len(sure)} with a score of {DRAWN_SCORE} or more", size=SMALL)
             name = Path(self.val.names[index])
             save(figure, folder / f"{name.stem}.png", name.name)
 

@@ -51,3 +51,12 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def view_size(given: int | None, config: dict[str, Any]) -> int:
+    """The side of a view: `--image-size`, or what the model was built for. Raises ValueError for
+    one that patches do not tile."""
+    size, patch = given or config["image_size"], config["patch_size"]
+    if size < patch or size % patch:
+        raise ValueError(f"--image-size {size} is not a multiple of the patch size, {patch}")
+    return size

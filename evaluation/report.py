@@ -63,7 +63,8 @@ def find(paths: Sequence[Path]) -> tuple[list[Backbone], list[Path]]:
         found = [(file, report) for file in files if (report := _read(file, path.is_file()))]
         if not found:
             raise ValueError(f"{path} holds no scores yet: run an evaluation first")
-        pictures += sorted(path.glob("*.png")) if path.is_dir() else []
+        if path.is_dir():
+            pictures += sorted(path.glob("*.png")) + sorted(path.glob("pictures/*.png"))
         for file, report in found:
             name = str(report["checkpoint"])
             if name not in backbones:

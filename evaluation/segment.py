@@ -104,21 +104,22 @@ class Segmentation(Task):
         return scores(matrix.cpu().numpy(), self.val.classes)
 
     def draw(self, place: Place, folder: Path) -> None:
-        """Photo, true and predicted classes, black where unlabeled; and the prediction alone, as a
-        label map."""
-        classes, colors = self.val.classes, palette(len(self.val.classes))
+        """Photo, true and predicted classes; and the prediction alone, as a label map in the
+        folder `predictions` beside."""
+        maps_to = folder.parent / "predictions"
+        maps_to.mkdir(exist_ok=True)
+        classes, colors = [*self.val.classes, "unlabeled"], palette(len(self.val.classes))
         for index in spread(self.val, self.config.pictures):
             photo, *both = self.predicted(index, place.device)
-            maps = [m.cpu().numpy().clip(max=len(classes)) for m in both]
+            maps = [m.cpu().numpy().clip(max=len(classes) - 1) for m in both]
             figure, axes = panels(photo)
             for axis, classes_of in zip(axes[1:], maps, strict=True):
                 axis.imshow(colors[classes_of])
-            seen = [i for i in np.unique(maps) if i < len(classes)]
-            legend(figure, {classes[i]: colors[i] for i in seen})
+            legend(figure, {classes[i]: colors[i] for i in np.unique(maps)})
             name = Path(self.val.names[index])
             save(figure, folder / f"{name.stem}.png", name.name)
             said = Image.fromarray((maps[1] + (not self.config.zero_is_class)).astype(np.uint8))
-            said.save(folder / f"{name.stem}_labels.png")
+            said.save(maps_to / f"{name.stem}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ibeton.command import run_or_exit
 from ibeton.distributed import checked_device
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
-from ibeton.evaluation.networks import untrained, with_head
+from ibeton.evaluation.networks import untrained, view_size, with_head
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.attention import draw_attention
 from ibeton.evaluation.pictures.canvas import spread
@@ -25,7 +26,7 @@ from ibeton.evaluation.pictures.learned import draw_learned
 from ibeton.evaluation.pictures.neighbors import draw_neighbors
 from ibeton.evaluation.pictures.patterns import assign, central_patterns, draw_patterns
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
-from ibeton.options import Parser
+from ibeton.options import Parser, check_output_file
 from ibeton.pipeline.store import open_photos
 
 
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw what the command line asks for."""
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output {args.output}: give a name that ends in .png")
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {args.output}: there is no folder {args.output.parent}")
+    check_output_file("--output", args.output)
     if args.output.exists() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
     args.device = str(checked_device(args.device))
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         return
     backbone, config = backbone_of(content, args.checkpoint, args.network)
     backbone.to(args.device)
-    photos = PhotoSet(args.data, args.image_size or config["image_size"])
+    photos = PhotoSet(args.data, view_size(args.image_size, config))
     indices = args.photos or spread(photos, 4)
     if args.kind == "attention":
         draw_attention(backbone, photos, indices, args.device, args.output)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 def show_patterns(args: argparse.Namespace, content: dict[str, Any]) -> None:
     """The patterns of the network's own head."""
     backbone, head, config = with_head(content, args.checkpoint, args.network)
-    photos = PhotoSet(args.data, args.image_size or config["image_size"])
+    photos = PhotoSet(args.data, view_size(args.image_size, config))
     if head is None:
         raise ValueError(
             f"{args.checkpoint} holds a backbone without a head, and patterns are the head's"
@@ -121,10 +121,7 @@ def show_patterns(args: argparse.Namespace, content: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    run_or_exit(lambda: run(args))
     print(args.output)
 
 

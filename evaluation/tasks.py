@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from ibeton.command import run_or_exit
 from ibeton.evaluation.command import (
     Columns,
     Scores,
@@ -22,7 +23,7 @@ from ibeton.evaluation.command import (
     write_json,
 )
 from ibeton.evaluation.frozen.features import Extraction
-from ibeton.evaluation.networks import load_with_head, untrained
+from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.options import Parser
 
 Data = TypeVar("Data")
@@ -81,15 +82,6 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
     return {**settings_of(args, config, task.settings), "left_out": {}, "scores": scores}
 
 
-def view_size(given: int | None, config: dict[str, Any]) -> int:
-    """The side of a view: `--image-size`, or what the model was built for. Raises ValueError for
-    one that patches do not tile."""
-    size, patch = given or config["image_size"], config["patch_size"]
-    if size < patch or size % patch:
-        raise ValueError(f"--image-size {size} is not a multiple of the patch size, {patch}")
-    return size
-
-
 def settings_of(
     args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
@@ -109,11 +101,7 @@ def command(task: FrozenTask, argv: Sequence[str] | None = None) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
     parser = make_parser(task)
     args = parser.parse_args(argv)
-    try:
-        finish(run(args, task), task.name, args.json, task.headlines)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return 0
+    return run_or_exit(lambda: finish(run(args, task), task.name, args.json, task.headlines))
 
 
 def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequence[str]) -> Path:

@@ -39,32 +39,90 @@ class Failure(RuntimeError):
     """The work cannot continue. The message says why, in a sentence."""
 
 
+def explain(error: BaseException) -> str:
+    """What went wrong, in a sentence, if it is something that a user can cause; "" for a bug."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        text = where + error.strerror
+    if isinstance(error, Failure | OSError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
+        return "the GPU has too little memory: give a smaller --batch-size"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"there is too little memory: give a smaller --batch-size or model ({_last(text)})"
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error.name)
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return worker_failure(error)
+    return ""
+
+
+def worker_failure(error: Exception) -> str:
+    """What an error of a DataLoader means, in a sentence. Torch names workers that were killed; one
+    that dies while it hands over shared memory breaks the connection."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cut_off = isinstance(error, ConnectionError | EOFError)
+    if not cut_off and not lines[0].startswith("DataLoader worker"):
+        return lines[-1]
+    return (
+        "a worker process of the loader was killed, perhaps for lack of memory: try fewer --workers"
+        f" ({type(error).__name__ if cut_off else lines[0]})"
+    )
+
+
+def refusal(error: BaseException) -> str:
+    """As `explain`, for what ends a command before its work begins: any ValueError then explains
+    itself."""
+    return explain(error) or (str(error) if isinstance(error, ValueError) else "")
+
+
+def _last(text: str) -> str:
+    """The last sentence of a message, without what stands before a colon in torch's."""
+    return text.strip().splitlines()[-1].rpartition("memory: ")[2] if text.strip() else "no details"
+
+
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
 def run_command(action: Callable[[], int], writes: bool = True) -> int:
     """Run `action` and return its exit status, or 2 for bad input, 1 for a failure during the work
-    and 130 for an interrupt (SIGTERM included). `writes`: add to failures that nothing was written;
-    give False for actions that keep a part."""
+    that `explain` knows, and 130 for an interrupt (SIGTERM included). `writes`: add to failures
+    that nothing was written; give False for actions that keep a part."""
     signal.signal(signal.SIGTERM, _interrupt)
     protect_output()
+    nothing = "; nothing was written" if writes else ""
     try:
         return action()
     except _BAD_INPUT as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error) or error}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}{'; nothing was written' if writes else ''}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        if not (words := missing_extra(error.name)):
+    except Exception as error:
+        message = explain(error)
+        if not message:
             raise
-        print(f"error: {words}", file=sys.stderr)
-        return 2
+        if isinstance(error, ModuleNotFoundError):
+            print(f"error: {message}", file=sys.stderr)
+            return 2
+        print(f"error: {message}{nothing}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(f"interrupted{nothing}", file=sys.stderr)
         return 130
+
+
+def run_or_exit(action: Callable[[], object]) -> int:
+    """Run an action that keeps what it has written. Returns 0, or raises SystemExit with the status
+    of `run_command`."""
+
+    def act() -> int:
+        action()
+        return 0
+
+    if status := run_command(act, writes=False):
+        raise SystemExit(status)
+    return 0
 
 
 def protect_output() -> None:

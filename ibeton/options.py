@@ -39,6 +39,16 @@ def expand(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def check_output_file(option: str, path: Path) -> None:
+    """Raise ValueError or OSError, naming the option, unless a file may be written at `path`."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {path}: the folder {path.parent} cannot be written")
+
+
 def finite(text: str) -> float:
     """A float that is neither infinite nor NaN."""
     number = float(text)

@@ -5,6 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LINE_EVERY_S = 30.0
 
@@ -14,6 +18,14 @@ def announce(what: str) -> None:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0" and not {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def plain_console(**settings: Any) -> "Console":
+    """A console that prints text as it is: what a user named, [/final] say, may look like markup.
+    All output by rich goes through one of these."""
+    from rich.console import Console  # only here: takes a while
+
+    return Console(markup=False, highlight=False, **settings)
 
 
 @contextmanager
@@ -28,7 +40,6 @@ def progress(what: str, total: int, unit: str = "photos") -> Iterator[Callable[[
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -44,8 +55,14 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         def render(self, task: Task) -> Text:
             return Text(f"{task.speed or 0:.0f} {unit}/s")
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    columns = (
+        TextColumn(what, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=plain_console(stderr=True)) as shown:
         task = shown.add_task(what, total=total)
         yield lambda count: shown.advance(task, count)
 

@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from ibeton.command import Failure
+
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 Job = TypeVar("Job")
@@ -57,26 +59,13 @@ def end_with_parent(*_: object) -> None:
     threading.Thread(target=watch, name="ibeton-parent", daemon=True).start()
 
 
-def worker_failure(error: Exception) -> str:
-    """What an error of a DataLoader means, in a sentence. Torch names workers that were killed; one
-    that dies while it hands over shared memory breaks the connection."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    cut_off = isinstance(error, ConnectionError | EOFError)
-    if not cut_off and not lines[0].startswith("DataLoader worker"):
-        return lines[-1]
-    return (
-        "a worker process of the loader was killed, perhaps for lack of memory: try fewer --workers"
-        f" ({type(error).__name__ if cut_off else lines[0]})"
-    )
-
-
 def in_order(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Generator[Result, None, None]:
     """Run `function(job)` in `workers` processes and yield the results in the order of `jobs`.
 
     At most two jobs per worker are running or queued. Close the iterator (contextlib.closing) to
-    stop early. Raises RuntimeError when a worker dies, and whatever `function` raises.
+    stop early. Raises Failure when a worker dies, and whatever `function` raises.
     """
     team: list[_Worker] = []
     idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -125,7 +114,7 @@ class _Worker:
             self._pipe.send(job)
             result, error = self._pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(
+            raise Failure(
                 "a worker process died (killed, or out of memory: try fewer --workers)"
             ) from None
         if error is not None:

@@ -1,7 +1,7 @@
 """Settings of the data side: one dataclass, from which the command line is made too."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ibeton.options import flag, option, refuse
 from ibeton.pipeline.loaders.kinds import LOADERS
@@ -73,26 +73,20 @@ class PipelineConfig:
     def views(self) -> list[ViewSpec]:
         """The views per image is cut into, global ones first."""
         brightness, contrast, saturation, hue = self.color_jitter
-        views = published_views(
+        return published_views(
             self.global_crops_number,
             self.local_crops_number,
             self.global_crops_size,
             self.local_crops_size,
             self.global_crops_scale,
             self.local_crops_scale,
-            self.blur_radius,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            gray_p=self.gray_p,
+            blur_radius=self.blur_radius,
         )
-        return [
-            replace(
-                view,
-                brightness=brightness,
-                contrast=contrast,
-                saturation=saturation,
-                hue=hue,
-                gray_p=self.gray_p,
-            )
-            for view in views
-        ]
 
     def check(self) -> None:
         """Raise ValueError, naming every option whose value cannot work."""
@@ -105,16 +99,9 @@ class PipelineConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 yield f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
-        at_least = {
-            "batch_size": 1,
-            "workers": 0,
-            "seed": 0,
-            "global_crops_number": 1,
-            "local_crops_number": 0,
-            "patch_size": 1,
-            "batches_ahead": 1,
-        }
-        for name, least in at_least.items():
+        from_one = ("batch_size", "global_crops_number", "patch_size", "batches_ahead")
+        for name in (*from_one, "workers", "seed", "local_crops_number"):
+            least = int(name in from_one)
             if getattr(self, name) < least:
                 yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
         if self.seed >= 2**64:

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ibeton.options import Parser
 from ibeton.pipeline.loaders.kinds import INSTALL_DALI, INSTALL_TURBOJPEG, LOADERS
 from ibeton.workers import cores
 
+ABOUT = "What is installed, what is missing, how to install it, and which loader will be used."
 _REINSTALL = "make setup"
 _GET_FFCV = f"{INSTALL_TURBOJPEG}, or make ffcv"
 
@@ -100,6 +102,7 @@ def loader_line(findings: dict[str, Finding]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 1 where something that training needs is missing."""
+    Parser(prog="python -m pipeline.doctor", description=ABOUT).parse_args(argv)
     python = platform.python_version()
     supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
     fix = "" if supported else "make setup PYTHON=python3.12 VENV=.venv312"

@@ -33,7 +33,8 @@ def forker() -> Iterator[subprocess.Popen[str]]:
     yield process
     assert process.stdin is not None
     process.stdin.close()
-    process.wait(60)
+    process.kill()  # and with it a run that is left
+    process.wait()
 
 
 @pytest.fixture

@@ -4,11 +4,21 @@ Reads a line of JSON for each run: arguments, the file for what it says, and Pyt
 fault in. Answers with the process id at once, and with the exit status at its end.
 """
 
+import ctypes
+import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
+# What a run imports late: half of the CPU time of a small one. Optimizers import torch._dynamo.
+LATE = (
+    *("torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "matplotlib.ticker"),
+    *("sklearn.metrics", "ibeton.evaluation.frozen.quick"),
+)
 
 if __name__ == "__main__":  # the loader's worker processes import this file
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,11 +26,14 @@ if __name__ == "__main__":  # the loader's worker processes import this file
     from ibeton.pipeline.loaders import LOADERS
 
     LOADERS["dali"].problem()  # imports it, where it is installed
+    for late in LATE:
+        importlib.import_module(late)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
             output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)

@@ -74,6 +74,18 @@ def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any]
     return None
 
 
+def resume_advice(folder: Path) -> str:
+    """From which checkpoint of `folder` `--resume auto` would continue, after reading it."""
+    try:
+        found = newest(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    if found is None:
+        return f"there is no checkpoint in {folder}: nothing was saved"
+    path, content, _ = found
+    return f"{path} (step {content['step']}) is sound: --resume auto continues from it"
+
+
 def load_sound(path: Path) -> dict[str, Any]:
     """A checkpoint that is whole and finite. Raises FileNotFoundError, or ValueError naming the
     file and what is wrong with it."""

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ibeton.command import Failure, missing_extra
+from ibeton import command
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos
-from ibeton.workers import worker_failure
 
 _PROBES = 16  # photos of which one must be readable
 
@@ -39,18 +38,9 @@ def check_readable(photos: Photos, data: str) -> None:
 
 def explain(error: Exception) -> str:
     """What went wrong, in a sentence, if it is something that a user can cause; "" for a bug."""
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return where + error.strerror
-    if isinstance(error, Failure | OSError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return missing_extra(error.name)
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU has too little memory for a step: give a smaller --batch-size, more"
             " --micro-steps, or --checkpoint-blocks"
         )
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        return worker_failure(error)
-    return ""
+    return command.explain(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_command
-from ibeton.options import Parser, flag
+from ibeton.options import Parser, check_output_file, flag
 from ibeton.training.log.curves import compare_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
@@ -51,6 +51,7 @@ def list_runs(folder: Path) -> int:
 def compare(first: Path, second: Path, png: Path) -> int:
     """Print the settings and last figures that differ between two runs, and draw their curves over
     each other in `png`; returns 0. Raises FileNotFoundError for what is no run folder."""
+    check_output_file("--png", png)
     for folder in (first, second):
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}")

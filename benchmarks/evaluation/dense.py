@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +28,7 @@ from ibeton.evaluation.dense.segmenter import Segmenter
 from ibeton.evaluation.segment import main as segment
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_backbone
+from ibeton.progress import plain_console
 
 ADE_CLASSES, COCO_CLASSES = 150, 80
 GPUS = ("h100", "v100")
@@ -165,7 +165,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure: no CUDA device is usable here")
-    console = Console(width=100)
+    console = plain_console(width=100)
     work: Callable[[str, str, int], dict[str, float]] = measured if args.measure else counted
     rows: dict[str, dict[str, float | str]] = {}
     for task, arch in itertools.product(("segment", "detect"), args.archs):

@@ -22,22 +22,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.command import run_or_exit
 from ibeton.evaluation.frozen.features import (
-    PRECISIONS,
     Extraction,
     feature_batches,
     normalized,
     tokens_of,
 )
 from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_network
 from ibeton.options import add_options, fill
+from ibeton.progress import plain_console
 
 NAMES = ("blocks", "cls", "parts", "patch_mean", "prototype")  # what evaluation.all asks for
 LOADER, FORWARD, WHOLE = "decoding alone", "network alone", "extraction"
@@ -132,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))
         rates, cpu = measure(data, config, how, args.images, args.rounds)
-    about, console = machine("torch", "pillow"), Console(width=100)
+    about, console = machine("torch", "pillow"), plain_console(width=100)
     table = Table(title=f"images/s, {config.arch} at {config.image_size} pixels, {args.device}")
     table.add_column("")
     table.add_column("images/s", justify="right")
@@ -159,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -3,14 +3,16 @@
     python benchmarks/evaluation/finetune.py --data imagenet/train --workers 8
     python benchmarks/evaluation/finetune.py --data imagenet/train --repeats 3
 
-In rounds that take turns, both sides make batches of normalized, erased and mixed images with soft
-targets from the same class folders: timm's `create_loader` in worker processes with `Mixup`, and
-the loader of `ibeton finetune` in threads. The augmentation is rand-m9-inc1: with a drawn strength
-(mstd), timm's posterize sometimes asks Pillow 13 for 0 bits, which is an error. On a machine that
-others use too, CPU milliseconds per view of all threads and processes say more than views/s.
+In rounds that take turns, both sides make an epoch of normalized, erased and mixed images with soft
+targets from the same photos: timm's `create_loader` from class folders in worker processes with
+`Mixup`, and the loader of `ibeton finetune` from a .beton in threads. The augmentation is
+rand-m9-inc1: with a drawn strength (mstd), timm's posterize sometimes asks Pillow 13 for 0 bits,
+which is an error. On a machine that others use too, CPU milliseconds per view of all threads and
+processes say more than views/s.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,10 +21,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import (
@@ -33,41 +33,41 @@ from ibeton.benchmarks.harness.measure import (
     spread,
     take_turns,
 )
+from ibeton.command import run_or_exit
 from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.evaluation.finetune.steps import Mixer
+from ibeton.pipeline.convert import convert
+from ibeton.progress import plain_console
 
 OURS, TIMM = "ibeton", "timm"
 AUGMENT = "rand-m9-inc1"
 
 
-def our_side(data: str, args: argparse.Namespace) -> tuple[Callable[[], int], Any]:
-    """A function that makes --batches batches, and the loader."""
-    photos = open_labeled(data, data).train
+def our_side(data: Path, args: argparse.Namespace) -> Callable[[], int]:
+    """A function that makes an epoch of batches and counts its views."""
+    beton = str(data.with_suffix(".beton"))
+    convert(data, beton)
+    photos = open_labeled(beton, beton).train
     settings = ViewSettings(args.image_size, augment=AUGMENT, repeats=args.repeats)
     loader = Loader(photos, settings, args.batch_size, threads=args.workers)
     config = FinetuneConfig(mix_images=args.batch_size)
-    mixer, epochs = Mixer(config, len(photos.classes), torch.device("cpu")), iter(range(10**6))
+    mixer, epochs = Mixer(config, len(photos.classes), torch.device("cpu")), itertools.count()
 
     def make() -> int:
-        done = 0
-        while done < args.batches:
-            for batch in loader.epoch(next(epochs)):
-                mixer(batch.images, batch.labels, done, 0)
-                done += 1
-                if done == args.batches:
-                    break
-        return done * args.batch_size
+        for step, batch in enumerate(loader.epoch(next(epochs))):
+            mixer(batch.images, batch.labels, step, 0)
+        return loader.steps_per_epoch * args.batch_size
 
-    return make, loader
+    return make
 
 
-def timm_side(data: str, args: argparse.Namespace) -> tuple[Callable[[], int], Any]:
+def timm_side(data: Path, args: argparse.Namespace) -> Callable[[], int]:
     """The same by timm."""
     from timm.data import Mixup, create_dataset, create_loader
 
-    dataset = create_dataset("", data)
+    dataset = create_dataset("", str(data))
     loader = create_loader(
         dataset,
         (3, args.image_size, args.image_size),
@@ -86,16 +86,11 @@ def timm_side(data: str, args: argparse.Namespace) -> tuple[Callable[[], int], A
     mix = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=len(dataset.reader.class_to_idx))
 
     def make() -> int:
-        done = 0
-        while done < args.batches:
-            for images, labels in loader:
-                mix(images, labels)
-                done += 1
-                if done == args.batches:
-                    break
-        return done * args.batch_size
+        for images, labels in loader:
+            mix(images, labels)
+        return len(loader) * args.batch_size
 
-    return make, loader
+    return make
 
 
 def cpu_seconds() -> float:
@@ -108,7 +103,7 @@ def cpu_seconds() -> float:
     return total
 
 
-def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, list[float]], ...]:
+def measure(data: Path, args: argparse.Namespace) -> tuple[dict[str, list[float]], ...]:
     """Views/s and CPU milliseconds per view of both sides, one figure per round."""
     cpu: dict[str, list[float]] = {OURS: [], TIMM: []}
 
@@ -118,7 +113,7 @@ def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, list[float]]
         cpu[name].append(1000 * (cpu_seconds() - start) / views)
         return views
 
-    sides = {OURS: our_side(data, args)[0], TIMM: timm_side(data, args)[0]}
+    sides = {OURS: our_side(data, args), TIMM: timm_side(data, args)}
     rates = take_turns(
         {name: partial(timed, name, make) for name, make in sides.items()}, args.rounds
     )
@@ -140,8 +135,9 @@ def main() -> None:
     if min(args.workers, args.batches, args.repeats) < 1 or args.rounds < 2 or args.batch_size % 2:
         parser.error("--rounds must be at least 2, --batch-size even, and the others at least 1")
     with tempfile.TemporaryDirectory() as folder:
-        rates, cpu = measure(args.data or _drawn(Path(folder)), args)
-    console = Console(width=100)
+        data = Path(args.data) if args.data else _drawn(Path(folder))
+        rates, cpu = measure(_links(data, Path(folder), args), args)
+    console = plain_console(width=100)
     table = Table(title=f"training views of {args.image_size} pixels, {args.workers} worker(s)")
     for heading in ("", "views/s", "CPU ms per view"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -159,13 +155,28 @@ def main() -> None:
         args.json.write_text(json.dumps(found, indent=1))
 
 
-def _drawn(folder: Path) -> str:
+def _links(data: Path, folder: Path, args: argparse.Namespace) -> Path:
+    """Class folders of links to as many photos as an epoch has, spread over the whole set."""
+    photos = sorted(path for path in data.glob("*/*") if path.is_file())
+    count = args.batches * args.batch_size
+    if len(photos) < count:
+        raise SystemExit(
+            f"error: {data} has {len(photos)} photos, fewer than the {count} of a round"
+        )
+    for path in photos[:: len(photos) // count][:count]:
+        link = folder / "photos" / path.parent.name / path.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    return folder / "photos"
+
+
+def _drawn(folder: Path) -> Path:
     """Class folders of drawn photos."""
     from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 
-    make_photos(folder, SyntheticOptions(images_per_class=20, val_per_class=1))
-    return str(folder / "train")
+    make_photos(folder, SyntheticOptions(images_per_class=60, val_per_class=1))
+    return folder / "train"
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.evaluation.features import add_shared_options, on_two_clocks
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.command import run_or_exit
 from ibeton.evaluation.frozen.features import Extraction, extract
 from ibeton.evaluation.frozen.heads import RATES, LinearSettings, train_head_reference, train_heads
 from ibeton.evaluation.frozen.linear import augmented, feature_names, joined, shuffled
@@ -33,6 +33,7 @@ from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_network
 from ibeton.options import fill
+from ibeton.progress import plain_console
 
 MIDDLE = 22  # of the rates, the one that is trained alone
 FEATURES, STOCK = "features alone", "one rate, PyTorch's parts"
@@ -111,7 +112,7 @@ def main() -> None:
     table.add_section()
     for name, values in ratios(seconds).items():
         table.add_row(name, spread(values), spread(ratios(cpu)[name]))
-    about, console = machine("torch", "numpy"), Console(width=100)
+    about, console = machine("torch", "numpy"), plain_console(width=100)
     console.print(table)
     console.print(
         f"{config.arch} at {config.image_size} pixels, {epochs[0]} epochs on stored features,"
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_or_exit(main)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import figures, in_words, number, quartiles, spread
+from ibeton.progress import plain_console
 from ibeton.stages import PARTS
 from ibeton.training.timing.speed import WAITING
 
@@ -172,7 +173,7 @@ p {{ font-size: 1.1rem; }} small {{ color: #555; }}</style>
 def write_html(result: dict[str, Any], picture: Path, path: Path) -> Path:
     """One file that needs no other: verdict, picture, tables, settings."""
     text = io.StringIO()
-    print_tables(result, Console(file=text, width=100, highlight=False, markup=False))
+    print_tables(result, plain_console(file=text, width=100))
     parts = {
         "verdict": "".join(f"<p>{html.escape(line)}</p>" for line in result["verdict"]),
         "image": base64.b64encode(picture.read_bytes()).decode(),

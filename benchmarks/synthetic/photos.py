@@ -77,7 +77,9 @@ def _subject(rng: Rng, kind: str, width: int, height: int) -> Shape:
     placed: Shape = []
     for row in range(-reach, reach):
         for column in range(-reach, reach):
-            spot = start + (column + odd * (row % 2), row) + rng.uniform(-_STRAY, _STRAY, 2)
+            spot = (
+                start + np.array([column + odd * (row % 2), row]) + rng.uniform(-_STRAY, _STRAY, 2)
+            )
             x, y = turn @ spot * step + (width / 2, height / 2)
             if -radius < x < width + radius and -radius < y < height + radius:
                 placed += _placed(SHAPES[kind](rng), rng, x, y, radius, _TILT)

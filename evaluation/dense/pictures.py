@@ -39,7 +39,7 @@ def objects(
         boxes.tolist(), masks.bool().numpy(), texts, colors, strict=True
     ):
         left, top, right, bottom = box
-        axis.imshow(mask[..., None] * np.append(color / 255, 0.45))  # transparent elsewhere
+        axis.imshow(mask[..., None] * np.append(color / 255, 0.35))  # transparent elsewhere
         side = (left, top), right - left, bottom - top
         axis.add_patch(Rectangle(*side, fill=False, edgecolor=color / 255, linewidth=1.2))
         under = {"facecolor": "white", "alpha": 0.75, "pad": 0.8, "edgecolor": "none"}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ibeton.command import refusal
 from ibeton.distributed import join_processes
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.dense.config import DenseConfig
@@ -38,7 +39,9 @@ from ibeton.training.health.stop_signals import (
     block_signals_in_workers,
 )
 from ibeton.training.log.run_log import RunLog
+from ibeton.training.problems import check_output_dir
 from ibeton.training.run_folder import RunFolder, identity, new_identity
+from ibeton.workers import end_with_parent
 
 Settings = TypeVar("Settings", bound=DenseConfig)
 # Settings that may change when a run resumes: they do not change what is computed.
@@ -116,6 +119,7 @@ class Training:
             ),  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=Collate(self.task.collate),
+            worker_init_fn=end_with_parent,
             pin_memory=self.place.device.type == "cuda",
             **cast(Any, ahead),
         )
@@ -213,9 +217,16 @@ def over_ranks(losses: dict[str, Tensor], world_size: int) -> dict[str, float]:
 
 
 def save(run: Training) -> None:
+    """Write a checkpoint, on rank 0. Raises RunError where it cannot, or must not."""
     if run.place.rank == 0:
+        content = run.content()
+        if name := next(iter(checkpoints.not_finite(content["model"])), ""):
+            raise RunError(
+                f"weights are not finite after step {run.step}, in {name}: lower --lr, or give"
+                " --precision fp32"
+            )
         try:
-            checkpoints.write(Path(run.config.output_dir), run.content(), keep_last=1)
+            checkpoints.write(Path(run.config.output_dir), content, keep_last=1)
         except OSError as error:
             raise RunError(
                 f"no checkpoint could be written at step {run.step} ({error})"
@@ -233,12 +244,14 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
     """Train and evaluate. 0 when done, 85 when asked to stop and saved, 1 when it failed on the
     way, 2 for bad input, 130 for a second Ctrl-C. Leaves checkpoint.pt, log.jsonl, scores.json and
     pictures/ in --output-dir."""
-    log, folder, state, status = None, None, "failed", 1
+    log, folder, state, status, begun = None, None, "failed", 1, False
     out = Path(config.output_dir)
     with StopSignals() as stops:
         stops.limit(config.max_hours)
         try:
             place = Place(*join_processes(config.device))
+            if place.rank == 0:
+                check_output_dir(out)
             if config.workers:
                 block_signals_in_workers()
             torch.manual_seed(config.seed)  # the same heads on every rank
@@ -253,6 +266,7 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
                 folder = RunFolder(out, seen or new_identity(), seen, settings, begins)
                 log = RunLog(out, run.step, run.task.steps, per_epoch)
                 log.say(describe(run) + (f"\n{note}" if note else ""))
+            begun = True
             if not train(run, log, stops):
                 state, status = "stopped", STOPPED
                 if log is not None:
@@ -265,11 +279,15 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
                 write_json({"settings": settings, "scores": scores}, out / "scores.json")
                 run.draw()
             state, status = "finished", 0
-        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-        except (RunError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            message = refusal(error)
+            if not message:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            status = 1 if begun else 2
+            if log is not None:
+                state = f"failed: {message.splitlines()[0]}"
+                print(checkpoints.resume_advice(out), file=sys.stderr)
         except KeyboardInterrupt:
             state, status = "interrupted", INTERRUPTED
         finally:

@@ -16,17 +16,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ibeton.command import refusal
 from ibeton.distributed import join_processes
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse, resolved
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder, prepare
 from ibeton.evaluation.finetune.train import build_monitor, report, task_name, train, write_report
 from ibeton.model.checkpoint import load_checkpoint
-from ibeton.training.checkpoints import NEWEST
-from ibeton.training.health.nonfinite_guard import RunError
+from ibeton.training.checkpoints import NEWEST, resume_advice
 from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED, StopRequested, StopSignals
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.run_log import RunLog
+from ibeton.training.problems import check_output_dir, explain
 from ibeton.training.run_folder import RunFolder
 
 
@@ -46,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.sweep:
                 return _sweep(config, content, here, stops)
             return _run(config, content, here, stops)[0]
-        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            message = refusal(error)
+            if not message:
+                raise
+            print(f"error: {message}", file=sys.stderr)
             return 2
         except StopRequested:
             print("stopped before the first step: nothing to save", file=sys.stderr)
@@ -75,6 +79,8 @@ def _run(
     config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
 ) -> tuple[int, FinetuneRun]:
     """Prepare and train: the exit status, and the run."""
+    if here.rank == 0:
+        check_output_dir(Path(config.output_dir))
     with here.watchdog.report_errors(), stops.interruptible():
         run = prepare(config, content, here)
     with here.watchdog.report_errors():
@@ -98,9 +104,14 @@ def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> in
                 if log is not None:
                     why = stops.reason or "another process was asked to"
                     log.say(f"stopped ({why}) at step {run.step}; resume with --resume auto")
-    except (RunError, OSError, RuntimeError) as error:
-        state = f"failed: {str(error).splitlines()[0]}"
-        print(f"error: {error}\nthe last checkpoint in {run.folder} is sound", file=sys.stderr)
+    except Exception as error:
+        message = explain(error)
+        if not message:
+            raise
+        state = f"failed: {message.splitlines()[0]}"
+        print(f"error: {message}", file=sys.stderr)
+        if run.here.rank == 0:
+            print(resume_advice(run.folder), file=sys.stderr)
     except KeyboardInterrupt:
         state, status = "interrupted", INTERRUPTED
         print("interrupted at once; resume from the last save with --resume auto", file=sys.stderr)

@@ -37,6 +37,7 @@ from ibeton.evaluation.frozen.heads import (
 from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.checkpoint import save_checkpoint
+from ibeton.options import check_output_file
 
 
 def shuffled(
@@ -108,11 +109,9 @@ def add_head_option(parser: argparse.ArgumentParser) -> None:
 
 
 def check_head_option(args: argparse.Namespace) -> None:
-    """Raise FileNotFoundError for a file in a folder that does not exist."""
-    if args.save_head is not None and not args.save_head.parent.is_dir():
-        raise FileNotFoundError(
-            f"--save-head {args.save_head}: there is no folder {args.save_head.parent}"
-        )
+    """Raise ValueError or OSError for a file that cannot be written."""
+    if args.save_head is not None:
+        check_output_file("--save-head", args.save_head)
 
 
 def settings_of(args: argparse.Namespace) -> LinearSettings:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ibeton.command import run_or_exit
 from ibeton.evaluation.command import (
     Scores,
     add_checkpoint_options,
@@ -194,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> None:
         report = run(args)
         path = finish(report, "robustness", args.json, HEADLINES)
         if args.val:
@@ -204,9 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(picture)
         for what, reason in report["left_out"].items():
             print(f"left out: {what}: {reason}")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return 0
+
+    return run_or_exit(act)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ibeton.command import protect_output
+from ibeton.command import run_or_exit
 from ibeton.model.checkpoint.backbone_file import read_backbone
 from ibeton.model.checkpoint.export import refuse_existing
 from ibeton.model.checkpoint.export_huggingface import export_huggingface
@@ -23,6 +22,7 @@ from ibeton.model.checkpoint.export_timm import export_timm
 from ibeton.model.checkpoint.files import NETWORKS, is_own, listed, read_file, save_checkpoint
 from ibeton.model.checkpoint.foreign import Foreign, read_foreign
 from ibeton.options import Parser
+from ibeton.progress import plain_console
 
 SIZED = {"timm": export_timm, "huggingface": export_huggingface}
 PUBLISHED = {"ibot": export_ibot, "ibot-backbone": export_ibot_backbone}
@@ -102,7 +102,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     for name in shown + ["out_dim"] * ("student" in content):
         table.add_row(name, "", "as arch says" if config[name] == 0 else str(config[name]))
     print(f"{args.source}: {kind}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _parts(name: str, value: Any) -> list[tuple[str, list[Tensor]]]:
@@ -119,12 +119,8 @@ def _parts(name: str, value: Any) -> list[tuple[str, list[Tensor]]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    protect_output()
     commands = {"import": run_import, "export": run_export, "inspect": run_inspect}
-    try:
-        commands[args.command](args)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    run_or_exit(lambda: commands[args.command](args))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def check_features(
         )
 
 
+def check_side(side: int, patch: int) -> None:
+    """Raise ValueError for an image that patches do not tile."""
+    if side < patch or side % patch:
+        raise ValueError(f"--image-size {side} is not a multiple of the patch size, {patch}")
+
+
 def refuse_existing(target: Path) -> None:
     """Raise FileExistsError for what is there, FileNotFoundError where its folder is not."""
     if target.exists():

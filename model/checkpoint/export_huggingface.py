@@ -8,6 +8,7 @@ from typing import Any
 from ibeton.model.backbones.blocks import LAYERNORM_EPS
 from ibeton.model.checkpoint.export import (
     check_features,
+    check_side,
     partial_name,
     refuse_existing,
     save_tensors,
@@ -55,6 +56,7 @@ def export_huggingface(
             " scale; export it with --to timm"
         )
     side = image_size or config.image_size
+    check_side(side, config.patch_size)
     partial = partial_name(target)
     try:
         partial.mkdir(parents=True)

@@ -12,6 +12,7 @@ from ibeton.model.backbones.blocks import LAYERNORM_EPS
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.checkpoint.export import (
     check_features,
+    check_side,
     refuse_existing,
     save_tensors,
 )
@@ -53,6 +54,7 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     backbone, settings = load_backbone(source, network)
     config = fill(ModelConfig, settings)
     side = image_size or config.image_size
+    check_side(side, config.patch_size)
     name, options = timm_options(config, side)
     # What names and shapes do not tell, for reading the file back.
     facts = {"image_size": str(side), "arch": config.arch}

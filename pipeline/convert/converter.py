@@ -23,7 +23,7 @@ from typing import Any
 
 import PIL
 
-from ibeton.command import run_command
+from ibeton.command import Failure, run_command
 from ibeton.options import Parser, add_options, fill
 from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
 from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
@@ -49,35 +49,23 @@ class ConversionReport:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)  # on the source
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.done.counts
-
-    @property
-    def unlabelled(self) -> int:
-        return self.done.unlabelled
-
-    @property
-    def unreadable(self) -> list[tuple[str, str]]:
-        return self.done.unreadable
-
     def lines(self) -> list[str]:
         """The report for the screen."""
-        how = ", ".join(f"{count:,} {name}" for name, count in sorted(self.counts.items()))
-        size = self.path.stat().st_size / 1e6
-        rate = (self.done.photos - self.before) / max(self.seconds, 1e-9)
+        done, size = self.done, self.path.stat().st_size / 1e6
+        how = ", ".join(f"{count:,} {name}" for name, count in sorted(done.counts.items()))
+        rate = (done.photos - self.before) / max(self.seconds, 1e-9)
         lines = [
             f"{self.path}: {self.photos:,} photos ({how}), {len(self.classes):,} classes,"
             f" {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
         ]
         if self.before:
-            lines.append(f"went on after {self.before:,} photos of an unfinished conversion")
+            lines.append(f"resumed after {self.before:,} photos of an unfinished conversion")
         lines += [_printable(note) for note in self.notes]
-        if self.unlabelled:
-            lines.append(f"{self.unlabelled:,} photos stand in no class folder: unlabelled (-1)")
-        if self.unreadable:
-            lines.append(f"{len(self.unreadable):,} unreadable, all listed in {self.path}.json:")
-            lines += [f"  {_printable(name)}: {reason}" for name, reason in self.unreadable[:5]]
+        if done.unlabelled:
+            lines.append(f"{done.unlabelled:,} photos are in no class folder: unlabelled (-1)")
+        if done.unreadable:
+            lines.append(f"{len(done.unreadable):,} unreadable, all listed in {self.path}.json:")
+            lines += [f"  {_printable(name)}: {reason}" for name, reason in done.unreadable[:5]]
         return lines
 
 
@@ -125,7 +113,7 @@ def convert(
             problems = verify(str(partial), done.checksums, len(source.classes), workers)
             if problems:
                 journal.discard()
-                raise RuntimeError(f"{len(problems)} faults on reading back: {problems[0]}")
+                raise Failure(f"{len(problems)} faults on reading back: {problems[0]}")
         report = ConversionReport(dst, source.classes, writer.count, done, before)
         report.notes = source.notes()
         writer.publish(_sidecar(source, options, report, digest))
@@ -184,7 +172,7 @@ def _stored(
     if not photos:
         return  # all were done before
     starts = range(0, len(photos), _CHUNK)
-    jobs = ((photos[i : i + _CHUNK], options.storage()) for i in starts)
+    jobs = ((photos[i : i + _CHUNK], options) for i in starts)
     workers = min(options.workers or cores(), len(starts))
     # Photos that are stored as they are cost less than their way through a pipe.
     spread = _in_threads if options.mostly_kept() else in_order
@@ -227,9 +215,9 @@ def _sidecar(
         "options": options.content(),
         "classes": report.classes,
         "photos": report.photos,
-        "unlabelled": report.unlabelled,
-        "counts": report.counts,
-        "unreadable": report.unreadable,
+        "unlabelled": report.done.unlabelled,
+        "counts": report.done.counts,
+        "unreadable": report.done.unreadable,
         "checksums": {"samples": BLOCK, "crc32": report.done.checksums},
     }
 

@@ -1,10 +1,10 @@
-"""What an unfinished conversion has done, so that the same command resumes after `kill -9`.
+"""The progress of an unfinished conversion, so that the same command resumes after `kill -9`.
 
-Beside DST.beton stand, while it is being made, `.DST.beton.partial` (the file itself) and
-`.DST.beton.journal`: a line that binds both to the source and the options, then a line a mark. A
-mark tells how many photos are done and what came of those since the mark before; it is written
-after their bytes have reached the disk, so that what it tells is there also after a power cut. A
-line begins with its CRC-32: one that was cut off in writing is left out.
+While DST.beton is being written, two files are beside it: `.DST.beton.partial`, the file itself,
+and `.DST.beton.journal`. The journal's first line holds the source and the options, each other line
+a mark: how many photos are done, and what happened since the previous mark. A mark is written after
+its data have reached the disk, so it is true after a power cut as well. Each line begins with its
+CRC-32; a line that was cut off is ignored.
 
 The journal is locked while a conversion runs; the lock ends with the process.
 """
@@ -26,7 +26,7 @@ import numpy as np
 from ibeton.options import flag
 from ibeton.pipeline.store.beton_writer import BetonWriter, open_unlinked
 
-MARK_EVERY_S = 2.0  # what a kill may cost; the disk is flushed as often, by a thread
+MARK_EVERY_S = 2.0  # the most that a kill costs; a thread flushes the disk as often
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Done:
     checksums: list[int] = field(default_factory=list)  # of each block of samples
 
 
+class Refused(ValueError):
+    """An unfinished conversion does not match the command."""
+
+
 def partial_path(dst: Path) -> Path:
     return dst.with_name(f".{dst.name}.partial")
 
@@ -49,26 +53,25 @@ def journal_path(dst: Path) -> Path:
 
 
 def left_behind(dst: Path) -> str:
-    """What to say of the unfinished conversion to `dst`; empty where there is none."""
+    """What to say about the unfinished conversion to `dst`; empty if there is none."""
     if not partial_path(dst).exists():
         return ""
     return (
-        f"what was done is kept in {partial_path(dst)}: the same command continues from there,"
-        " --restart begins anew"
+        f"what was done is kept in {partial_path(dst)}: the same command resumes it, --restart"
+        " starts over"
     )
 
 
 class Journal:
-    """The marks of a conversion to `dst`, of this run and of those before it.
+    """The marks of a conversion to `dst`, of this run and of earlier ones.
 
-    binding: what has to be the same for a conversion to go on. stamp(first, end): a number that
-    changes when one of these source photos does.
+    binding: what must be the same for a conversion to be resumed. stamp(first, end): a number that
+    changes if one of these source photos does.
 
-    Use as a context manager around the writer's. What was marked is left behind when the block
-    raises, unless it called `discard`, and nothing when it ends.
+    Use as a context manager around the writer's. If the block raises, marked progress is kept,
+    unless the block called `discard`; if it ends normally, nothing is.
 
-    Raises FileExistsError while another conversion to `dst` runs, and, from `resume`, ValueError
-    where what was left behind is of another source or other options.
+    Raises FileExistsError while another conversion to `dst` runs.
     """
 
     def __init__(
@@ -79,10 +82,9 @@ class Journal:
         self._file = _locked(journal_path(dst), dst)
         if restart or not partial_path(dst).exists():
             os.truncate(self._file, 0)
-        self._untouched = os.fstat(self._file).st_size > 0  # what an earlier run left behind
+        self._keep = os.fstat(self._file).st_size > 0  # there is progress worth keeping
         self._marked = (0, 0, 0)  # photos, samples, unreadable at the last mark
-        self._marks = 0
-        self._last: float | None = None  # the time of the last mark
+        self._last: float | None = None  # time of the last mark
         self._disk = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -96,25 +98,20 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         self._disk.shutdown(wait=True)
-        if not self.keeps(error):
+        if error is None or not self._keep:
             partial_path(self.dst).unlink(missing_ok=True)
             journal_path(self.dst).unlink(missing_ok=True)
         os.close(self._file)
 
     def discard(self) -> None:
-        """What was done is no good: keep nothing of it."""
-        self._marks = -1
-
-    def keeps(self, error: BaseException | None) -> bool:
-        """Whether something is left behind when the block ends by `error`."""
-        return error is not None and (self._marks > 0 or self._untouched)
-
-    # ---- going on ----
+        """Keep nothing: what was done is useless."""
+        self._disk.shutdown(wait=True)  # a mark under way would say otherwise
+        self._keep = False
 
     def resume(self, writer: BetonWriter) -> None:
-        """Put `done` and the writer where the last mark was, or at the start where there is none.
+        """Restore `done` and the writer as of the last mark, or start anew if there is none.
 
-        Raises Refused for what is of another conversion."""
+        Raises Refused for the progress of another conversion."""
         sizes = [np.zeros(0, np.uint64)]
         end, page, whole = 0, writer.page_size, 0
         for content, at in _whole_lines(journal_path(self.dst)):
@@ -131,10 +128,10 @@ class Journal:
         if not whole:
             self._append(_line(self._binding))
         try:
-            writer.go_on(np.concatenate(sizes), end, page)
+            writer.resume(np.concatenate(sizes), end, page)
         except ValueError as error:
             raise Refused(f"{error}{self._advice()}") from error
-        self._untouched = False
+        self._keep = len(sizes) > 1
         self._marked = (self.done.photos, writer.count, len(self.done.unreadable))
 
     def _check_binding(self, found: dict[str, Any]) -> None:
@@ -150,30 +147,25 @@ class Journal:
                 differ.append(f"its {name} {told}")
         if differ:
             raise Refused(
-                f"an unfinished conversion to {self.dst} is another one:"
+                f"the unfinished conversion to {self.dst} is a different one:"
                 f" {'; '.join(differ)}{self._advice()}"
             )
 
     def _advice(self) -> str:
-        return f"; --restart removes what is left of it ({partial_path(self.dst)}) and begins anew"
+        return f"; --restart removes its progress ({partial_path(self.dst)}) and starts over"
 
     def _take(self, mark: dict[str, Any]) -> None:
         done = self.done
-        done.photos, done.counts, done.unlabelled = (
-            mark[name] for name in ("photos", "counts", "unlabelled")
-        )
+        done.photos, done.counts = mark["photos"], mark["counts"]
+        done.unlabelled = mark["unlabelled"]
         done.unreadable += [(name, reason) for name, reason in mark["unreadable"]]
         done.checksums[mark["block"] :] = mark["checksums"]
-        self._marks += 1
-
-    # ---- marking ----
 
     def tick(self, writer: BetonWriter, block: int) -> None:
-        """Leave a mark from time to time; to be called when `done` tells of whole photos. `block`:
-        samples under one checksum. Raises OSError when the disk does not take what was written."""
+        """Leave a mark every MARK_EVERY_S; to be called between photos. `block`: samples per
+        checksum. Raises OSError if the disk did not take the data of the previous mark."""
         now = time.monotonic()
-        if self._last is None:
-            self._last = now
+        self._last = now if self._last is None else self._last
         busy = self._pending and not self._pending.done()
         if busy or now - self._last < MARK_EVERY_S:
             return
@@ -203,18 +195,14 @@ class Journal:
         try:
             os.fsync(data)
         finally:
-            os.close(data)  # a copy: the writer may be gone by now
+            os.close(data)  # a duplicate: the writer may have closed its own
         self._append(line)
-        self._marks += 1
+        self._keep = True
 
     def _append(self, line: bytes) -> None:
         os.lseek(self._file, 0, os.SEEK_END)
         os.write(self._file, line)
         os.fsync(self._file)
-
-
-class Refused(ValueError):
-    """What an unfinished conversion left behind does not go with the command."""
 
 
 def _line(content: dict[str, Any]) -> bytes:
@@ -223,7 +211,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each line up to the first that is damaged, and where it ends."""
+    """Each line before the first damaged one, and where it ends."""
     whole = 0
     with open(path, "rb") as file:
         for line in file:
@@ -235,7 +223,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _locked(path: Path, dst: Path) -> int:
-    """Open the journal, made where it is missing, for this process alone."""
+    """Open or create the journal for this process alone."""
     while True:
         file = open_unlinked(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -249,4 +237,4 @@ def _locked(path: Path, dst: Path) -> int:
             pass  # a file system without locks
         if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
             return file
-        os.close(file)  # the run that held it ended, and removed it
+        os.close(file)  # the run that held it has ended and removed it

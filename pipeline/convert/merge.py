@@ -1,14 +1,15 @@
-"""The .beton files of `pipeline.convert --shard` -> the one file that one conversion writes.
+"""Combine the .beton files of `pipeline.convert --shard` into the file that one conversion writes.
 
     python -m pipeline.convert.merge A.beton B.beton ... OUT.beton
 
-The shards may come in any order; all N of them must. Photos are copied as they are, none is
-decoded, and every byte is held against the checksums that the conversion left. OUT.beton and its
-JSON appear only when they are whole, and are byte for byte those of a conversion without --shard.
+Shards may be given in any order, but all of them. Photos are copied without being decoded, and
+every byte is compared with the checksums of the conversion. OUT.beton and its JSON appear only when
+they are complete, and equal those of a conversion without --shard byte for byte.
 """
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from ibeton.pipeline.store.beton import BetonReader, sidecar_path
 from ibeton.pipeline.store.beton_writer import BetonWriter
 from ibeton.progress import progress
 
-_SAME = {  # what the JSON of all shards must agree in
+_SAME = {  # what the JSON files of all shards must have in common
     "classes": "other classes",
     "listing": "a listing of other photos",
     "options": "other options",
@@ -38,36 +39,46 @@ class MergeOptions:
     overwrite: bool = option(False, "replace an existing OUT")
 
 
-@dataclass(frozen=True)
 class Shard:
-    """A part of a conversion: number `number` of `of`, from 1; `notes` are its JSON's."""
+    """A part of a conversion: number `number` of `of`, from 1; `notes` are its JSON's.
 
-    path: Path
-    number: int
-    of: int
-    notes: dict[str, Any]
+    Raises ValueError for a file that is not a shard."""
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Those that it must have in common with the other shards."""
-        return {**self.notes["options"], "shard": ""}
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.notes = Path(path), BetonReader(path).sidecar
+        notes = self.notes
+        missing = "it was converted without --shard" if notes else "it has no JSON beside it"
+        try:
+            self.number, self.of = (int(part) for part in notes["options"]["shard"].split("/"))
+            if notes["checksums"]["samples"] != BLOCK:
+                missing = "its checksums are of another version"
+                raise KeyError
+            self.shared = {key: notes[key] for key in _SAME}
+            self.shared["options"] = {**notes["options"], "shard": ""}
+            for key in ("photos", "unlabelled", "counts", "unreadable"):
+                notes[key]
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(
+                f"{path} is no shard: {missing}; make it with pipeline.convert --shard, and keep"
+                f" {sidecar_path(path)} beside it"
+            ) from None
 
 
 def merge(paths: list[str | Path], out: str | Path, overwrite: bool = False) -> int:
-    """Write the photos of the shards `paths` to `out`, in the order of one conversion, and the JSON
-    beside it; returns how many there are.
+    """Write the photos of the shards `paths` to `out`, and its JSON; returns how many there are.
 
-    Raises ValueError, naming the file and what is wrong with it, for what is no shard, is damaged,
-    does not belong to the others, comes twice or is missing; FileNotFoundError and FileExistsError
-    as `convert` does. Whatever is raised, nothing is left behind.
+    Raises ValueError, naming the file and the reason, for a file that is not a shard, is damaged,
+    belongs to another conversion, is given twice or missing; FileNotFoundError and FileExistsError
+    as `convert` does. In any case nothing is left behind.
     """
     out = Path(out)
     check_destination(out, overwrite)
-    shards = _complete(sorted((_shard(Path(path)) for path in paths), key=lambda s: s.number))
+    shards = sorted(map(Shard, paths), key=lambda shard: shard.number)
+    _check_complete(shards)
     if any(out.exists() and out.samefile(shard.path) for shard in shards):
         raise ValueError(f"{out} is one of the shards; give another name for OUT")
     photos = sum(shard.notes["photos"] for shard in shards)
-    # One conversion keeps room for the photos that turn out unreadable, too.
+    # A conversion reserves space for unreadable photos, too.
     most = photos + sum(len(shard.notes["unreadable"]) for shard in shards)
     checksums: list[int] = []
     with BetonWriter(out, most) as writer, progress("merge", photos) as advance:
@@ -79,27 +90,8 @@ def merge(paths: list[str | Path], out: str | Path, overwrite: bool = False) -> 
     return photos
 
 
-def _shard(path: Path) -> Shard:
-    """What the JSON beside a shard tells. Raises ValueError for one that tells of no shard."""
-    notes = BetonReader(path).sidecar
-    missing = "it has no JSON beside it" if not notes else "it was converted without --shard"
-    try:
-        number, of = (int(part) for part in notes["options"]["shard"].split("/"))
-        if notes["checksums"]["samples"] != BLOCK:
-            missing = "its checksums are of another version"
-            raise KeyError
-        for key in (*_SAME, "photos", "unlabelled", "counts", "unreadable"):
-            notes[key]
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(
-            f"{path} is no shard: {missing}; make it with pipeline.convert --shard, and keep"
-            f" {sidecar_path(path)} beside it"
-        ) from None
-    return Shard(path, number, of, notes)
-
-
-def _complete(shards: list[Shard]) -> list[Shard]:
-    """`shards`, sorted, if they are all parts of one conversion. Raises ValueError if not."""
+def _check_complete(shards: list[Shard]) -> None:
+    """Raise ValueError unless `shards`, sorted, are all parts of one conversion."""
     first = shards[0]
     for shard in shards[1:]:
         if shard.of != first.of:
@@ -108,7 +100,7 @@ def _complete(shards: list[Shard]) -> list[Shard]:
                 " merge those of one conversion"
             )
         for key, what in _SAME.items():
-            one, other = (s.options if key == "options" else s.notes[key] for s in (first, shard))
+            one, other = first.shared[key], shard.shared[key]
             if one != other:
                 raise ValueError(
                     f"{shard.path} has {what} than {first.path}: {_difference(one, other)};"
@@ -123,44 +115,40 @@ def _complete(shards: list[Shard]) -> list[Shard]:
     lost = sorted(set(range(1, first.of + 1)) - {shard.number for shard in shards})
     if lost:
         numbers = ", ".join(f"{number}/{first.of}" for number in lost[:10])
+        numbers += ", ..." if len(lost) > 10 else ""
         raise ValueError(
-            f"{len(lost)} of {first.of} shards are missing: --shard {numbers}"
-            f"{', ...' if len(lost) > 10 else ''}; convert and give them too"
+            f"{len(lost)} of {first.of} shards are missing: --shard {numbers}; convert and give"
+            " them too"
         )
-    return shards
 
 
 def _difference(one: Any, other: Any) -> str:
-    """The first thing in which two entries differ, for a message."""
+    """The first difference of two entries, for a message."""
     if isinstance(one, dict):
         key = next(k for k in {**one, **other} if one.get(k) != other.get(k))
         return f"{key} is {other.get(key)}, not {one.get(key)}"
     if isinstance(one, list):
         odd = sorted(set(one) ^ set(other))
-        return f"{odd[0]} is a class of one of them only" if odd else "they stand in another order"
+        return f"{odd[0]} is a class of one of them only" if odd else "their order is different"
     return f"{other}, not {one}"
 
 
 def _copy(shard: Shard, writer: BetonWriter, checksums: list[int]) -> Iterator[int]:
-    """Append all samples of a shard; yields how many after each of its blocks that was found as it
-    was written. `checksums` are those of the merged file's blocks."""
+    """Append all samples of a shard; yields the size of each block that has its checksum.
+    `checksums` are those of the merged file's blocks."""
     reader = BetonReader(shard.path)
     noted, classes = shard.notes["checksums"]["crc32"], len(reader.classes)
     if len(reader) != shard.notes["photos"] or len(noted) != -(-len(reader) // BLOCK):
         raise ValueError(
-            f"{shard.path} holds {len(reader):,} photos, its JSON tells of"
+            f"{shard.path} holds {len(reader):,} photos, but its JSON says"
             f" {shard.notes['photos']:,}; convert it anew"
         )
     if ((reader.labels < -1) | (reader.labels >= max(classes, 1))).any():
         raise ValueError(f"{shard.path} has labels outside its {classes} classes; convert it anew")
-    for number, crc in enumerate(noted):
-        first = number * BLOCK
-        end = min(first + BLOCK, len(reader))
-        found = 0
+    for first, crc in zip(range(0, len(reader), BLOCK), noted, strict=True):
+        end, found = min(first + BLOCK, len(reader)), 0
         for i in range(first, end):
-            place = (reader.labels[i], reader.modes[i], reader.widths[i], reader.heights[i])
-            label, mode, width, height = map(int, place)
-            sample = (label, mode, width, height, reader.photo_bytes(i))
+            sample = reader.sample(i)
             found = checksum(found, *sample)
             if writer.count % BLOCK == 0:
                 checksums.append(0)
@@ -176,20 +164,16 @@ def _copy(shard: Shard, writer: BetonWriter, checksums: list[int]) -> Iterator[i
 
 def _sidecar(shards: list[Shard], photos: int, checksums: list[int]) -> dict[str, Any]:
     """The JSON of all shards together, as one conversion writes it."""
-    counts: dict[str, int] = {}
-    for shard in shards:
-        for how, count in shard.notes["counts"].items():
-            counts[how] = counts.get(how, 0) + count
-    first = shards[0]
+    notes = [shard.notes for shard in shards]
     together = {
-        "options": first.options,
+        "options": shards[0].shared["options"],
         "photos": photos,
-        "unlabelled": sum(shard.notes["unlabelled"] for shard in shards),
-        "counts": counts,
-        "unreadable": [pair for shard in shards for pair in shard.notes["unreadable"]],
+        "unlabelled": sum(each["unlabelled"] for each in notes),
+        "counts": dict(sum((Counter(each["counts"]) for each in notes), Counter())),
+        "unreadable": [pair for each in notes for pair in each["unreadable"]],
         "checksums": {"samples": BLOCK, "crc32": checksums},
     }
-    kept = {key: value for key, value in first.notes.items() if key != "file_bytes"}
+    kept = {key: value for key, value in notes[0].items() if key != "file_bytes"}
     return {**kept, **together}
 
 

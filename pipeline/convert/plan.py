@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ibeton.options import flag, option
-from ibeton.pipeline.convert.stored import WRITE_MODES, Storage
 from ibeton.pipeline.store.sources import Photo, Source
 
+WRITE_MODES = ("keep", "jpg", "raw", "smart")
 _LEAST_SIDE = 16  # of a photo from which views can be cut
 
 
@@ -63,11 +63,6 @@ class ConvertOptions:
         if not good:
             raise ValueError(f"--shard {self.shard}: expected I/N with I from 1 to N, such as 2/8")
         return int(number), int(of)
-
-    def storage(self) -> Storage:
-        return Storage(
-            self.write_mode, self.quality, self.max_resolution, self.smart_threshold, self.verify
-        )
 
     def mostly_kept(self) -> bool:
         """Whether the usual photo, a color JPEG, is stored without being decoded."""

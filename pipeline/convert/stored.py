@@ -7,23 +7,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ibeton.pipeline.convert.plan import ConvertOptions
 from ibeton.pipeline.store.beton import JPG, MAX_SIDE, RAW
 from ibeton.pipeline.store.decode import UnreadablePhoto, check_complete, load_photo, to_rgb
 from ibeton.pipeline.store.jpeg import whole_jpeg_size
 from ibeton.pipeline.store.sources import Photo, read_bytes
-
-WRITE_MODES = ("keep", "jpg", "raw", "smart")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """What the converter's options say about a photo; 0 stands for no limit."""
-
-    write_mode: str
-    quality: int
-    max_resolution: int
-    smart_threshold: int
-    check: bool = False  # also of what is kept: that its data reach to the photo's end
 
 
 @dataclass(slots=True)
@@ -40,7 +28,7 @@ class StoredPhoto:
         return RAW if self.how == "raw" else JPG
 
 
-def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
+def store_photo(data: bytes, options: ConvertOptions) -> StoredPhoto:
     """Choose what is stored of `data`, which is proved whole.
 
     keep: the bytes themselves for a gray or color JPEG (8 bits) within the largest resolution, so
@@ -50,14 +38,14 @@ def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
 
     Raises UnreadablePhoto with the reason.
     """
-    size = whole_jpeg_size(data) if storage.write_mode == "keep" else None
-    if size and max(size) <= (storage.max_resolution or MAX_SIDE):
-        if storage.check:
+    size = whole_jpeg_size(data) if options.write_mode == "keep" else None
+    if size and max(size) <= (options.max_resolution or MAX_SIDE):
+        if options.verify:
             check_complete(data)
         return StoredPhoto("kept", *size, data)
     image = load_photo(data)
-    small = _within(image, storage.max_resolution)
-    if storage.write_mode == "keep" and small is image and _is_gray_or_color_jpeg(image):
+    small = _within(image, options.max_resolution)
+    if options.write_mode == "keep" and small is image and _is_gray_or_color_jpeg(image):
         return StoredPhoto("kept", *image.size, data)
     rgb = to_rgb(small)
     width, height = rgb.size
@@ -65,19 +53,19 @@ def store_photo(data: bytes, storage: Storage) -> StoredPhoto:
         raise UnreadablePhoto(
             f"{width} x {height} pixels; a side has at most {MAX_SIDE} (see --max-resolution)"
         )
-    raw_fits = width * height * 3 <= storage.smart_threshold
-    if storage.write_mode == "raw" or (storage.write_mode == "smart" and raw_fits):
+    raw_fits = width * height * 3 <= options.smart_threshold
+    if options.write_mode == "raw" or (options.write_mode == "smart" and raw_fits):
         return StoredPhoto("raw", width, height, rgb.tobytes())
-    return StoredPhoto("encoded", width, height, _as_jpeg(rgb, storage.quality))
+    return StoredPhoto("encoded", width, height, _as_jpeg(rgb, options.quality))
 
 
-def store_photos(job: tuple[list[Photo], Storage]) -> list[StoredPhoto | str]:
+def store_photos(job: tuple[list[Photo], ConvertOptions]) -> list[StoredPhoto | str]:
     """Read and store some photos, in a worker process; a string is why one is unreadable."""
-    photos, storage = job
+    photos, options = job
     results: list[StoredPhoto | str] = []
     for photo in photos:
         try:
-            results.append(store_photo(read_bytes(photo), storage))
+            results.append(store_photo(read_bytes(photo), options))
         except UnreadablePhoto as error:
             results.append(str(error))
         except OSError as error:

@@ -18,10 +18,9 @@ _opened: dict[str, BetonReader] = {}  # one worker reads many blocks of one file
 def verify(path: str, checksums: list[int] | None, classes: int, workers: int) -> list[str]:
     """Read every photo of the file; returns what is wrong with it, one sentence each.
 
-    checksums: CRC-32 of each BLOCK of samples (`checksum`), or None for a file without them, of
-    which the photos are decoded only. classes: labels must be below it; 0: unknown.
-
-    Raises what BetonReader raises for a file that is no whole .beton.
+    checksums: CRC-32 of each BLOCK of samples (`checksum`), or None for a file without them, whose
+    photos are only decoded. classes: labels must be below it; 0: unknown. Raises what BetonReader
+    raises.
     """
     reader = BetonReader(path)
     blocks = range(0, len(reader), BLOCK)
@@ -53,9 +52,7 @@ def verify_block(job: Job) -> tuple[int, list[str]]:
     reader = _opened[path]
     crc, problems = 0, []
     for i in range(first, end):
-        noted = (reader.labels[i], reader.modes[i], reader.widths[i], reader.heights[i])
-        label, mode, width, height = map(int, noted)
-        crc = checksum(crc, label, mode, width, height, reader.photo_bytes(i))
+        crc = checksum(crc, *reader.sample(i))
         try:
             reader.pixels(i)
         except UnreadablePhoto as error:
@@ -64,8 +61,8 @@ def verify_block(job: Job) -> tuple[int, list[str]]:
 
 
 def verify_existing(path: str, workers: int) -> tuple[list[str], str]:
-    """Faults of a finished .beton, and what can be said of it where there are none: without its
-    JSON (FFCV's own files) photos are decoded only."""
+    """Faults of a finished .beton, and what to say if there are none. Without its JSON (FFCV's own
+    files) photos are only decoded."""
     reader = BetonReader(path)
     noted = reader.sidecar.get("checksums", {})
     crc32 = noted["crc32"] if noted.get("samples") == BLOCK else None

@@ -16,7 +16,7 @@ from ibeton.pipeline.compiled import compiled
 from ibeton.pipeline.crops.cpu import cut_views
 from ibeton.pipeline.sampling.draws import DRAW, draw_sample
 from ibeton.pipeline.store.beton import JPG, BetonReader
-from ibeton.pipeline.store.decode import MAX_PIXELS
+from ibeton.pipeline.store.jpeg import MAX_PIXELS
 from ibeton.pipeline.store.turbojpeg import FLAGS, RGB, library
 
 STAGES = ("read", "decode", "crop")

@@ -21,7 +21,7 @@ from ibeton.pipeline.loaders.gpu_decode import GpuPhotos
 from ibeton.pipeline.loaders.shared_work import Job, Worker, share
 from ibeton.pipeline.sampling.draws import spec_table, stack_shape
 from ibeton.pipeline.store.beton import BetonReader
-from ibeton.pipeline.store.decode import MAX_PIXELS
+from ibeton.pipeline.store.jpeg import MAX_PIXELS
 from ibeton.pipeline.store.turbojpeg import Decoder
 from ibeton.stages import work
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ibeton.pipeline.store.beton import JPG, BetonReader
-from ibeton.pipeline.store.decode import MAX_PIXELS, UnreadablePhoto
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.jpeg import MAX_PIXELS
 from ibeton.pipeline.store.turbojpeg import Decoder
 
 ROWS, _COLUMNS = 8, 16  # compared pixels of a photo

@@ -123,10 +123,6 @@ def _decode_by_turbojpeg(photos: "Photos", index: int) -> "np.ndarray":
     return Decoder().decode(photos.photo_bytes(index), height, width)
 
 
-def _decode_by_pillow(photos: "Photos", index: int) -> "np.ndarray":
-    return photos.pixels(index)
-
-
 LOADERS = {
     kind.name: kind
     for kind in (
@@ -148,7 +144,7 @@ LOADERS = {
             crops=_later("dali", "DaliCrops"),
             pixels=_later("dali", "DaliPixels"),
             problem=dali_problem,
-            decode=_decode_by_pillow,
+            decode=lambda photos, index: photos.pixels(index),
             decodes_on_gpu=True,
         ),
         LoaderKind(
@@ -157,7 +153,7 @@ LOADERS = {
             crops=_later("pil", "PilCrops"),
             pixels=None,
             problem=lambda: "",
-            decode=_decode_by_pillow,
+            decode=lambda photos, index: photos.pixels(index),
             decode_rate=410,
             crop_rate=33,
             worker_processes=True,

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ibeton.command import Failure
+from ibeton.command import Failure, worker_failure
 from ibeton.pipeline.batch import BatchPlan, Crops
 from ibeton.pipeline.config import PipelineConfig
 from ibeton.pipeline.crops.reference import cut_views_reference
@@ -27,7 +27,7 @@ from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.joined import open_all
 from ibeton.pipeline.store.photos import Photos
 from ibeton.stages import work
-from ibeton.workers import end_with_parent, worker_failure
+from ibeton.workers import end_with_parent
 
 log = logging.getLogger(__name__)
 

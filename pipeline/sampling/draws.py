@@ -5,66 +5,26 @@ ColorJitter). Drawing them apart from the pixels lets any executor (numba, Pillo
 same crops, whatever the worker count, batch size, rank or device.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 
 from ibeton.pipeline.compiled import compiled
 from ibeton.pipeline.sampling.rng import AUGMENT, randint, sample_key, uniform
 
-# One view's draws. The box is in pixels of the stored photo; blur_radius 0 means no blur.
+# One view's draws. The box is in pixels of the stored photo; `order` is a row of JITTER_ORDERS;
+# blur_radius 0 means no blur.
 DRAW = np.dtype(
-    [
-        ("top", "i4"),
-        ("left", "i4"),
-        ("height", "i4"),
-        ("width", "i4"),
-        ("flip", "u1"),
-        ("jitter", "u1"),
-        ("order", "u1"),  # row of JITTER_ORDERS
-        ("gray", "u1"),
-        ("solarize", "u1"),
-        ("brightness", "f4"),
-        ("contrast", "f4"),
-        ("saturation", "f4"),
-        ("hue", "f4"),
-        ("blur_radius", "f4"),
-    ],
-    align=True,
-)
-
-# What one view is drawn from; one row a view, filled from ViewSpec.
-SPEC = np.dtype(
-    [
-        ("scale_min", "f8"),
-        ("scale_max", "f8"),
-        ("flip_p", "f8"),
-        ("jitter_p", "f8"),
-        ("brightness", "f8"),
-        ("contrast", "f8"),
-        ("saturation", "f8"),
-        ("hue", "f8"),
-        ("gray_p", "f8"),
-        ("blur_p", "f8"),
-        ("blur_min", "f8"),
-        ("blur_max", "f8"),
-        ("solarize_p", "f8"),
-    ],
+    [(name, "i4") for name in ("top", "left", "height", "width")]
+    + [(name, "u1") for name in ("flip", "jitter", "order", "gray", "solarize")]
+    + [(name, "f4") for name in ("brightness", "contrast", "saturation", "hue", "blur_radius")],
     align=True,
 )
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3
-JITTER_ORDERS = np.array(
-    [
-        (a, b, c, d)
-        for a in range(4)
-        for b in range(4)
-        for c in range(4)
-        for d in range(4)
-        if len({a, b, c, d}) == 4
-    ],
-    dtype=np.uint8,
-)  # [24, 4]
+JITTER_ORDERS = np.array(list(permutations(range(4))), np.uint8)  # [24, 4], what `order` selects
 
 _LOG_ASPECT = float(np.log(4 / 3))  # aspects lie in 3/4 .. 4/3, uniform in the logarithm
 _ASPECT_MIN, _ASPECT_MAX = 3 / 4, 4 / 3
@@ -88,21 +48,16 @@ class ViewSpec:
     gray_p: float = 0.2
     blur_radius: tuple[float, float] = (0.1, 2.0)
 
-    def row(self) -> tuple[float, ...]:
-        """The values in SPEC's order."""
-        return (
-            *self.scale,
-            self.flip_p,
-            self.jitter_p,
-            self.brightness,
-            self.contrast,
-            self.saturation,
-            self.hue,
-            self.gray_p,
-            self.blur_p,
-            *self.blur_radius,
-            self.solarize_p,
-        )
+
+# A view's spec as the compiled samplers read it; ranges become two numbers.
+SPEC = np.dtype(
+    [
+        (name + end, "f8")
+        for name in ViewSpec.__dataclass_fields__
+        if name != "size"
+        for end in (("_min", "_max") if name in ("scale", "blur_radius") else ("",))
+    ]
+)
 
 
 def published_views(
@@ -112,13 +67,14 @@ def published_views(
     local_size: int,
     global_scale: tuple[float, float],
     local_scale: tuple[float, float],
-    blur_radius: tuple[float, float] = (0.1, 2.0),
+    **shared: Any,
 ) -> list[ViewSpec]:
     """The published views: the first global one always blurred, the others seldom blurred but
-    sometimes solarised, the local ones blurred half of the time."""
-    first = ViewSpec(global_size, global_scale, 1.0, 0.0, blur_radius=blur_radius)
-    others = ViewSpec(global_size, global_scale, 0.1, 0.2, blur_radius=blur_radius)
-    local = ViewSpec(local_size, local_scale, 0.5, 0.0, blur_radius=blur_radius)
+    sometimes solarized, the local ones blurred half of the time. `shared`: what else all views of a
+    recipe have in common."""
+    first = ViewSpec(global_size, global_scale, 1.0, 0.0, **shared)
+    others = ViewSpec(global_size, global_scale, 0.1, 0.2, **shared)
+    local = ViewSpec(local_size, local_scale, 0.5, 0.0, **shared)
     return [first] + [others] * (global_crops - 1) + [local] * local_crops
 
 
@@ -129,8 +85,9 @@ def stack_shape(views: list[ViewSpec]) -> tuple[int, int, int, int]:
 
 
 def spec_table(views: list[ViewSpec]) -> np.ndarray:
-    """SPEC records [V] of the views, the form that the compiled samplers read."""
-    return np.array([view.row() for view in views], dtype=SPEC)
+    """SPEC records [V] of the views."""
+    rows = [tuple(np.hstack(astuple(view)[1:])) for view in views]
+    return np.array(rows, dtype=SPEC)
 
 
 @compiled
@@ -191,7 +148,8 @@ def draw_sample(
         draw.saturation = _around_one(key, 5, spec.saturation)
         draw.hue = spec.hue * (2.0 * uniform(key, 6) - 1.0)
         draw.gray = uniform(key, 7) < spec.gray_p
-        radius = spec.blur_min + (spec.blur_max - spec.blur_min) * uniform(key, 8)
+        least, most = spec.blur_radius_min, spec.blur_radius_max
+        radius = least + (most - least) * uniform(key, 8)
         draw.blur_radius = radius if uniform(key, 9) < spec.blur_p else 0.0
         draw.solarize = uniform(key, 10) < spec.solarize_p
 

@@ -1,9 +1,8 @@
 """Block-wise and random masks over the patch grid: which tokens the student has to predict.
 
-The distribution is that of iBOT's published sampler; its block-wise shape follows BEiT (Bao et al.,
-2021, algorithm 1). Compiled, a batch a call, without the GIL. Every mask is drawn from
-(seed, epoch, sample index, view) alone. `draw_mask_reference` is the same sampler in plain Python,
-draw for draw.
+The distribution is that of iBOT's published sampler; block-wise masks follow BEiT (Bao et al.,
+2021, algorithm 1). Compiled code draws a batch per call, without the GIL. A mask depends only on
+(seed, epoch, sample index, view). `draw_mask_reference` is the same sampler in plain Python.
 """
 
 import math
@@ -26,22 +25,21 @@ from ibeton.pipeline.sampling.rng import (
 
 SHAPES = ("block", "rand")
 TRIES = 10  # blocks tried in a round, before the mask is left as it is
-MAX_VIEWS = 256  # a view's number is added to the purpose `MASK`
+MAX_VIEWS = 256  # the view's number is added to the purpose `MASK`
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """What masks are drawn from; the defaults are the published ViT recipe.
+    """Distribution of the masks; the defaults are the published ViT recipe.
 
-    ratio, ratio_var: equally long. Every view draws one uniform of ratio +- ratio_var for each
-        entry, then keeps one of them with equal chance: (0, 0.3) and (0, 0.2) leave half of the
-        views unmasked, the rest get 0.1 - 0.5 of their cells.
+    ratio, ratio_var: of equal length. A view draws ratio +- ratio_var uniformly for each entry and
+        keeps one of them with equal probability: (0, 0.3) and (0, 0.2) leave half of the views
+        unmasked and mask 0.1 - 0.5 of the others.
     shape: "block" or "rand" (cells anywhere).
     start_epoch: masks are empty before it.
     aspect: smallest and largest height / width of a block, drawn log-uniformly.
 
-    Raises ValueError for values that no mask can be drawn from, naming the option of
-    `train.py`.
+    Raises ValueError, naming the option of `train.py`, for invalid values.
     """
 
     shape: str = "block"
@@ -114,8 +112,7 @@ def draw_masks(
             config.shape == "block",
             np.asarray(config.ratio, dtype=np.float64),
             np.asarray(config.ratio_var, dtype=np.float64),
-            math.log(config.aspect[0]),
-            math.log(config.aspect[1]),
+            (math.log(config.aspect[0]), math.log(config.aspect[1])),
         )
     return masks
 
@@ -129,8 +126,7 @@ def _draw_batch(
     block: bool,
     ratio: np.ndarray,  # float64 [entries]
     ratio_var: np.ndarray,  # float64 [entries]
-    log_low: float,
-    log_high: float,
+    log_aspect: tuple[float, float],
 ) -> None:
     views, batch, height, width = masks.shape
     for v in range(views):
@@ -139,7 +135,7 @@ def _draw_batch(
             drawn, counter = draw_ratio(key, ratio, ratio_var)
             wanted = drawn * height * width
             if block:
-                _fill_blocks(masks[v, b], wanted, key, counter, log_low, log_high)
+                _fill_blocks(masks[v, b], wanted, key, counter, log_aspect)
             else:
                 _fill_random(masks[v, b].reshape(height * width), int(wanted), key, counter)
 
@@ -151,9 +147,8 @@ def _between(key: Uint64, counter: int, low: float, high: float) -> float:
 
 @compiled
 def draw_ratio(key: Uint64, ratio: np.ndarray, ratio_var: np.ndarray) -> tuple[float, int]:
-    """Return one view's ratio and the number of draws made."""
-    drawn = ratio.copy()
-    counter = 0
+    """Return a view's ratio and the number of draws made."""
+    drawn, counter = ratio.copy(), 0
     for i in range(len(ratio)):
         if ratio_var[i] > 0.0:
             drawn[i] = _between(key, counter, ratio[i] - ratio_var[i], ratio[i] + ratio_var[i])
@@ -165,71 +160,54 @@ def draw_ratio(key: Uint64, ratio: np.ndarray, ratio_var: np.ndarray) -> tuple[f
 
 @compiled
 def _fill_blocks(
-    mask: np.ndarray,  # bool [h, w], all False
-    wanted: float,
-    key: Uint64,
-    counter: int,
-    log_low: float,
-    log_high: float,
+    mask: np.ndarray, wanted: float, key: Uint64, counter: int, log_aspect: tuple[float, float]
 ) -> None:
+    """Add blocks to `mask` bool [h, w] until `wanted` cells are masked, or none fits."""
     grid_h, grid_w = mask.shape
     smallest = float((min(grid_h, grid_w) // 3) ** 2)
-    masked = 0
-    while masked < wanted:
-        left = wanted - masked
-        added = 0
-        for _ in range(TRIES):
-            area = _between(key, counter, smallest, left)
-            aspect = math.exp(_between(key, counter + 1, log_low, log_high))
-            counter += 2
-            h = int(np.rint(math.sqrt(area * aspect)))
-            w = int(np.rint(math.sqrt(area / aspect)))
-            if h >= grid_h or w >= grid_w:
-                continue
-            top = randint(key, counter, grid_h - h + 1)
-            first = randint(key, counter + 1, grid_w - w + 1)
-            counter += 2
-            new = h * w
-            for i in range(top, top + h):
-                for j in range(first, first + w):
-                    new -= mask[i, j]
-            if 0 < new <= left:
-                mask[top : top + h, first : first + w] = True
-                added = new
-                break
-        if added == 0:
-            break
-        masked += added
+    left, tries = wanted, 0
+    while left > 0 and tries < TRIES:
+        tries += 1
+        area = _between(key, counter, smallest, left)
+        aspect = math.exp(_between(key, counter + 1, log_aspect[0], log_aspect[1]))
+        counter += 2
+        h, w = int(np.rint(math.sqrt(area * aspect))), int(np.rint(math.sqrt(area / aspect)))
+        if h >= grid_h or w >= grid_w:
+            continue
+        top = randint(key, counter, grid_h - h + 1)
+        first = randint(key, counter + 1, grid_w - w + 1)
+        counter += 2
+        new = h * w
+        for i in range(top, top + h):
+            for j in range(first, first + w):
+                new -= mask[i, j]
+        if 0 < new <= left:
+            mask[top : top + h, first : first + w] = True
+            left -= new
+            tries = 0
 
 
 @compiled
-def _fill_random(
-    cells: np.ndarray,  # bool [N], all False
-    count: int,
-    key: Uint64,
-    counter: int,
-) -> None:
+def _fill_random(cells: np.ndarray, count: int, key: Uint64, counter: int) -> None:
+    """Mask `count` of the cells bool [N], all False, by Fisher and Yates' shuffle."""
     cells[len(cells) - count :] = True
-    for last in range(len(cells) - 1, 0, -1):  # Fisher and Yates' shuffle
+    for last in range(len(cells) - 1, 0, -1):
         other = randint(key, counter, last + 1)
         counter += 1
         cells[last], cells[other] = cells[other], cells[last]
 
 
 class Draws(Protocol):
-    """Where `draw_mask_reference` gets its random numbers: a key, or a log to be replayed."""
+    """Random numbers for `draw_mask_reference`, from a key or from a log."""
 
-    def uniform(self, low: float, high: float) -> float:
-        """Return a float between low and high."""
+    def uniform(self, low: float, high: float) -> float: ...
 
     def randint(self, low: int, high: int) -> int:
-        """Return an integer from low to high, both included."""
+        """An integer from low to high, both included."""
 
-    def choice(self, options: list[float]) -> float:
-        """Return one of the options, each with equal chance."""
+    def choice(self, options: list[float]) -> float: ...
 
-    def shuffle(self, cells: np.ndarray) -> None:
-        """Bring a vector into random order, in place."""
+    def shuffle(self, cells: np.ndarray) -> None: ...
 
 
 class KeyDraws:

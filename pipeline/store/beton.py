@@ -116,6 +116,12 @@ class BetonReader:
         """
         return self._read(int(self.pointers[index]), int(self.sizes[index]))
 
+    def sample(self, index: int) -> tuple[int, int, int, int, bytes]:
+        """Label, mode, width, height and stored bytes."""
+        noted = (self.labels, self.modes, self.widths, self.heights)
+        label, mode, width, height = (int(values[index]) for values in noted)
+        return label, mode, width, height, self.photo_bytes(index)
+
     def _read(self, begin: int, size: int) -> bytes:
         parts = []
         while size and (part := os.pread(self.fileno(), size, begin)):  # 2 GiB at most at once

@@ -29,12 +29,12 @@ from ibeton.pipeline.store.beton import (
 
 
 class BetonWriter:
-    """Writes a .beton file that appears under its name only when it is whole.
+    """Writes a .beton file that appears under its name only when it is complete.
 
-    `most`: no more samples than this will come; room for their metadata is kept before the data.
-    Use as a context manager: append, then `seal` and `publish`; without those nothing is left.
-    `partial`: the file's name while it is unfinished. Given one, the writer opens what is there, to
-    `go_on` with, and leaves it there; it is for the caller to remove.
+    `most`: the maximum number of samples; their metadata has its place before the data. Use as a
+    context manager: append, then `seal` and `publish`; without those nothing is left. `partial`:
+    the file's name while it is unfinished. With it, the writer opens an existing file, which can be
+    resumed, and leaves it there: the caller removes it.
 
     Pages are 8 MiB and grow to the power of two that holds the largest photo. What lies inside a
     small page lies inside the larger one around it, so the data need not move. FFCV's process
@@ -74,9 +74,9 @@ class BetonWriter:
         if not self._theirs:
             self.partial.unlink(missing_ok=True)
 
-    def go_on(self, sizes: np.ndarray, end: int, page_size: int) -> None:
-        """Take up an unfinished file: `sizes` bytes of each sample in it, of which the last ends at
-        `end`; what lies beyond is cut off. Raises ValueError for a file that does not hold them."""
+    def resume(self, sizes: np.ndarray, end: int, page_size: int) -> None:
+        """Continue an unfinished file. `sizes`: bytes of each sample in it; the last one ends at
+        `end`, behind which the file is truncated. Raises ValueError if it is too short."""
         count = len(sizes)
         samples = os.pread(self.file, count * SAMPLE.itemsize, METADATA_START)
         if os.fstat(self.file).st_size < end or len(samples) < count * SAMPLE.itemsize:

@@ -11,16 +11,6 @@ from PIL import Image
 
 from ibeton.pipeline.store.jpeg import MAX_PIXELS, MAX_SCANS, count_scans
 
-__all__ = [
-    "MAX_PIXELS",
-    "UnreadableData",
-    "UnreadablePhoto",
-    "check_complete",
-    "decode_photo",
-    "load_photo",
-    "to_rgb",
-]
-
 # Pillow refuses above twice this and would warn from 89 megapixels on.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 

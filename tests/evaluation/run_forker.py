@@ -21,7 +21,7 @@ ALSO = {
 
 if __name__ == "__main__":
     command = importlib.import_module(sys.argv[1])
-    for name in ALSO[sys.argv[1]]:
+    for name in ("torch._dynamo", *ALSO[sys.argv[1]]):  # the first by optimizers
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes the dead away
     for line in sys.stdin:

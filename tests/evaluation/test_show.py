@@ -207,7 +207,7 @@ def test_a_call_writes_one_png(call, checkpoint, photos, tmp_path, capsys):
         ("attention --photos 24", "has photos 0 to 23"),
         ("attention --output picture.jpg", "ends in .png"),
         ("attention --output no/picture.png", "there is no folder no"),
-        ("attention --image-size 30", "not a whole number of 8 pixel patches"),
+        ("attention --image-size 30", "not a multiple of the patch size, 8"),
         ("attention --checkpoint nowhere.pt", "nowhere.pt does not exist"),
         ("neighbors --neighbors 0", "--neighbors 0: give at least 1"),
         ("correspondence --photos 1 2 3 --pairs", "give two for each row"),

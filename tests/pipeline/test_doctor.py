@@ -3,16 +3,17 @@
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 
-from ibeton.pipeline.doctor import Finding, loader_line
+from ibeton.pipeline.doctor import Finding, loader_line, main
 
 
 def report(*, without: str = "", first: str = "") -> tuple[int, str]:
     """Run the doctor in a new process, in which the module `without` cannot be imported, and which
     runs `first` before."""
     hide = f"import sys; sys.modules[{without!r}] = None; " if without else ""
-    program = f"{hide}{first}\nfrom pipeline.doctor import main; raise SystemExit(main())"
+    program = f"{hide}{first}\nfrom pipeline.doctor import main; raise SystemExit(main([]))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -24,6 +25,17 @@ def test_a_sound_installation_can_train() -> None:
     assert status == 0, said
     assert "torch" in said
     assert "loader: " in said
+
+
+def test_it_takes_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--nonsense"])
+    assert ended.value.code == 2
+    assert "unknown option --nonsense" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
 
 
 def test_without_libturbojpeg_training_uses_the_other_loader() -> None:

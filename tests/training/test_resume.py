@@ -87,21 +87,21 @@ os.replace = die
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "moment"),
-    [("/checkpoint.pt", "before"), ("/checkpoint.pt", "after"), ("/checkpoint-1.pt", "after")],
-)
-def test_a_kill_between_the_renames_of_a_checkpoint_loses_nothing(
-    name: str, moment: str, start: Start, tmp_path: Path, unbroken: Path
+def test_kills_between_the_renames_of_a_checkpoint_lose_nothing(
+    start: Start, tmp_path: Path, unbroken: Path
 ) -> None:
     options = ("--save-steps", "5", "--resume", "auto")
     if not unbroken.exists():
         finish(start(unbroken, *options))
     folder = tmp_path / "killed"
-    first = start(folder, *options, "--stop-after", "6")
-    finish(first)
-    process = start(folder, *options, fault=KILL_IN_WRITE.format(name=name, moment=moment))
-    assert process.wait() == -signal.SIGKILL, process.said()[-2000:]
+    finish(start(folder, *options, "--stop-after", "6"))
+    for name, moment in (
+        ("/checkpoint.pt", "before"),
+        ("/checkpoint.pt", "after"),
+        ("/checkpoint-1.pt", "after"),
+    ):
+        process = start(folder, *options, fault=KILL_IN_WRITE.format(name=name, moment=moment))
+        assert process.wait() == -signal.SIGKILL, process.said()[-2000:]
     finish(start(folder, *options))
     assert_equal_runs(folder, unbroken)
 

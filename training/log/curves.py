@@ -74,7 +74,9 @@ def _draw(folders: Sequence[Path], path: Path) -> Path | None:
 def _draw_losses(axis: Any, records: list[dict[str, Any]], of: str, line: str) -> None:
     steps = [r["step"] for r in records]
     for name, color in (("loss", _INK), ("cls", _BLUE), ("patch", _ORANGE)):
-        values = [r[name] for r in records]
+        values = [r.get(name) for r in records]
+        if all(value is None for value in values):  # other training than iBOT's has the loss alone
+            continue
         axis.plot(steps, values, line, label=f"{name}{of}", color=color, linewidth=1.4)
 
 

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ibeton.atomic import write_text
+from ibeton.progress import plain_console
 from ibeton.training.log.progress_line import place_fields, progress_line, step_fields
 from ibeton.training.log.trackers import Trackers, numbers
 
@@ -54,7 +54,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
-        self.console = Console(highlight=False, markup=False)  # a path may look like markup
+        self.console = plain_console()
         self.trackers: Trackers | None = None
         threading.excepthook = _in_thread
         self._path = folder / "log.jsonl"

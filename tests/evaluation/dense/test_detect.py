@@ -40,6 +40,19 @@ def test_a_run_leaves_losses_of_all_stages_scores_and_pictures(unbroken):
     assert len(list((unbroken / "pictures").glob("*.png"))) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_few_photos_are_learned_by_heart(checkpoint, coco, tmp_path):
+    options = ("--epochs", "40", "--drops", "36", "--eval-every", "12", "--drop-path", "0")
+    assert detect(checkpoint, coco, tmp_path / "run", *options, "--pictures", "0") == 0
+    steps = [r["loss"] for r in records(tmp_path / "run") if "loss" in r]
+    assert sum(steps[-10:]) < 0.5 * sum(steps[:10])
+    scores = [r for r in records(tmp_path / "run") if "box_ap50" in r]
+    assert scores[0]["box_ap50"] < 5
+    assert scores[-1]["box_ap50"] > 50
+    assert scores[-1]["mask_ap50"] > 50
+
+
 def test_a_stopped_run_resumes_to_the_same_weights(unbroken, checkpoint, coco, tmp_path):
     folder = tmp_path / "run"
     assert detect(checkpoint, coco, folder, "--max-hours", "1e-9") == 85

@@ -53,16 +53,15 @@ def test_a_linear_head_learns_and_leaves_the_backbone_as_it_was(unbroken, checkp
 
 
 def test_pictures_and_label_maps_show_what_is_predicted(unbroken, scenes):
-    maps = sorted((unbroken / "pictures").glob("*_labels.png"))
+    maps = sorted((unbroken / "predictions").glob("*.png"))
     assert len(maps) == 2
     for path in maps:
-        name = path.name.removesuffix("_labels.png")
-        said = np.array(Image.open(path))
+        name, said = path.stem, np.array(Image.open(path))
         truth = np.array(Image.open(scenes / f"annotations/val/{name}.png"))
         assert said.shape == truth.shape
         assert set(np.unique(said)) <= {1, 2, 3, 4}  # as the data set counts its classes
         assert (said == truth)[truth > 0].mean() > 0.5
-        picture = np.array(Image.open(path.with_name(f"{name}.png")).convert("RGB"))
+        picture = np.array(Image.open(unbroken / "pictures" / path.name).convert("RGB"))
         assert picture.shape[1] > 1.5 * picture.shape[0]  # three side by side
         colors = palette(4)
         for label in np.unique(truth[truth > 0]):

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from photo_folders import COLORS, write_photos
 
-from ibeton.evaluation.finetune.sets import open_labeled
+from ibeton.evaluation.finetune.sets import TurboPhotos, open_labeled
 from ibeton.evaluation.finetune.subsets import few_labels
 from ibeton.pipeline.convert.converter import main as convert
+from ibeton.pipeline.loaders.kinds import turbojpeg_problem
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.photos import open_photos
 
 
 def test_classes_are_matched_by_name_between_a_folder_and_a_beton(folders, tmp_path):
@@ -19,6 +22,25 @@ def test_classes_are_matched_by_name_between_a_folder_and_a_beton(folders, tmp_p
         for index in range(len(photos)):
             color = photos.pixels(index).reshape(-1, 3).mean(0).argmax()  # red, green, blue
             assert sets.classes[photos.labels[index]] == ("red", "green", "blue")[color]
+
+
+@pytest.mark.skipif(bool(turbojpeg_problem()), reason="libturbojpeg is not installed")
+def test_a_beton_read_by_libjpeg_turbo_has_pillows_pixels(folders, tmp_path):
+    beton = str(tmp_path / "train.beton")
+    assert convert([str(folders[0]), beton]) == 0
+    fast, plain = open_labeled(beton, beton).train, open_photos(beton)
+    assert isinstance(fast, TurboPhotos)
+    for index in range(len(plain)):
+        assert np.array_equal(fast.pixels(index), plain.pixels(index))
+    with open(beton, "r+b") as file:  # within the compressed data of the first photo
+        file.seek(int(plain.pointers[0]) + int(plain.sizes[0]) // 2)
+        file.write(b"\xff\xd9" * 20)
+    said = []
+    for photos in (open_labeled(beton, beton).train, open_photos(beton)):
+        with pytest.raises(UnreadablePhoto) as refusal:
+            photos.pixels(0)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
 
 
 def test_a_set_with_other_classes_is_refused(folders, tmp_path):

@@ -122,7 +122,10 @@ def test_what_gives_other_features_is_refused_and_not_written(tmp_path, capsys):
     [
         ("theirs.pt --to timm", "ends in .safetensors"),
         ("theirs.safetensors --to timm --image-size -16", "--image-size -16"),
-        ("theirs.safetensors --to timm --image-size 100", "not a whole number"),
+        (
+            "theirs.safetensors --to timm --image-size 100",
+            "is not a multiple of the patch",
+        ),
         ("no/theirs.safetensors --to timm", "no is no folder"),
         ("ours.pt --to huggingface", "exists"),
         ("theirs.pth --to ibot --image-size 64", "has every size"),

@@ -80,7 +80,7 @@ def test_jpg_encodes_all_anew_with_the_quality_given(photo_folder: Path, tmp_pat
     files = list(file_bytes(photo_folder).values())
     fine, report = converted(photo_folder, tmp_path / "95.beton", write_mode="jpg", quality=95)
     coarse, _ = converted(photo_folder, tmp_path / "30.beton", write_mode="jpg", quality=30)
-    assert report.counts == {"encoded": len(files)}
+    assert report.done.counts == {"encoded": len(files)}
     assert coarse.sizes.sum() < 0.7 * fine.sizes.sum()
     for i, data in enumerate(files):
         assert bytes(fine.photo_bytes(i)) != data
@@ -95,8 +95,8 @@ def test_smart_stores_large_photos_as_jpeg_and_small_ones_as_pixels(
     )
     pixels = reader.widths.astype(int) * reader.heights * 3
     np.testing.assert_array_equal(reader.modes, np.where(pixels > 60_000, JPG, RAW))
-    assert report.counts["encoded"] + report.counts["raw"] == 48
-    assert min(report.counts.values()) > 5
+    assert report.done.counts["encoded"] + report.done.counts["raw"] == 48
+    assert min(report.done.counts.values()) > 5
 
 
 @pytest.mark.parametrize("write_mode", ["keep", "raw"])
@@ -185,8 +185,8 @@ def test_a_folder_without_classes_is_unlabelled_and_says_so(tmp_path: Path) -> N
         smooth(seed=i).save(tmp_path / "src" / f"{i}.JPG")
     reader, report = converted(tmp_path / "src", tmp_path / "a.beton")
     assert reader.labels.tolist() == [-1, -1, -1]
-    assert report.unlabelled == 3
-    assert "3 photos stand in no class folder" in "\n".join(report.lines())
+    assert report.done.unlabelled == 3
+    assert "3 photos are in no class folder" in "\n".join(report.lines())
 
 
 # ---- hard photos ----
@@ -242,7 +242,7 @@ def test_hard_photos_are_kept_encoded_or_named_with_the_reason(tmp_path: Path) -
     hard_set(tmp_path / "src")
     reader, report = converted(tmp_path / "src", tmp_path / "a.beton", verify=True)
     files = file_bytes(tmp_path / "src", without="unreadable/")
-    assert report.counts == {"kept": 8, "encoded": 8}
+    assert report.done.counts == {"kept": 8, "encoded": 8}
     assert len(reader) == report.photos == len(files) == 16
     for i, (name, data) in enumerate(files.items()):
         assert reader.classes[reader.labels[i]] == name.split("/")[0]
@@ -252,7 +252,7 @@ def test_hard_photos_are_kept_encoded_or_named_with_the_reason(tmp_path: Path) -
             kept_jpeg = Image.open(io.BytesIO(reader.photo_bytes(i)))
             assert (kept_jpeg.format, kept_jpeg.mode) == ("JPEG", "RGB"), name
             assert np.abs(reader.pixels(i).astype(int) - decode_photo(data)).mean() < 9, name
-    reasons = dict(report.unreadable)
+    reasons = dict(report.done.unreadable)
     assert list(reasons) == [
         f"unreadable/{name}.jpg" for name in ("empty", "gone", "header", "text", "truncated")
     ]
@@ -261,8 +261,8 @@ def test_hard_photos_are_kept_encoded_or_named_with_the_reason(tmp_path: Path) -
     assert "not an image format" in reasons["unreadable/text.jpg"]
     assert "truncated" in reasons["unreadable/truncated.jpg"]
     beside = json.loads(sidecar_path(tmp_path / "a.beton").read_text())
-    assert beside["unreadable"] == [list(pair) for pair in report.unreadable]
-    assert (beside["photos"], beside["counts"]) == (16, report.counts)
+    assert beside["unreadable"] == [list(pair) for pair in report.done.unreadable]
+    assert (beside["photos"], beside["counts"]) == (16, report.done.counts)
     assert "5 unreadable, all listed in" in "\n".join(report.lines())
 
 
@@ -271,7 +271,7 @@ def test_corner_cases_are_converted_or_named(
 ) -> None:
     folder, owed = hard
     reader, report = converted(folder, tmp_path / "a.beton", workers=2)
-    reasons = dict(report.unreadable)
+    reasons = dict(report.done.unreadable)
     stored_names = [p.name for p in open_source(folder).photos if p.name not in reasons]
     assert len(stored_names) == len(reader) == report.photos
     for name, expect in owed.items():
@@ -434,8 +434,8 @@ def test_verify_leaves_out_a_photo_that_was_cut_and_given_an_end_marker(tmp_path
     (tmp_path / "src" / "cut.jpg").write_bytes(whole[: len(whole) * 3 // 4] + b"\xff\xd9")
     reader, report = converted(tmp_path / "src", tmp_path / "a.beton", verify=True)
     assert len(reader) == 4
-    assert [name for name, _ in report.unreadable] == ["cut.jpg"]
-    assert "end early" in report.unreadable[0][1]
+    assert [name for name, _ in report.done.unreadable] == ["cut.jpg"]
+    assert "end early" in report.done.unreadable[0][1]
     converted(tmp_path / "src", tmp_path / "b.beton")
     faults, _ = verify_existing(str(tmp_path / "b.beton"), workers=1)
     assert len(faults) == 1
@@ -453,7 +453,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(
     (tmp_path / "src" / "many.jpg").write_bytes(many)
     (tmp_path / "src" / "usual.jpg").write_bytes(data)
     _, report = converted(tmp_path / "src", tmp_path / "a.beton", write_mode=mode)
-    ((name, reason),) = report.unreadable
+    ((name, reason),) = report.done.unreadable
     assert name == "many.jpg"
     assert re.fullmatch(r"a JPEG of 2,\d\d\d scans, the limit is 100", reason)
 

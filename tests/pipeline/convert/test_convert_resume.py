@@ -132,8 +132,8 @@ def test_an_interrupted_conversion_says_what_it_keeps_and_goes_on(
     assert (process.returncode, out) == (130, "")
     kept = partial_path(tmp_path / "a.beton")
     assert err == (
-        f"interrupted; what was done is kept in {kept}: the same command continues from there,"
-        " --restart begins anew\n"
+        f"interrupted; what was done is kept in {kept}: the same command resumes it, --restart"
+        " starts over\n"
     )
     process = started()
     out, _ = process.communicate(timeout=PATIENCE_S)
@@ -222,7 +222,7 @@ def test_a_power_cut_in_mid_write_costs_the_last_mark_only(
 
 def refused(src: Path, dst: Path, **options: Any) -> str:
     before = contents(dst.parent)
-    with pytest.raises(ValueError, match="--restart removes what is left of it") as error:
+    with pytest.raises(ValueError, match="--restart removes its progress") as error:
         converted(src, dst, **options)
     assert contents(dst.parent) == before
     return str(error.value)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibeton.pipeline.store.decode import MAX_PIXELS, UnreadablePhoto, decode_photo, load_photo
+from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo, load_photo
+from ibeton.pipeline.store.jpeg import MAX_PIXELS
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 SMOOTH = Image.fromarray(PHOTO[:3, :4]).resize((60, 40), Image.Resampling.BICUBIC)

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 from smooth_photos import smooth_photo
 
-from ibeton.pipeline.store.decode import MAX_PIXELS
-from ibeton.pipeline.store.jpeg import plain_jpeg_size
+from ibeton.pipeline.store.jpeg import MAX_PIXELS, plain_jpeg_size
 
 PHOTO = smooth_photo(np.random.default_rng(3), 70, 50)
 

@@ -5,7 +5,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 from small_runs import PER_EPOCH, Process, Start, losses, records
 
 from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED
@@ -34,32 +33,37 @@ quick.quick_scores = slow
 """
 
 
-def asked(process: Process, number: signal.Signals) -> int:
-    """Send a signal to the run and its workers, as terminals and SLURM do; its exit status."""
-    process.until(lambda: '"step": 2,' in process.log())
+def asked(process: Process, number: signal.Signals, after: int) -> int:
+    """Send a signal to the run and its workers, as terminals and SLURM do, when the log shows step
+    `after`; the exit status."""
+    process.until(lambda: f'"step": {after},' in process.log())
     os.killpg(process.pid, number)
     return process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    number: signal.Signals, start: Start, tmp_path: Path
+def test_each_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    start: Start, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    options = ("--resume", "auto", "--loader", "pil")  # which has worker processes
-    process = start(folder, *options, fault=SLOW_STEP.format(seconds=0.2))
-    assert asked(process, number) == STOPPED, process.said()[-2000:]
-    assert f"stopped ({number.name}) at step" in process.said()
-    assert "Traceback" not in process.said()
-    done = len(losses(folder))
-    assert 3 <= done < PER_EPOCH, "in mid-epoch"
-    assert read_run(folder)["state"] == "stopped"
-    assert not is_held(folder)
-    again = start(folder, "--resume", "auto", "--stop-after", "10")
+    folder, begun = tmp_path / "run", [0]
+    # The pil loader has worker processes.
+    options = ("--resume", "auto", "--loader", "pil", "--epochs", "10")
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        process = start(folder, *options, fault=SLOW_STEP.format(seconds=0.2))
+        assert asked(process, number, begun[-1] + 2) == STOPPED, process.said()[-2000:]
+        assert f"stopped ({number.name}) at step" in process.said()
+        assert "Traceback" not in process.said()
+        assert ("resumed at step" in process.said()) == (begun[-1] > 0)
+        done = len(losses(folder))
+        assert begun[-1] + 3 <= done < 10 * PER_EPOCH
+        assert read_run(folder)["state"] == "stopped"
+        assert not is_held(folder)
+        begun.append(done)
+    last = begun[-1] + 2
+    again = start(folder, *options, "--stop-after", str(last))
     assert again.wait() == 0, again.said()[-2000:]
-    assert f"resumed at step {done} " in again.said()
-    assert [r[0] for r in losses(folder)] == list(range(10))
-    assert [s["step"] for s in read_run(folder)["starts"]] == [0, done]
+    assert f"resumed at step {begun[-1]} " in again.said()
+    assert [r[0] for r in losses(folder)] == list(range(last))
+    assert [s["step"] for s in read_run(folder)["starts"]] == begun
 
 
 def test_what_multiprocessing_runs_beside_the_workers_outlives_slurms_warning(

@@ -108,7 +108,7 @@ def test_a_passing_trouble_is_undone_by_going_back_to_the_last_checkpoint(
         process = start(tmp_path / name, fault=put_in)
         assert process.wait() == 0, process.said()[-3000:]
     assert "rolling back from step 13 to step 8" in process.said()
-    assert "when repeated, the step is finite" in process.said()
+    assert "the step is finite when repeated" in process.said()
     went_back = [r for r in records(tmp_path / "passing") if "went_back_from" in r]
     assert [(r["step"], r["went_back_from"]) for r in went_back] == [(8, 13)]
     assert losses(tmp_path / "passing") == losses(tmp_path / "sound")
