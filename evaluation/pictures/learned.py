@@ -1,4 +1,4 @@
-"""What training changed: the nearest photos before and after it, and where the class token looks."""
+"""The nearest photos before and after training, and where the class token looks after it."""
 
 from pathlib import Path
 
