@@ -1,9 +1,10 @@
-"""Pictures of what a backbone learned, one PNG a call.
+"""Pictures of what a backbone learned, one PNG per call.
 
 python -m evaluation.show attention       where the class token looks, head by head
 python -m evaluation.show patterns        the patches most central to a prototype
 python -m evaluation.show correspondence  patches of two views, or two photos, that find each other
 python -m evaluation.show neighbors      the photos nearest to a photo
+python -m evaluation.show learned        those before and after training, and the attention
 
 all with --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
 """
@@ -16,11 +17,12 @@ from typing import Any
 from ibeton.command import run_or_exit
 from ibeton.distributed import checked_device
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
-from ibeton.evaluation.networks import view_size, with_head
+from ibeton.evaluation.networks import untrained, view_size, with_head
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.attention import draw_attention
 from ibeton.evaluation.pictures.canvas import spread
 from ibeton.evaluation.pictures.correspondence import draw_correspondence, two_photos, two_views
+from ibeton.evaluation.pictures.learned import draw_learned
 from ibeton.evaluation.pictures.neighbors import draw_neighbors
 from ibeton.evaluation.pictures.patterns import assign, central_patterns, draw_patterns
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
@@ -37,21 +39,23 @@ def make_parser() -> argparse.ArgumentParser:
     neighbors = kinds.add_parser(
         "neighbors", aliases=["neighbours"], help="the photos nearest to a photo"
     )
-    for kind in (attention, patterns, matches, neighbors):
+    learned = kinds.add_parser("learned", help="nearest photos before and after training")
+    for kind in (attention, patterns, matches, neighbors, learned):
         kind.add_argument("--checkpoint", required=True, help="of train.py, or an imported one")
-        kind.add_argument("--data", required=True, help="labelled photos: folder, tar or .beton")
+        kind.add_argument("--data", required=True, help="labeled photos: folder, tar or .beton")
         kind.add_argument("--output", required=True, type=Path, help="PNG to write")
         kind.add_argument("--overwrite", action="store_true", help="replace an existing --output")
         kind.add_argument("--network", choices=("teacher", "student"), default="teacher")
         kind.add_argument("--image-size", type=int, help="side of a view (as the model was built)")
         kind.add_argument("--device", default="auto")
-    for kind in (attention, matches, neighbors):
+    for kind in (attention, matches, neighbors, learned):
         kind.add_argument("--photos", type=int, nargs="+", help="numbers (default: four, spread)")
     matches.add_argument("--pairs", action="store_true", help="photos two by two, not two views")
     patterns.add_argument("--patterns", type=int, default=6, help="how many prototypes")
-    neighbors.add_argument(
-        "--neighbors", "--neighbours", type=int, default=8, help="how many of each photo"
-    )
+    for kind, count in ((neighbors, 8), (learned, 4)):
+        kind.add_argument(
+            "--neighbors", "--neighbours", type=int, default=count, help="how many of each photo"
+        )
     return parser
 
 
@@ -79,6 +83,10 @@ def run(args: argparse.Namespace) -> None:
     elif args.kind in ("neighbors", "neighbours"):
         how = Extraction(args.device)
         draw_neighbors(backbone, photos, indices, args.neighbors, how, args.output)
+    elif args.kind == "learned":
+        before = untrained(config)[0].to(args.device)
+        shown = (indices, args.neighbors, Extraction(args.device), args.output)
+        draw_learned(before, backbone, photos, *shown)
     else:
         if args.pairs and len(indices) % 2:
             raise ValueError(f"--pairs with {len(indices)} photos: give two for each row")

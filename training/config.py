@@ -26,6 +26,7 @@ from ibeton.pipeline import PipelineConfig
 from ibeton.published_names import nearest_value
 from ibeton.training.log.trackers import TRACKERS, missing_packages
 from ibeton.training.recipes import RECIPES, shortened
+from ibeton.training.small import SMALL, small_recipe
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -44,7 +45,7 @@ _RETIRED = {"in_chans": 3}  # settings of older runs, with the one value that st
 class RunConfig:
     """The run: optimization, output, evaluation. Defaults are the published ViT-S/16 recipe."""
 
-    recipe: str = option("", "preset to start from (default: the one of --arch)", tuple(RECIPES))
+    recipe: str = option("", "preset to start from (default: the one of --arch)", (*RECIPES, SMALL))
     output_dir: str = option("", "run folder (default: runs/ARCH)", path=True)
     resume: str = option(
         "no", "no, auto (continue if the run folder has a checkpoint), or a file", path=True
@@ -80,7 +81,7 @@ class RunConfig:
     clip_grad: float = option(3.0, "largest L2 norm of each gradient tensor (0: no clipping)")
     freeze_last_layer: int = option(1, "epochs in which the prototypes are frozen")
     save_steps: int = option(0, "also save every so many steps (0: only at the end of epochs)")
-    keep_last: int = option(3, "how many of the last checkpoints to keep")
+    keep_last: int = option(3, "how many of the last checkpoints to keep (at least 2)")
     keep_every: int = option(40, "epochs between checkpoints that are never removed (0: none)")
     log_steps: int = option(10, "steps between records in log.jsonl")
     log_to: tuple[str, ...] = option((), "also send the records to these trackers", TRACKERS)
@@ -191,9 +192,13 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     base, values = _with_data(preset or {}), _with_data(values)
     refuse(wrong_types({**base, **values}, RunConfig, PipelineConfig, ModelConfig))
     name = values.get("recipe") or values.get("arch") or base.get("arch", "vit_s")
-    if name not in RECIPES:
+    if name == SMALL and values.get("data"):
+        recipe = small_recipe(values["data"], values.get("device", RunConfig.device))
+    elif name in (*RECIPES, SMALL):
+        recipe = RECIPES.get(name, {})
+    else:
         raise ValueError(f"--arch {name}: {nearest_value(name, [*ARCHITECTURES, *SWINS])}")
-    merged = {**RECIPES[name], **base, **values}
+    merged = {**recipe, **base, **values}
     # The position table is made for the size of the global views.
     merged.setdefault(
         "image_size", merged.get("global_crops_size", PipelineConfig.global_crops_size)

@@ -185,6 +185,7 @@ CALLS = {
     "views": "correspondence --photos 1 2",
     "photos": "correspondence --photos 1 2 --pairs",
     "neighbors": "neighbors --neighbors 3",
+    "before and after": "learned --photos 1 2 --neighbors 2",
     "patterns": "patterns --patterns 4",
 }
 

@@ -11,6 +11,11 @@ from ibeton.training.log.run_log import read_records
 _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
 _LINES = ("-", "--")  # of the first run and of the second
 _ROOM = 1.12  # of the k-NN axis beyond the last epoch, for its label
+_HOW_TO_READ = (
+    "The class loss cannot fall below the entropy of the teacher's targets. Centering spreads\n"
+    "the targets over more prototypes, which raises both. The shaded gap between them is\n"
+    "what the student has yet to learn."
+)
 
 
 def plot_curves(folder: Path) -> Path | None:
@@ -57,14 +62,18 @@ def _draw(folders: Sequence[Path], path: Path) -> Path | None:
         _draw_losses(axes[0][0], losses[name], f" {name}" if several else "", line)
         if scores[name]:
             _draw_scores(axes[0][1], scores[name], name if several else "teacher", line)
+        if not several and "teacher_entropy" in losses[name][-1]:
+            _draw_floor(axes[0][0], losses[name])
+            figure.text(0.02, 0.02, _HOW_TO_READ, color=_INK, fontsize=8)
     axes[0][0].set(title="Loss", xlabel="step", ylabel="nats")
-    axes[0][0].legend(frameon=False)
+    axes[0][0].margins(y=0.14)  # room for the legend
+    axes[0][0].legend(frameon=False, ncols=2, loc="upper center")
     if both:
         _finish_scores(axes[0][1], [r for log in scores.values() for r in log])
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0 if several else 0.13, 1, 1))
     with replacing(path, suffix=".png") as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
@@ -78,6 +87,17 @@ def _draw_losses(axis: Any, records: list[dict[str, Any]], of: str, line: str) -
         if all(value is None for value in values):  # other training than iBOT's has the loss alone
             continue
         axis.plot(steps, values, line, label=f"{name}{of}", color=color, linewidth=1.4)
+
+
+def _draw_floor(axis: Any, records: list[dict[str, Any]]) -> None:
+    """The entropy of the targets below the class loss, and the gap that is left to learn. The class
+    loss is drawn with its weight, the entropy without: they meet where lambda1 is 1."""
+    known = [r for r in records if r.get("teacher_entropy") is not None]
+    steps = [r["step"] for r in known]
+    floor, losses = [r["teacher_entropy"] for r in known], [r["cls"] for r in known]
+    label = "entropy of the targets"
+    axis.plot(steps, floor, ":", color=_BLUE, linewidth=1.4, label=label)
+    axis.fill_between(steps, floor, losses, color=_BLUE, alpha=0.15, linewidth=0)
 
 
 def _draw_scores(axis: Any, records: list[dict[str, Any]], label: str, line: str) -> None:

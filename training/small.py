@@ -1,0 +1,82 @@
+"""`--recipe small`: for 1,000 to 300,000 photos, where the published recipes, which are for a
+million photos and days of GPUs, learn nothing in the time there is.
+
+docs/small-data.md explains every departure from the published recipe, and what was measured.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.joined import open_all
+
+SMALL = "small"
+_LOOKED_AT = 16  # photos of a folder whose size is looked at
+_SEEN_ON_CPU, _SEEN_ON_GPU = 640_000, 6_400_000  # photos, over all epochs: about an hour
+_EPOCHS = 5, 800  # at least, at most
+# Share of the run that the warm-ups take.
+_WARM_UP = 1 / 32
+
+
+def small_recipe(data: str | Sequence[str], device: str) -> dict[str, Any]:
+    """The settings for the photos in `data` on `device` ("auto", "cpu", "cuda", ...).
+
+    Raises FileNotFoundError or ValueError, naming the path, for what cannot be opened.
+    """
+    import torch  # only here: the other recipes need no photos, and no GPU
+
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    photos = open_all(data)
+    return recipe_for(len(photos), _typical_side(photos), on_gpu)
+
+
+def recipe_for(photos: int, side: int, on_gpu: bool) -> dict[str, Any]:
+    """The settings for so many photos whose shorter side is typically `side` pixels."""
+    view = 32
+    if on_gpu:
+        view = next((size for size in (128, 64) if side >= size), 32)
+    seen = _SEEN_ON_GPU if on_gpu else _SEEN_ON_CPU
+    epochs = int(np.clip(round(seen / photos), *_EPOCHS))
+    warm_up = max(1, round(_WARM_UP * epochs))
+    temperatures = ("warmup_teacher_temp", "teacher_temp")
+    temperatures += ("warmup_teacher_patch_temp", "teacher_patch_temp")
+    return {
+        "arch": "vit_t",
+        **({} if on_gpu else {"embed_dim": 128, "depth": 4, "num_heads": 4}),
+        "drop_path": 0.0,
+        "patch_size": view // (8 if on_gpu else 4),
+        "global_crops_size": view,
+        "global_crops_scale": (0.5, 1.0),
+        "local_crops_number": 0,
+        "blur_radius": (0.1, view / 64),
+        "color_jitter": (0.4, 0.4, 0.9, 0.5),
+        "gray_p": 0.4,
+        "epochs": epochs,
+        "warmup_epochs": warm_up,
+        "warmup_teacher_temp_epochs": warm_up,
+        "batch_size": 256 if on_gpu else 64,
+        "lr": 1e-3 if on_gpu else 4e-3,
+        "min_lr": 1e-5,
+        "momentum_teacher": 0.99,
+        "weight_decay_end": 0.1,
+        "out_dim": 512,
+        "hidden_dim": 256,
+        "bottleneck_dim": 64,
+        **dict.fromkeys(temperatures, 0.015),
+    }
+
+
+def _typical_side(photos: Any) -> int:
+    """Median of the shorter sides in pixels; 32 if no photo that was looked at can be read."""
+    if isinstance(photos, BetonReader):
+        return int(np.median(np.minimum(photos.heights, photos.widths)))
+    sides = []
+    for index in np.linspace(0, len(photos) - 1, _LOOKED_AT).astype(int).tolist():
+        try:
+            sides.append(min(photos.pixels(index).shape[:2]))
+        except UnreadablePhoto:
+            continue
+    return int(np.median(sides)) if sides else 32
