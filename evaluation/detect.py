@@ -15,21 +15,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from ibeton.evaluation.dense.coco_data import (
+from ibeton.evaluation.dense.coco import (
     CocoPhotos,
     Truth,
+    average_precisions,
     batched,
     published_views,
+    results,
+    to_photo,
     training_view,
 )
-from ibeton.evaluation.dense.coco_metrics import average_precisions, results, to_photo
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.photos import fitted, normalized, palette
-from ibeton.evaluation.dense.pictures import SMALL, objects, panels
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
 from ibeton.evaluation.pictures.canvas import save, spread
+from ibeton.evaluation.pictures.predictions import SMALL, objects, panels
 from ibeton.options import option
 
 # architecture -> layer decay; others take ViT-B's (not published)
