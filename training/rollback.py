@@ -24,7 +24,9 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
     """
     step, again = run.guard.last_bad, run.guard.rolled_back_before()
     lines, photos_to_blame, weights_to_blame = _report(run, step, dtype)
-    path = newest(run, run.guard.newest_target())
+    # Pixels that are not finite say nothing against the checkpoint that they were met after.
+    only_photos = photos_to_blame and run.guard.diverging_since() is None
+    path = newest(run, run.guard.first_bad if only_photos else run.guard.newest_target())
     if path is None or (again and photos_to_blame):
         if not (photos_to_blame or weights_to_blame):  # what was saved has finite weights
             lines += _set_aside(run, run.guard.last_good)

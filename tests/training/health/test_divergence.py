@@ -81,13 +81,19 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch", "every_step"),
-    [("rate", 64, False), ("rate", 12, True), ("data", 12, False), ("state", 64, True)],
+    ("kind", "batch", "every_step", "seed"),
+    [
+        ("rate", 64, False, 0),
+        ("rate", 12, True, 0),
+        ("data", 12, False, 0),
+        ("data", 12, False, 15),  # from the first step after the checkpoint on
+        ("state", 64, True, 0),
+    ],
 )
 def test_a_diverging_run_keeps_its_last_good_checkpoint(
-    kind: str, batch: int, every_step: bool, start: Start, tmp_path: Path
+    kind: str, batch: int, every_step: bool, seed: int, start: Start, tmp_path: Path
 ) -> None:
-    diverge(start, tmp_path / "run", 0, kind, batch, every_step)
+    diverge(start, tmp_path / "run", seed, kind, batch, every_step)
 
 
 @pytest.mark.slow
