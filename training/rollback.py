@@ -44,9 +44,12 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
             + f"\nsee {_report_path(run)}; {advice}"
         )
     content = load_checkpoint(path)
+    proven = run.guard.last_good
     restore(run, path, content)
     run.guard.rolled_back(run.step)
-    lines += _set_aside(run, run.step)
+    # A checkpoint from which a good step was made stays, also if going back to it did not help:
+    # it may be a fault of the steps after it, which an older one meets again.
+    lines += _set_aside(run, max(run.step, proven))
     if log is not None:
         log.roll_back(run.step)
         log.record({"step": run.step, "went_back_from": step})

@@ -88,6 +88,7 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
         ("data", 12, False, 0),
         ("data", 12, False, 15),  # from the first step after the checkpoint on
         ("state", 64, True, 0),
+        ("state", 12, False, 18),  # an optimizer's state, which older checkpoints meet again
     ],
 )
 def test_a_diverging_run_keeps_its_last_good_checkpoint(
