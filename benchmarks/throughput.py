@@ -247,6 +247,8 @@ def main(given: list[str] | None = None) -> int:
         if own.compare:
             compare(own.compare[0], own.compare[1], console)
             return 0
+        if own.report.exists() and not own.report.is_dir():
+            raise ValueError(f"--report {own.report} is a file: give a folder")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         options = rest
         with tempfile.TemporaryDirectory() as folder:

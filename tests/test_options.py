@@ -1,8 +1,11 @@
 """Options as the command line takes them."""
 
+from pathlib import Path
+
 import pytest
 
 from ibeton.evaluation.frozen import knn
+from ibeton.options import check_output_file
 from ibeton.training.config import parse
 
 
@@ -27,3 +30,24 @@ def test_so_are_those_in_a_list_and_those_of_an_evaluation(
     with pytest.raises(SystemExit):
         knn.main(["--checkpoint", "a", "--train", "b", "--val", "c", "--temperature", "inf"])
     assert "inf is not a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("folder", "is a folder: give the name of a file"),
+        ("photo.jpg", "give a name that ends in .json"),
+        ("no/scores.json", "there is no folder"),
+        ("package.json", "exists, and is not replaced: give another name"),
+    ],
+)
+def test_an_output_file_replaces_nothing_but_its_like(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "package.json").write_text('{"name": "mine"}')
+    (tmp_path / "scores.json").write_text('{"scores": {}}')
+    with pytest.raises((ValueError, OSError), match=says):
+        check_output_file("--json", tmp_path / name, ".json", b'{"scores": ')
+    check_output_file("--json", tmp_path / "scores.json", ".json", b'{"scores": ')
+    check_output_file("--json", tmp_path / "new.json", ".json", b'{"scores": ')
+    with pytest.raises(FileExistsError):
+        check_output_file("--json", tmp_path / "scores.json", ".json")
