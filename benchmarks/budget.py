@@ -74,7 +74,13 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, kernels in (("without kernels", False), ("with kernels", True)):
         model = ModelConfig(arch=args.arch, recompute=args.recompute if kernels else "on")
-        settings = Settings(model, args.batch_size, dtype=DTYPES[args.precision], kernels=kernels)
+        settings = Settings(
+            model,
+            args.batch_size,
+            dtype=DTYPES[args.precision],
+            kernels=kernels,
+            capability=device.capability,
+        )
         results[name] = summary(step_launches(settings), device)
         title = f"{name}: {args.arch}, batch {args.batch_size}, {args.precision}, {args.device}"
         show(title, results[name], args.batch_size, console)

@@ -3,9 +3,9 @@ the time in which a copy moves the bytes that it must move.
 
 `python benchmarks/kernels.py` runs Triton on CUDA where there is a device, else the CPU's path. The
 two sides take turns on the same tensors. "of copy" is the speed of a large copy, measured in the
-same rounds, as the limit: 100 % would be a kernel that does nothing but move its bytes. The linear
-layers that recompute norm or GELU are bound by their matrix product instead: for them what counts
-is the bytes that they keep for the backward, which the last column gives against the reference.
+same rounds, as the limit: 100 % would be a kernel that does nothing but move its bytes. Linear
+layers and attention are bound by their products instead; their reference is PyTorch's. Of those
+that recompute norm or GELU the bytes count that they keep for the backward: the last column.
 
 With --compile nothing is timed: it compiles all kernels of a training step for sm_70, sm_80 and
 sm_90, without a GPU, and lists their registers, shared memory and spills.
@@ -19,21 +19,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
+from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
 from ibeton.command import run_or_exit
-from ibeton.model import ModelConfig
+from ibeton.model import ModelConfig, build
+from ibeton.model.backbones.fused_embed import fused_embed
 from ibeton.model.config import ARCHITECTURES
+from ibeton.model.fused_head import fused_prototypes
 from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from ibeton.model.kernels.column_sums import partial_sums
 from ibeton.model.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from ibeton.model.kernels.embed_tokens import Added, embed_tokens_reference
 from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from ibeton.model.kernels.launch import interpreted
+from ibeton.model.kernels.library_attention import split_heads
+from ibeton.model.kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
+from ibeton.model.kernels.packed_attention import Shapes, attend, attention_backward
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
+from ibeton.model.kernels.weight_norm import weight_norm_reference
+from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import Step, StepInputs
 from ibeton.progress import plain_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,14 +78,100 @@ def loss_case(name: str, rows: int, teachers: int, prototypes: int, targets: int
     )
 
 
-def fused_cases(tokens: int, width: int, x: Any) -> list[Case]:
-    """The kernels of a block, on CUDA alone. The stream is float32 in any precision."""
-    stream = torch.randn(tokens, width, device=x["device"])
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, shapes: Shapes, heads: int) -> Tensor:
+        ctx.attended = attend(qkv, shapes, heads, with_grad=True)
+        return ctx.attended.out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        partial = partial_sums(grad, 3 * grad.shape[1])
+        return attention_backward(grad.contiguous(), ctx.attended, partial), None, None
+
+
+class Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
+        hidden, active = linear_gelu(x, up, bias, keep=True)
+        ctx.save_for_backward(hidden, up, bias, down)
+        return active @ down.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, up, bias, down = ctx.saved_tensors
+        partial = partial_sums(grad, hidden.shape[1])
+        hidden, _ = linear_gelu_backward(grad, down, hidden, bias, partial, with_active=False)
+        return hidden @ up, None, None, None
+
+
+def library_attention(qkv: Tensor, shapes: Shapes, heads: int) -> Tensor:
+    outs = []
+    for part, (images, tokens) in zip(qkv.split([n * t for n, t in shapes]), shapes, strict=True):
+        out = F.scaled_dot_product_attention(*split_heads(part, images, tokens, heads))
+        outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(outs)
+
+
+def update_case(width: int, x: Any) -> Case:
+    """Clipping, AdamW, the teacher's average and copies of a network of two blocks."""
+    ibot = build(ModelConfig(embed_dim=width, depth=2, num_heads=max(1, width // 64))).to(
+        x["device"]
+    )
+    optimizer = build_optimizer(ibot.student)
+    step = Step(ibot, optimizer, None)
+    if x["dtype"] is not torch.float32:
+        ibot.half_weights._make(x["dtype"])
+    for parameter in ibot.student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    rates = torch.full((5,), 1e-6, dtype=torch.float64, device=x["device"])
+    inputs = StepInputs(*[rates] * 6)
+
+    def fused(leaf: Tensor) -> Tensor:
+        return leaf + step._update(rates, None, frozen=False)[0]
+
+    def plain(leaf: Tensor) -> Tensor:
+        return leaf + step._update_plainly(inputs, epoch=1)[0]
+
+    values = sum(p.numel() for p in ibot.student.parameters())
+    # Gradients read twice; weights, moments and teacher read and written; both copies written.
+    copies = 2 * x["dtype"].itemsize if x["dtype"] is not torch.float32 else 0
+    return Case("update", fused, plain, torch.zeros((), device=x["device"]), (40 + copies) * values)
+
+
+def fused_cases(images: int, width: int, sizes: tuple[int, int], x: Any) -> list[Case]:
+    """The kernels of a step of 2 + 10 views with `sizes` patches, on CUDA alone. The stream is
+    float32 in any precision."""
+    device, dtype = x["device"], x["dtype"]
+    shapes = [(2 * images, sizes[0] + 1), (10 * images, sizes[1] + 1)]
+    tokens, heads = sum(n * t for n, t in shapes), max(1, width // 64)
+    stream = torch.randn(tokens, width, device=device)
     out, hidden = torch.randn(tokens, width, **x), torch.randn(tokens, 4 * width, **x)
-    gamma, beta, bias = torch.randn(3, width, device=x["device"]).unbind()
-    hidden_bias = torch.randn(4 * width, device=x["device"])
-    branch, dtype = Branch(out, bias), x["dtype"]
+    gamma, beta, bias = torch.randn(3, width, device=device).unbind()
+    hidden_bias = torch.randn(4 * width, device=device)
+    up, down = torch.randn(4 * width, width, **x), torch.randn(width, 4 * width, **x)
+    qkv, branch = torch.randn(tokens, 3 * width, **x), Branch(out, bias)
+    patches, grid = torch.randn(2 * images, 1, sizes[0], 3, 16, 16, device=device), sizes[0]
+    weight, table = torch.randn(width, 3, 16, 16, device=device), torch.randn(1, 1 + grid, width)
+    cls, table = torch.randn(1, 1, width, device=device), table.to(device)
+    units, length = torch.randn(16, 256, **x), torch.ones(8192, 1, device=device)
+    direction = torch.randn(8192, 256, device=device)
     small, wide = out.numel() * out.element_size(), hidden.numel() * hidden.element_size()
+    embedded = 2 * images * (1 + grid) * width * (8 + 2 * out.element_size())
+
+    def embed(t: Tensor) -> Tensor:
+        return fused_embed([patches], [None], [table], weight, t, cls, None)[0]
+
+    def embed_reference(t: Tensor) -> Tensor:
+        product = patches.flatten(3).flatten(0, 2).to(dtype) @ weight.to(dtype).flatten(1).t()
+        return embed_tokens_reference(product, None, Added(t, cls, table))
+
+    def prototypes(t: Tensor) -> Tensor:
+        return fused_prototypes([units], t, length)[0]
+
+    def prototypes_reference(t: Tensor) -> Tensor:
+        return units @ weight_norm_reference(t, length).to(dtype).t()
+
     return [
         Case(
             f"residual + norm [{tokens}, {width}]",
@@ -90,6 +189,23 @@ def fused_cases(tokens: int, width: int, x: Any) -> list[Case]:
             hidden,
             5 * wide,
         ),
+        Case(
+            f"attention, bound by its products [{tokens}, {width}]",
+            lambda t: Attention.apply(t, shapes, heads),
+            lambda t: library_attention(t, shapes, heads),
+            qkv,
+            12 * small,
+        ),
+        Case(
+            f"linear + GELU + linear [{tokens}, {width}]",
+            lambda t: Mlp.apply(t, up, hidden_bias, down),
+            lambda t: F.gelu(F.linear(t, up, hidden_bias.to(dtype))) @ down.t(),
+            out,
+            4 * small + 5 * wide,
+        ),
+        Case("embedding with its linear layer", embed, embed_reference, bias, embedded),
+        Case("prototypes, a linear layer", prototypes, prototypes_reference, direction, 0),
+        update_case(width, x),
     ]
 
 
@@ -174,12 +290,16 @@ def show_resources(arch: str, dtype: torch.dtype | None, console: Console) -> No
     )
     for heading in ("kernel", "width", "warps", "sm_70", "sm_80", "sm_90"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
-    settings = Settings(ModelConfig(arch=arch, depth=2), 4, dtype=dtype)
-    for launch in distinct(record_step(settings).kernels):
-        made = [compile_launch(launch, capability) for capability in (70, 80, 90)]
-        width = launch.constants.get("WIDTH", launch.constants.get("PROTOTYPES", ""))
-        cells = [f"{m.registers} / {m.shared} / {m.spills}" for m in made]
-        table.add_row(launch.name, str(width), str(made[0].warps), *cells)
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for i, capability in enumerate((70, 80, 90)):
+        settings = Settings(ModelConfig(arch=arch, depth=2), 4, dtype=dtype, capability=capability)
+        for launch in distinct(record_step(settings).kernels):
+            made = compile_launch(launch, capability)
+            width = launch.constants.get("WIDTH", launch.constants.get("PROTOTYPES", ""))
+            row = rows.setdefault((launch.name, str(width), str(made.warps)), [""] * 3)
+            row[i] = f"{made.registers} / {made.shared} / {made.spills}"
+    for names, cells in rows.items():
+        table.add_row(*names, *cells)
     console.print(table)
 
 
@@ -208,7 +328,10 @@ def main() -> None:
         *linear_cases(args.images * (2 * 197 + 10 * 37), 384, x),
     ]
     if args.device == "cuda":
-        cases += fused_cases(args.images * (2 * 197 + 10 * 37), 384, x)
+        cases += fused_cases(args.images, 384, (196, 36), x)
+    elif interpreted():  # shows that they run
+        adapt_interpreter()
+        cases = fused_cases(1, 32, (4, 1), x)
     table = Table(title=f"forward and backward, ms, {args.precision} on {args.device}")
     for heading in ("kernel", "fused", "reference", "reference / fused", "of copy", "kept"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
@@ -216,13 +339,14 @@ def main() -> None:
     for case in cases:
         results[case.name] = result = measure(case, args.rounds, args.device)
         fused, plain, copy = result["seconds"].values()
+        kept = result["kept"]
         table.add_row(
             case.name,
             spread([1e3 * t for t in fused]),
             spread([1e3 * t for t in plain]),
             spread([b / a for a, b in zip(fused, plain, strict=True)]),
             spread([100 * c * case.bytes / a for a, c in zip(fused, copy, strict=True)]) + " %",
-            f"{result['kept']['fused'] / result['kept']['reference']:.2f}",
+            f"{kept['fused'] / kept['reference']:.2f}" if kept["reference"] else "",
         )
     console.print(table)
     about = machine("torch", "triton")

@@ -55,9 +55,10 @@ def step_cost(config: Config, gpu: str, precision: str, kernels: bool) -> tuple[
 
     images = config.pipeline.batch_size // config.model.micro_steps
     dtype, local = getattr(torch, precision), config.pipeline.local_crops_size
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        launches = step_launches(Settings(config.model, images, local, dtype, kernels))
     device = DEVICES[gpu]
+    settings = Settings(config.model, images, local, dtype, kernels, device.capability)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        launches = step_launches(settings)
     on_device = sum(by_category(launches, device).values())
     seconds = max(on_device, host_seconds(launches, device)) * config.model.micro_steps
     return seconds, float(sum(kept.values()))

@@ -1,4 +1,4 @@
-"""All protocols on frozen features, from one forward pass a photo.
+"""All protocols on frozen features, from one forward pass per photo.
 
 python -m evaluation.all --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ... --untrained
 """

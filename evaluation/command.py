@@ -36,7 +36,7 @@ Scores = dict[str, float]
 
 @dataclass
 class Task:
-    """What a protocol is to judge: one frozen backbone by two labelled sets."""
+    """What a protocol evaluates: a frozen backbone on two labeled sets."""
 
     train: Features
     val: Features
@@ -68,8 +68,8 @@ def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
     add = parser.add_argument
     add_checkpoint_options(parser)
     add("--batch-size", type=int, default=128, help="images at a time")
-    add("--train", required=True, help="labelled photos to learn from: folder, tar or .beton")
-    add("--val", required=True, help="labelled photos to be judged by: folder, tar or .beton")
+    add("--train", required=True, help="labeled photos to train on: folder, tar or .beton")
+    add("--val", required=True, help="labeled photos to evaluate on: folder, tar or .beton")
     add("--untrained", action="store_true", help="also the same network before any training")
     add("--image-size", type=int, help="side of a view (default: as the model was built for)")
     add("--cache", type=Path, help="folder for features (default: features beside the checkpoint)")
@@ -79,7 +79,7 @@ def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """What every command on a backbone asks: which network, how to compute, where scores go."""
+    """Options of every command on a backbone: which network, how to compute, where to write."""
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="checkpoint that train.py wrote")
     add("--network", choices=("teacher", "student"), default="teacher")
@@ -109,7 +109,7 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
 
 
 def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, Any]:
-    """Everything that the command line asks for; "scores" holds {network: {protocol: scores}},
+    """Run what the command line asks for; "scores" holds {network: {protocol: scores}},
     which are there on rank 0 alone. Of several protocols, one that does not fit the network is
     left out, and "left_out" says why. Raises ValueError or OSError with a sentence for the user."""
     how = extraction_of(args)

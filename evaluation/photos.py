@@ -1,4 +1,4 @@
-"""Labelled photos -> batches of views, decoded by threads while who asked for them computes.
+"""Labeled photos -> batches of views, decoded by threads while the caller computes.
 
 The published evaluation view: shorter side resized to 256 (bicubic, as Pillow does it), center
 224 x 224. The published view for training a linear layer: a random crop of 8 to 100 % of the photo,
@@ -38,7 +38,7 @@ def evaluation_view(
 ) -> Tensor:
     """The published evaluation view scaled to `size`: shorter side to 256, center 224 at size 224.
 
-    uint8 [3, size, size]. torchvision's Resize and CenterCrop in Pillow's words, as importing
+    uint8 [3, size, size]. torchvision's Resize and CenterCrop with Pillow, as importing
     torchvision alone takes more than a third of the time that a run takes to load.
     """
     shorter = round(size * 256 / 224)
@@ -85,14 +85,14 @@ def _planes(image: Image.Image) -> Tensor:
 
 
 class PhotoSet:
-    """The labelled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views,
+    """The labeled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views,
     or as `view` cuts them.
 
     `classes`: number the labels by these names (the training set's) instead of the set's own order.
     Sets that carry no names go by number. An unreadable photo is an item without image.
-    `labelled` False: photos need no class.
+    `labeled` False: photos need no class.
 
-    Raises ValueError for a set without photos, with unlabelled photos, or with classes that
+    Raises ValueError for a set without photos, with unlabeled photos, or with classes that
     `classes` lacks; FileNotFoundError for a missing path.
     """
 
@@ -102,7 +102,7 @@ class PhotoSet:
         size: int = 224,
         classes: list[str] | None = None,
         view: View = evaluation_view,
-        labelled: bool = True,
+        labeled: bool = True,
     ) -> None:
         if size < 1:
             raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
@@ -112,7 +112,7 @@ class PhotoSet:
         self.labels = np.asarray(self._photos.labels, dtype=np.int64)
         if not len(self.labels):
             raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
-        if labelled and self.labels.min() < 0:
+        if labeled and self.labels.min() < 0:
             raise ValueError(
                 f"{path} holds {(self.labels < 0).sum()} photos without a class; "
                 "sort them into one folder a class"
@@ -208,7 +208,7 @@ def view_batches(
 ) -> Generator[ViewBatch, None, None]:
     """The views of photos `indices`, in their order, `batch_size` at a time.
 
-    `threads` decode (0: one a core), at most three batches ahead. `epoch`: random views of that
+    `threads` decode (0: one per core), at most three batches ahead. `epoch`: random views of that
     epoch instead of evaluation views. `pinned`: in page-locked memory.
     """
     indices = np.asarray(indices, dtype=np.int64)

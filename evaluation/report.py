@@ -151,7 +151,7 @@ def all_rows(backbone: Backbone) -> list[tuple[str, ...]]:
 
 
 def markdown(backbones: Sequence[Backbone], pictures: Sequence[Path], beside: Path) -> str:
-    """The page in Markdown, with pictures by their way from the folder `beside`."""
+    """The page in Markdown, with paths of pictures relative to the folder `beside`."""
     lines = ["# Evaluation", "", _explanation(), ""]
     for backbone in backbones:
         lines += [f"## {backbone.arch}: {backbone.checkpoint}", ""]
@@ -173,7 +173,7 @@ def _markdown_table(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) ->
 
 
 def page(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> str:
-    """The page in HTML, one file that holds its pictures."""
+    """The page in HTML, one self-contained file."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>",
         f"<style>{_STYLE}</style><h1>Evaluation</h1><p>{html.escape(_explanation())}</p>",

@@ -1,4 +1,4 @@
-"""Pictures of what a backbone learned, one PNG a call.
+"""Pictures of what a backbone learned, one PNG per call.
 
 python -m evaluation.show attention       where the class token looks, head by head
 python -m evaluation.show patterns        the patches most central to a prototype
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     learned = kinds.add_parser("learned", help="nearest photos before and after training")
     for kind in (attention, patterns, matches, neighbors, learned):
         kind.add_argument("--checkpoint", required=True, help="of train.py, or an imported one")
-        kind.add_argument("--data", required=True, help="labelled photos: folder, tar or .beton")
+        kind.add_argument("--data", required=True, help="labeled photos: folder, tar or .beton")
         kind.add_argument("--output", required=True, type=Path, help="PNG to write")
         kind.add_argument("--overwrite", action="store_true", help="replace an existing --output")
         kind.add_argument("--network", choices=("teacher", "student"), default="teacher")

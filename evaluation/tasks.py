@@ -31,7 +31,7 @@ Data = TypeVar("Data")
 
 @dataclass(frozen=True)
 class Subject:
-    """The network that a task judges."""
+    """The network that a task evaluates."""
 
     name: str  # "teacher", "student" or "untrained"
     backbone: nn.Module  # on the device
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
 def settings_of(
     args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The part of a report that says what was judged, and how."""
+    """The part of a report that says what was evaluated, and how."""
     given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     return {**plain, "arch": config["arch"]}

@@ -47,7 +47,7 @@ class Recording(NamedTuple):
     """A recorded step: its inputs, and what runs it on them."""
 
     inputs: StepInputs
-    draws: HostInputs
+    host_inputs: list[HostInputs]  # of each recorded function
     compute: Callable[[], Gradients] | None  # with several processes: forward and backward
     finish: Callable[[], Metrics]  # the rest, or all of it
 
@@ -109,7 +109,8 @@ class GraphedStep:
         if key in self._recordings:
             recording = self._recordings[key]
             _fill(recording.inputs, inputs)
-            recording.draws.refill()
+            for host_inputs in recording.host_inputs:
+                host_inputs.refill()
             return True
         random = torch.get_rng_state()
         try:
@@ -137,7 +138,7 @@ class GraphedStep:
             def whole() -> Metrics:
                 return step.run(static, epoch)
 
-            return Recording(static, draws, None, record(whole, draws))
+            return Recording(static, [draws], None, record(whole, draws))
         computed: list[Gradients] = []
 
         def compute() -> Gradients:
@@ -148,10 +149,11 @@ class GraphedStep:
         def update() -> Metrics:
             return step.update_weights(static, epoch, self._unpack(computed[0]), reduced=True)
 
-        first = record(compute, draws)
-        return Recording(static, draws, first, record(update, draws))
+        first, addresses = record(compute, draws), HostInputs()
+        return Recording(static, [draws, addresses], first, record(update, addresses))
 
     def _replay(self, recording: Recording) -> Metrics:
+        self._step.ibot.half_weights.refresh()  # the graph relies on the copies of the last step
         with stage("graph"):
             if recording.compute is not None:
                 recording.compute()

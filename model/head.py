@@ -6,8 +6,12 @@ from torch import Tensor, nn
 
 from ibeton.model.backbones.blocks import init_linear
 from ibeton.model.config import ModelConfig
-from ibeton.model.kernels.bias_gelu import bias_gelu
-from ibeton.model.kernels.half_weights import half_linear
+from ibeton.model.fused_head import (
+    bottleneck_and_mean,
+    fused_bottleneck,
+    fused_prototypes,
+    target_logits,
+)
 from ibeton.model.kernels.launch import kernels_run_on
 
 
@@ -30,6 +34,10 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())
+
+    def fused(self, *units: Tensor) -> tuple[Tensor, ...]:
+        """As `forward`, of one or two tensors [R, in_dim], by the Triton kernels."""
+        return fused_prototypes(list(units), self.weight_v, self.weight_g)
 
 
 class IBOTHead(nn.Module):
@@ -66,25 +74,34 @@ class IBOTHead(nn.Module):
             self.last_layer2.weight_g.requires_grad_(False)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """Tokens [..., C] -> unit vectors [..., bottleneck_dim], float32 at least."""
+        """Tokens [..., C] -> unit vectors [..., bottleneck_dim], in float32 at least, or as matrix
+        products take them."""
         # Batch norm wants one long list of tokens: its statistics run over images and tokens.
         rows = x.flatten(0, -2)
-        rows = self._fused_mlp(rows) if self._can_fuse(rows) else self.mlp(rows)
-        x = rows.unflatten(0, x.shape[:-1])
+        if self._can_fuse(rows):
+            return fused_bottleneck(rows, self._layers()).unflatten(0, x.shape[:-1])
+        x = self.mlp(rows).unflatten(0, x.shape[:-1])
         # The squares leave the range of fp16.
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+    def bottleneck_and_mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`bottleneck` of tokens [B, 1 + N, C], class token first, and the mean of its unit vectors
+        over all patches, [bottleneck_dim]. Without gradient."""
+        with torch.no_grad():
+            rows = x.flatten(0, -2)
+            if self._can_fuse(rows):
+                units, mean = bottleneck_and_mean(rows, self._layers(), x.shape[1])
+                return units.unflatten(0, x.shape[:-1]), mean
+            units = self.bottleneck(x)
+            return units, units[:, 1:].mean(dim=(0, 1))
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether linear layers and GELUs alternate, on a device that runs the Triton kernels."""
         kinds = (nn.Linear, nn.GELU)
         return kernels_run_on(x) and all(type(m) is kinds[i % 2] for i, m in enumerate(self.mlp))
 
-    def _fused_mlp(self, x: Tensor) -> Tensor:
-        """`mlp` with biases and GELUs in one pass each."""
-        *hidden, last = (layer for layer in self.mlp if isinstance(layer, nn.Linear))
-        for layer in hidden:
-            x = bias_gelu(half_linear(x, layer.weight), layer.bias)
-        return half_linear(x, last.weight, last.bias)
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        return [(layer.weight, layer.bias) for layer in self.mlp if isinstance(layer, nn.Linear)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, 1 + N, C], class token first -> class [B, K] and patch logits [B, N, K2]."""
@@ -92,11 +109,29 @@ class IBOTHead(nn.Module):
         return self.prototypes(x[:, 0], x[:, 1:])
 
     def prototypes(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of class tokens and of patches [..., bottleneck_dim] -> their logits."""
-        weight = self.last_layer.weight()
-        shared = self.last_layer2 is self.last_layer
-        patch_weight = weight if shared else self.last_layer2.weight()
+        """Unit vectors of class tokens [R, bottleneck_dim] and of patches [..., bottleneck_dim] ->
+        their logits."""
+        last, last2 = self.last_layer, self.last_layer2
+        if kernels_run_on(cls):
+            rows = patches.flatten(0, -2)
+            if last is last2:
+                logits, patch_logits = last.fused(cls, rows)
+            else:
+                (logits,), (patch_logits,) = last.fused(cls), last2.fused(rows)
+            return logits, patch_logits.unflatten(0, patches.shape[:-1])
+        weight = last.weight()
+        patch_weight = weight if last is last2 else last2.weight()
         return F.linear(cls, weight), F.linear(patches, patch_weight)
+
+    def target_logits(self, cls: Tensor, patches: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+        """`prototypes` of class tokens and patches, both [R, bottleneck_dim], and the patch logits
+        of a mean of unit vectors, float32 at least. Without gradient."""
+        last, last2 = self.last_layer, self.last_layer2
+        if last is last2 and kernels_run_on(cls):
+            return target_logits(cls, patches, mean, last.weight_v, last.weight_g)
+        with torch.autocast(cls.device.type, enabled=False):
+            mean_logits = last2(mean)
+        return *self.prototypes(cls, patches), mean_logits
 
     def cls_logits(self, x: Tensor) -> Tensor:
         """Class tokens [B, C] -> logits [B, K]."""

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ibeton.model.config import ModelConfig
-from ibeton.model.kernels.cross_entropy import cross_entropy, upcast
+from ibeton.model.kernels.class_metrics import class_metrics
+from ibeton.model.kernels.cross_entropy import cross_entropy
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.network import Logits, Targets
 from ibeton.model.schedules import temperature_schedule
@@ -51,6 +52,7 @@ class IBOTLoss(nn.Module):
             config.epochs,
             config.pred_start_epoch,
         )
+        self._pairs: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self.register_buffer("center", torch.zeros(1, config.out_dim))
         self.register_buffer("center2", torch.zeros(1, 1, config.patch_prototypes()))
 
@@ -78,33 +80,29 @@ class IBOTLoss(nn.Module):
         self._check(student, teacher, patches)
         cls_logits, patch_logits, local_cls = student
         if local_cls is not None:
-            cls_logits = torch.cat([cls_logits, local_cls])
+            cls_logits = _together(cls_logits, local_cls)
         temp, patch_temp = self.temperatures(epoch) if temps is None else temps.unbind()
-        cls = self.lambda1 * self._across_views(cls_logits, teacher.cls, temp)
-        patch = self.lambda2 * cross_entropy(
-            patch_logits,
-            teacher.patch,
-            self.center2.flatten(),
-            torch.arange(len(patch_logits), device=patch_logits.device).unsqueeze(1),
-            patches.weight,
-            self.student_temp,
-            patch_temp,
+        center, center2 = self.center.flatten(), self.center2.flatten()
+        pairs, weight = self._across_views(len(teacher.cls), cls_logits.device)
+        cls = cross_entropy(cls_logits, teacher.cls, center, pairs, weight, self.student_temp, temp)
+        patch = cross_entropy(
+            *(patch_logits, teacher.patch, center2, None, patches.weight),
+            *(self.student_temp, patch_temp),
         )
+        cls = cls if self.lambda1 == 1 else self.lambda1 * cls
+        patch = patch if self.lambda2 == 1 else self.lambda2 * patch
         with torch.no_grad():
-            targets = ((upcast(teacher.cls) - self.center) / temp).softmax(dim=-1)
-            entropy = -torch.special.xlogy(targets, targets).sum(dim=-1).mean()
-            mean = targets.mean(dim=0)
-            batch = len(teacher.cls) // self.global_views
-            second = cls_logits[batch : 2 * batch]
-            agree = teacher.cls[:batch].argmax(dim=-1) == second.argmax(dim=-1)
-            batch_means = torch.cat([upcast(teacher.cls).mean(dim=0), teacher.patch_mean])
+            entropy, agree = class_metrics(teacher.cls, cls_logits, center, temp, self.global_views)
+            wide = torch.promote_types(teacher.cls.dtype, torch.float32)
+            mean = ((teacher.cls.to(wide) - center) / temp).softmax(dim=-1).mean(dim=0)
+            batch_means = torch.cat([teacher.cls.mean(dim=0, dtype=wide), teacher.patch_mean])
         terms = {
             "loss": cls + patch,
             "cls": cls,
             "patch": patch,
             "teacher_entropy": entropy,
             "prototypes": (-torch.special.xlogy(mean, mean).sum()).exp(),
-            "acc": agree.float().mean(),
+            "acc": agree,
         }
         return terms, batch_means
 
@@ -117,37 +115,45 @@ class IBOTLoss(nn.Module):
             )
         return float(self.teacher_temps[epoch]), float(self.teacher_patch_temps[epoch])
 
-    def _across_views(self, student: Tensor, teacher: Tensor, temp: float | Tensor) -> Tensor:
-        """Mean cross-entropy over images and over pairs of a teacher view and another student view.
-        student [(V + L) * B, K], teacher [V * B, K]."""
-        views, batch = self.global_views + self.local_views, len(teacher) // self.global_views
-        student_view = torch.arange(views, device=student.device)[:, None, None]
-        teacher_view = torch.arange(self.global_views, device=student.device)
-        rows = teacher_view * batch + torch.arange(batch, device=student.device)[:, None]  # [B, V]
-        pairs = rows.expand(views, -1, -1).masked_fill(student_view == teacher_view, -1)
-        weight = torch.full(
-            (len(student),),
-            1 / (batch * self.global_views * (views - 1)),
-            dtype=torch.float64,
-            device=student.device,
-        )
-        center = self.center.flatten()
-        return cross_entropy(
-            student, teacher, center, pairs.flatten(0, 1), weight, self.student_temp, temp
-        )
+    def _across_views(self, teacher_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each row of the student's class logits of all views, the teacher's rows of the other
+        views, int64 [(V + L) * B, V], -1 for its own; and the weights that make the mean over
+        images and pairs of views. Kept, as they only depend on the batch size."""
+        key = (teacher_rows, device)
+        if key not in self._pairs:
+            views, batch = self.global_views + self.local_views, teacher_rows // self.global_views
+            student_view = torch.arange(views)[:, None, None]
+            teacher_view = torch.arange(self.global_views)
+            rows = teacher_view * batch + torch.arange(batch)[:, None]  # [B, V]
+            pairs = rows.expand(views, -1, -1).masked_fill(student_view == teacher_view, -1)
+            share = 1 / (max(1, batch) * self.global_views * (views - 1))
+            weight = torch.full((views * batch,), share, dtype=torch.float64)
+            self._pairs[key] = pairs.flatten(0, 1).to(device), weight.to(device)
+        return self._pairs[key]
 
     @torch.no_grad()
-    def update_centers(self, batch_means: list[Tensor], reduced: bool = False) -> None:
+    def update_centers(
+        self, batch_means: list[Tensor], reduced: bool = False, skipped: Tensor | None = None
+    ) -> None:
         """Move the centers towards the mean of the `batch_means`, each [K + K2], and over all
         ranks, which hold equally many images each. Call once per step, after its backward.
-        `reduced`: they are the same on all ranks already."""
-        mean = torch.stack(batch_means).mean(dim=0)
+        `reduced`: they are the same on all ranks already. If `skipped`, a bool on the device, is
+        true, nothing changes."""
+        mean = batch_means[0] if len(batch_means) == 1 else torch.stack(batch_means).mean(dim=0)
         if not reduced and dist.is_available() and dist.is_initialized():
+            mean = mean.clone()
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         cls_mean, patch_mean = mean.split([self.center.shape[-1], self.center2.shape[-1]])
-        self.center.lerp_(cls_mean.view_as(self.center), 1 - self.center_momentum)
-        self.center2.lerp_(patch_mean.view_as(self.center2), 1 - self.center_momentum2)
+        for center, new, momentum in (
+            (self.center, cls_mean, self.center_momentum),
+            (self.center2, patch_mean, self.center_momentum2),
+        ):
+            if skipped is None:
+                center.lerp_(new.view_as(center), 1 - momentum)
+            else:
+                moved = center.lerp(new.view_as(center), 1 - momentum)
+                torch.where(skipped, center, moved, out=center)
 
     def _check(self, student: Logits, teacher: Targets, patches: MaskedPatches) -> None:
         cls, patch, local_cls = student
@@ -172,3 +178,12 @@ class IBOTLoss(nn.Module):
                 f"{len(patches.weight)} masked patches for patch logits {list(patch.shape)}:"
                 " expected one weight a row"
             )
+
+
+def _together(cls: Tensor, local_cls: Tensor) -> Tensor:
+    """Both below each other: without a copy if they are the two parts of one tensor."""
+    whole = cls._base
+    both = (len(cls) + len(local_cls), *cls.shape[1:])
+    if whole is not None and whole is local_cls._base and whole.shape == both:
+        return whole
+    return torch.cat([cls, local_cls])

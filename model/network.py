@@ -2,9 +2,10 @@
 
 A backbone is called as `backbone(images [B, 3, H, W], masks bool [B, h, w] or None)` and returns
 tokens [B, 1 + N, C], the class token first, for images of any size that its patches tile; N is
-h * w, and only a student takes masks. It may offer `forward_views`, as `VisionTransformer` does, to
-take all crop sizes in one pass and to return selected patches only; without it each size has its
-own pass. `masked_embed` is the one parameter that only the student has.
+h * w, and only a student takes masks. It may offer `forward_views`, `selected` and
+`tokens_for_product`, as `VisionTransformer` does, to take all crop sizes in one pass and to return
+selected tokens only; without them each size has its own pass. `masked_embed` is the one parameter
+that only the student has.
 """
 
 from typing import Any, NamedTuple, cast
@@ -59,16 +60,15 @@ class Network(nn.Module):
         if self.head.couples_tokens():  # statistics over every token of a crop size
             tokens = self._views(views, flat_masks, [None] * len(views))
             encoded = [self._encode(cls, patches) for cls, patches in tokens]
-            (cls, patch), local_cls = encoded[0], [cls for cls, _ in encoded[1:]]
+            patch = encoded[0][1]
             if patch_indices is not None:
                 patch = patch.flatten(0, 1)[patch_indices]
+            cls = torch.cat([cls for cls, _ in encoded])
         else:
-            none = torch.empty(0, dtype=torch.int64, device=global_crops.device)
-            tokens = self._views(views, flat_masks, [patch_indices, none][: len(views)])
-            cls, patch, local_cls = self._encode_together(tokens)
-        logits, patch_logits = self.head.prototypes(torch.cat([cls, *local_cls]), patch)
+            cls, patch = self._encode_selected(views, flat_masks, patch_indices)
+        logits, patch_logits = self.head.prototypes(cls, patch)
         rows = len(views[0])
-        return logits[:rows], patch_logits, logits[rows:] if local_cls else None
+        return logits[:rows], patch_logits, logits[rows:] if len(views) > 1 else None
 
     def targets(self, global_crops: Tensor, patch_indices: Tensor) -> Targets:
         """The teacher's logits of class tokens and of the patches in `patch_indices`.
@@ -77,12 +77,14 @@ class Network(nn.Module):
         before it gives the same mean from one row instead of V * B * N.
         """
         _check(global_crops, None)
-        [(cls, patches)] = self._views([global_crops.flatten(0, 1)], [None], [None])
-        cls, patches = self._encode(cls, patches)
-        cls_logits, patch_logits = self.head.prototypes(cls, patches.flatten(0, 1)[patch_indices])
-        with torch.autocast(global_crops.device.type, enabled=False):
-            mean = self.head.last_layer2(patches.mean(dim=(0, 1)))
-        return Targets(cls_logits, patch_logits, mean)
+        backbone = cast(Any, self.backbone)
+        embed = getattr(backbone, "tokens_for_product", backbone)
+        units, mean = self.head.bottleneck_and_mean(embed(global_crops.flatten(0, 1)))
+        rows = (
+            patch_indices + patch_indices // (units.shape[1] - 1) + 1
+        )  # with class tokens between
+        patches = units.flatten(0, 1).index_select(0, rows)
+        return Targets(*self.head.target_logits(units[:, 0], patches, mean))
 
     def _views(
         self, views: list[Tensor], masks: list[Tensor | None], indices: list[Tensor | None]
@@ -96,13 +98,30 @@ class Network(nn.Module):
         encoded = self.head.bottleneck(torch.cat([cls.unsqueeze(1), patches], dim=1))
         return encoded[:, 0], encoded[:, 1:]
 
-    def _encode_together(self, tokens: Views) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """All tokens in one pass of the head's MLP -> unit vectors of class token, patches, and
-        class token of the local views if any. Patches keep their leading dimensions."""
+    def _encode_selected(
+        self, views: list[Tensor], masks: list[Tensor | None], patch_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit vectors of the class tokens of all views, and of the patches in `patch_indices` (all
+        patches: [V * B, N, D]), from one pass of the head's MLP."""
+        rows, leading = self._rows(views, masks, patch_indices)
+        classes = sum(len(view) for view in views)
+        cls, patch = self.head.bottleneck(rows).split([classes, len(rows) - classes])
+        return cls, patch.unflatten(0, leading)
+
+    def _rows(
+        self, views: list[Tensor], masks: list[Tensor | None], patch_indices: Tensor | None
+    ) -> tuple[Tensor, torch.Size]:
+        """Class tokens of all views and then patches, [R, C], and the leading dimensions that the
+        patches have."""
+        if patch_indices is not None and hasattr(self.backbone, "selected"):
+            rows = cast(Any, self.backbone).selected(views, masks, patch_indices)
+            return rows, patch_indices.shape
+        none = torch.empty(0, dtype=torch.int64, device=views[0].device)
+        indices = [patch_indices, *[none] * (len(views) - 1)]
+        tokens = self._views(views, masks, indices)
         patches = tokens[0][1]
-        rows = [cls for cls, _ in tokens] + [patches.flatten(0, -2)]
-        cls, *local_cls, patch = self.head.bottleneck(torch.cat(rows)).split([len(r) for r in rows])
-        return cls, patch.unflatten(0, patches.shape[:-1]), local_cls
+        rows = torch.cat([*(cls for cls, _ in tokens), patches.flatten(0, -2)])
+        return rows, patches.shape[:-1]
 
 
 def views_one_by_one(

@@ -40,6 +40,9 @@ class AdamW(torch.optim.AdamW):
     def _cuda_graph_capture_health_check(self) -> None:
         """Fused steps can be captured: only the other ones need `capturable`."""
 
+    # The name since torch 2.12
+    _accelerator_graph_capture_health_check = _cuda_graph_capture_health_check
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -234,5 +237,10 @@ def cancel_last_layer_gradients(student: nn.Module, epoch: int, freeze_epochs: i
     """
     if epoch < freeze_epochs:
         for name, parameter in student.named_parameters():
-            if "last_layer" in name:
+            if is_last_layer(name):
                 parameter.grad = None
+
+
+def is_last_layer(name: str) -> bool:
+    """Whether a parameter of that name is frozen in the first epochs."""
+    return "last_layer" in name

@@ -6,6 +6,7 @@ decides (`step_inputs`), forward and backward (`compute_gradients`), and the upd
 from the host whether to step (SGD, LARS, a sharded one).
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ibeton.model.fused_update import FusedUpdate
 from ibeton.model.ibot import IBOT
 from ibeton.model.masking import MaskedPatches, bucket_size, masked_patches, to_device
 from ibeton.model.optim import AdamW, cancel_last_layer_gradients, clip_gradients
@@ -79,7 +81,7 @@ class Gradients(NamedTuple):
 
     terms: list[dict[str, Tensor]]  # of the loss, for each micro-step
     batch_means: Tensor  # [P, K + K2], see `IBOTLoss.forward`
-    buffers: list[Tensor]  # values before the step
+    statistics: list[Tensor]  # of batch norms, before the step
 
 
 def takes_scalars(optimizer: Optimizer) -> bool:
@@ -106,6 +108,7 @@ class Step:
             raise ValueError(
                 "float16 needs a GradScaler: small gradients vanish without loss scaling"
             )
+        self._update = FusedUpdate(self.ibot, self.optimizer, self.clip_grad)
 
     def inputs(
         self,
@@ -148,7 +151,7 @@ class Step:
         """Forward and backward of all micro-steps. The gradients are scaled by the scaler."""
         ibot, dtype = self.ibot, self.autocast_dtype
         self.optimizer.zero_grad(set_to_none=True)
-        before = [buffer.clone() for buffer in ibot.buffers()]
+        before = [buffer.clone() for buffer in self._statistics()]
         device, parts = inputs.global_crops.device.type, len(inputs.places)
         crops = inputs.global_crops.chunk(parts, dim=1)
         local = (
@@ -164,47 +167,70 @@ class Step:
                         crops[i], local[i], masks[i], epoch, patches, inputs.rates[3:]
                     )
                 with stage("backward"):
-                    loss = _nan_if_not_finite(part["loss"]) / parts
-                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                    upstream = _nan_if_not_finite(part["loss"].detach())
+                    upstream = upstream if parts == 1 else upstream / parts
+                    scaler = self.scaler
+                    part["loss"].backward(upstream if scaler is None else scaler.scale(upstream))
             terms.append({name: term.detach() for name, term in part.items()})
             batch_means.append(means)
-        return Gradients(terms, torch.stack(batch_means), before)
+        means = batch_means[0].unsqueeze(0) if parts == 1 else torch.stack(batch_means)
+        return Gradients(terms, means, before)
+
+    def _statistics(self) -> Iterator[Tensor]:
+        """Buffers that the forward changes: statistics of batch norms."""
+        return (b for module in (self.ibot.student, self.ibot.teacher) for b in module.buffers())
 
     def update_weights(
         self, inputs: StepInputs, epoch: int, computed: Gradients, reduced: bool = False
     ) -> dict[str, Tensor]:
         """Centers, clipping, optimizer, teacher; skipped on the device if a gradient is not finite.
         `reduced`: `computed.batch_means` are the same on all ranks already."""
-        ibot, optimizer, scaler = self.ibot, self.optimizer, self.scaler
+        ibot = self.ibot
+        if self._update.runs():
+            with stage("optimizer"):
+                frozen = self.is_frozen(epoch)
+                norm, skipped = self._update(inputs.rates, self.scaler, frozen)
+                cancel_last_layer_gradients(ibot.student, epoch, self.freeze_last_layer)
+        else:
+            norm, skipped = self._update_plainly(inputs, epoch)
+        for buffer, old in zip(self._statistics(), computed.statistics, strict=True):
+            torch.where(skipped, old, buffer, out=buffer)
+        with stage("comm"):  # one all-reduce, and little else
+            ibot.loss.update_centers(list(computed.batch_means), reduced, skipped)
+        parts = computed.terms
+        metrics = parts[0]
+        if len(parts) > 1:
+            metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in metrics}
+        return metrics | {"grad_norm": norm, "finite": ~skipped}
+
+    def _update_plainly(self, inputs: StepInputs, epoch: int) -> tuple[Tensor, Tensor]:
+        """Clip, step, and move the teacher. Returns the norm of all gradients before clipping, and
+        whether nothing changed because it is not finite."""
+        optimizer, scaler, student = self.optimizer, self.scaler, self.ibot.student
         rates = inputs.rates.unbind() if inputs.rates.is_cuda else inputs.rates.tolist()
         lr, weight_decay, momentum = rates[:3]
         set_rates(optimizer, lr, weight_decay)
-        with stage("comm"):  # one all-reduce, and little else
-            ibot.loss.update_centers(list(computed.batch_means), reduced)
         with stage("optimizer"):
             if scaler is not None:
                 scaler.unscale_(optimizer)
-            norms = clip_gradients(ibot.student.parameters(), self.clip_grad)
-            skipped = ~norms.norm().isfinite()  # the same on all ranks, as the gradients are
-            cancel_last_layer_gradients(ibot.student, epoch, self.freeze_last_layer)
+            norms = clip_gradients(student.parameters(), self.clip_grad)
+            norm = norms.norm()
+            skipped = ~norm.isfinite()  # the same on all ranks, as the gradients are
+            cancel_last_layer_gradients(student, epoch, self.freeze_last_layer)
             if scaler is not None and scaler.is_enabled():  # it has checked the gradients itself
                 scaler.step(optimizer)
                 scaler.update()
             else:
                 _step_unless(skipped, optimizer)
-            for buffer, old in zip(ibot.buffers(), computed.buffers, strict=True):
-                buffer.copy_(torch.where(skipped, old, buffer))
         with stage("ema"):
-            ibot.update_teacher(momentum, skipped)
-        parts = computed.terms
-        metrics = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return metrics | {"grad_norm": norms.norm(), "finite": ~skipped}
+            self.ibot.update_teacher(momentum, skipped)
+        return norm, skipped
 
 
 def _nan_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, with NaN gradients unless it is finite: ranks average their gradients, so all of
-    them learn of it without another message."""
-    return loss * (1 + 0 * loss.detach())
+    """The gradient of the loss itself: 1, or NaN unless it is finite. Ranks average their
+    gradients, so all of them learn of it without another message."""
+    return 1 + 0 * loss
 
 
 def _step_unless(skipped: Tensor, optimizer: Optimizer) -> None:

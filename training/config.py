@@ -81,7 +81,7 @@ class RunConfig:
     clip_grad: float = option(3.0, "largest L2 norm of each gradient tensor (0: no clipping)")
     freeze_last_layer: int = option(1, "epochs in which the prototypes are frozen")
     save_steps: int = option(0, "also save every so many steps (0: only at the end of epochs)")
-    keep_last: int = option(3, "how many of the last checkpoints to keep")
+    keep_last: int = option(3, "how many of the last checkpoints to keep (at least 2)")
     keep_every: int = option(40, "epochs between checkpoints that are never removed (0: none)")
     log_steps: int = option(10, "steps between records in log.jsonl")
     log_to: tuple[str, ...] = option((), "also send the records to these trackers", TRACKERS)

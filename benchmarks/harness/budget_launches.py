@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from ibeton.model import ModelConfig, build
-from ibeton.model.backbones.blocks import Kept, Shapes
+from ibeton.model.backbones.blocks import Kept, Shapes, spread_kept
 from ibeton.model.kernels.launch import Launch, counting
 from ibeton.model.masking import BUCKETS
 from ibeton.model.optim import build_optimizer
@@ -34,9 +34,10 @@ NORM, NORM_BACKWARD, GELU, GELU_BACKWARD = "norm", "norm backward", "GELU", "GEL
 CONCATENATION, SUMS, OPTIMIZER = "concatenation", "sums", "optimizer and EMA"
 # Triton kernels of ours: those with a reduction along the row, and those that only stream
 ROW_KERNELS, STREAM_KERNELS = "row kernels", "stream kernels"
+TRITON_PRODUCTS = "products with GELU"
 CATEGORIES = (
     *(PRODUCTS, ATTENTION, COPIES, ELEMENTWISE, NORM, NORM_BACKWARD, GELU, GELU_BACKWARD),
-    *(CONCATENATION, SUMS, OPTIMIZER, ROW_KERNELS, STREAM_KERNELS),
+    *(CONCATENATION, SUMS, OPTIMIZER, TRITON_PRODUCTS, ROW_KERNELS, STREAM_KERNELS),
 )
 # operator -> category; all that is not named here is element-wise
 OPERATORS = {
@@ -54,10 +55,18 @@ KERNELS = {
     "native_layer_norm_backward": 2,  # of the input; of gamma and beta
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,  # cuDNN's, on CUDA
 }
+# Triton kernels of ours; all that is not named here streams
+KERNEL_CATEGORIES = {
+    **dict.fromkeys(("_residual_norm_kernel", "_residual_norm_backward_kernel"), ROW_KERNELS),
+    **dict.fromkeys(("_row_kernel", "_class_metrics_kernel"), ROW_KERNELS),
+    **dict.fromkeys(("_attention_kernel", "_attention_backward_kernel"), ATTENTION),
+    **dict.fromkeys(("_linear_gelu_kernel", "_linear_gelu_backward_kernel"), TRITON_PRODUCTS),
+}
 NOT_LAUNCHED = (
     *("empty", "empty_like", "new_empty", "detach", "alias", "device", "promote_types"),
-    *("_unsafe_view", "scalar_tensor", "squeeze_"),
+    *("_unsafe_view", "scalar_tensor", "squeeze_", "new_empty_strided"),
 )
+GATHERS = ("index_select", "index", "embedding")
 MULTI_TENSOR = ("_foreach", "_fused", "_amp")
 CHUNK = 320 * 65_536  # elements that one launch of a multi-tensor kernel takes
 
@@ -90,10 +99,16 @@ class Recorder(TorchDispatchMode):
         inputs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
         tensors = [t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name.startswith(MULTI_TENSOR):
+        if name.startswith(MULTI_TENSOR) and name not in ("_foreach_norm",):
             written = tensors  # updated in place
+        if name == "copy_":
+            tensors = tensors[1:]
+        elif name in GATHERS:  # of the first tensor, only what is taken
+            tensors = [*tensors[1:], *written]
+        elif name == "index_add_":
+            tensors, written = tensors[1:], [tensors[-1]] * 2
         is_view = any(a.alias_info and not a.alias_info.is_write for a in func._schema.arguments)
-        if not is_view and name not in NOT_LAUNCHED and (written or tensors):
+        if not is_view and name not in NOT_LAUNCHED and any(t.numel() for t in written):
             self.note(name, tensors, written)
         return out
 
@@ -115,10 +130,13 @@ class Recorder(TorchDispatchMode):
 
     def kernel(self, launch: Launch) -> None:
         """A Triton kernel of ours, which reads or writes each tensor once."""
-        self.kernels.append(launch)
-        rows = launch.name.startswith(("_residual_norm", "_row"))
-        category = ROW_KERNELS if rows else STREAM_KERNELS
-        self.add(category, launch.name, 1, _bytes(launch.tensors()), 0)
+        # Aliases: autograd copies a gradient that somebody else holds.
+        arguments = (a.detach() if isinstance(a, Tensor) else a for a in launch.arguments)
+        self.kernels.append(launch._replace(arguments=tuple(arguments)))
+        category = KERNEL_CATEGORIES.get(launch.name, STREAM_KERNELS)
+        category = OPTIMIZER if launch.touches else category
+        flops = _kernel_flops(launch) if category in (ATTENTION, TRITON_PRODUCTS) else 0
+        self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
         self.launches.append(Launches(self.stage, category, name, kernels, moved, flops))
@@ -135,14 +153,27 @@ def _attention_flops(name: str, read: list[Tensor]) -> int:
     return sdpa_flop_count(*shapes[:3])
 
 
+def _kernel_flops(launch: Launch) -> int:
+    """Of the kernels with products, as if no tile were cut off and nothing were computed twice."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    if launch.name.startswith("_linear_gelu"):
+        return 2 * named["rows"] * launch.constants["INNER_WIDTH"] * launch.constants["WIDTH"]
+    pairs = ((named["images"], named["tokens"]), (named["more_images"], named["more_tokens"]))
+    products = 5 if "backward" in launch.name else 2
+    scores = sum(images * tokens**2 for images, tokens in pairs)
+    return 2 * products * scores * launch.constants["WIDTH"]
+
+
 class Settings(NamedTuple):
-    """The step that is counted. `kernels` False: without the Triton kernels of the blocks."""
+    """The step that is counted, on a GPU of sm_`capability`. `kernels` False: without the Triton
+    kernels of the blocks."""
 
     model: ModelConfig
     images: int
     local_size: int = 96
     dtype: torch.dtype | None = torch.float16
     kernels: bool = True
+    capability: int = 90
 
 
 def step_launches(settings: Settings) -> list[Launches]:
@@ -175,6 +206,9 @@ def record_step(settings: Settings) -> Recorder:
             torch.empty(5, dtype=torch.float64),
         )
         on_host = SimpleNamespace(is_cuda=False, tolist=lambda: [1e-3, 0.1, 0.99, 0.07, 0.07])
+        ibot.loss._across_views(views * images, torch.device("cpu"))  # kept from the first step on
+        if settings.kernels and settings.dtype is not None:
+            ibot.half_weights._make(settings.dtype)  # as the step before has left them
         step = Step(ibot, optimizer, scaler, autocast_dtype=settings.dtype)
         with (
             recorder,
@@ -182,7 +216,9 @@ def record_step(settings: Settings) -> Recorder:
             mock.patch("ibeton.model.steps.stage", stage),
         ):
             gradients = step.compute_gradients(inputs, epoch=1)
-            step.update_weights(inputs._replace(rates=cast(Tensor, on_host)), 1, gradients)
+            if not settings.kernels:
+                inputs = inputs._replace(rates=cast(Tensor, on_host))
+            step.update_weights(inputs, 1, gradients)
     return recorder
 
 
@@ -193,8 +229,7 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
     is given: stochastic depth keeps all samples."""
 
     def kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
-        tokens = sum(images * length for images, length in shapes)
-        return [Kept(None, shapes, 1.0, torch.empty(tokens, 1)) if rate else None for rate in rates]
+        return spread_kept(torch.empty(len(rates), sum(n for n, _ in shapes)), rates, shapes)
 
     def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, difference = torch.empty(len(student)), torch.empty_like(student)
@@ -220,5 +255,5 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
         stack.enter_context(patch("ibeton.model.kernels.cross_entropy.rows_by_chunk", rows))
         if settings.kernels:
-            stack.enter_context(counting(recorder.kernel))
+            stack.enter_context(counting(recorder.kernel, settings.capability))
         yield stage

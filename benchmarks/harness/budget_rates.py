@@ -16,21 +16,24 @@ from ibeton.benchmarks.harness.budget_launches import Launches
 class Device(NamedTuple):
     """What a device reaches: `memory` bytes/s of a large copy, read and write together, `matrix`
     FLOP/s of a large product in half precision, `attention` FLOP/s of fused attention on short
-    sequences, `host` seconds that the host needs to enqueue one launch of eager PyTorch."""
+    sequences, `host` seconds that the host needs to enqueue one launch of eager PyTorch. Its
+    architecture is sm_`capability`."""
 
     memory: float
     matrix: float
     attention: float
     host: float
+    capability: int
 
 
 DEVICES = {
-    "h100": Device(2.48e12, 763e12, 75e12, 31e-6),  # measured, 2026-11-26, torch 2.11
-    "a100": Device(1.7e12, 250e12, 50e12, 31e-6),  # 80 GB; from data sheets, 80 % of the peaks
-    "v100": Device(0.75e12, 100e12, 18e12, 31e-6),  # from data sheets, 80 % of the peaks
+    "h100": Device(2.48e12, 763e12, 75e12, 31e-6, 90),  # measured, 2026-11-26, torch 2.11
+    "a100": Device(1.7e12, 250e12, 50e12, 31e-6, 80),  # 80 GB; from data sheets, 80 % of the peaks
+    "v100": Device(0.75e12, 100e12, 18e12, 31e-6, 70),  # from data sheets, 80 % of the peaks
 }
 SHORTEST = 2e-6  # seconds of a kernel that has next to nothing to do
 PRODUCT_SHARE = 0.75  # of the matrix rate, at the widths of a ViT
+TRITON_SHARE = 0.5  # of the matrix rate, for our own products; assumed, not measured
 SHARES = {  # of the copy bandwidth
     b.PRODUCTS: 1.0,
     b.ATTENTION: 1.0,
@@ -44,6 +47,7 @@ SHARES = {  # of the copy bandwidth
     b.SUMS: 0.88,
     b.OPTIMIZER: 1.2,
     # Assumed, not measured: more than PyTorch's norm, which takes two passes; as its GELU.
+    b.TRITON_PRODUCTS: 0.85,
     b.ROW_KERNELS: 0.85,
     b.STREAM_KERNELS: 1.15,
 }
@@ -86,7 +90,8 @@ PROFILED_HOST_S = 45.6e-3  # to enqueue the step
 def seconds(launch: Launches, device: Device) -> float:
     """Predicted seconds of one launch on the device."""
     moved = launch.bytes / (device.memory * SHARES[launch.category])
-    rate = device.attention if launch.category == b.ATTENTION else device.matrix * PRODUCT_SHARE
+    rate = device.matrix * (TRITON_SHARE if launch.category == b.TRITON_PRODUCTS else PRODUCT_SHARE)
+    rate = device.attention if launch.category == b.ATTENTION else rate
     fixed = FIXED.get(launch.category, 0.0)
     return fixed + max(moved, launch.flops / rate, launch.kernels * SHORTEST)
 

@@ -15,7 +15,7 @@ from ibeton.model.kernels.launch import Launch
 
 KINDS = {
     **{torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"},
-    **{torch.int64: "i64", torch.float64: "fp64"},
+    **{torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64", torch.bool: "i1"},
 }
 OPTIONS = ("num_warps", "num_stages")
 ALIGNED = 16  # bytes; Triton makes wide loads where addresses and sizes are multiples of it

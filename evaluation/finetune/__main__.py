@@ -130,8 +130,8 @@ def _start_log(run: FinetuneRun) -> RunLog:
     log.say(json.dumps(resolved(run.config), indent=2))
     start = "fresh weights" if run.config.from_scratch else run.config.checkpoint
     log.say(
-        f"{run.backbone_config['arch']} from {start}: {len(run.sets.train):,} photos to learn from,"
-        f" {len(run.sets.val):,} to be judged by, {len(run.sets.classes)} classes,"
+        f"{run.backbone_config['arch']} from {start}: {len(run.sets.train):,} photos to train on,"
+        f" {len(run.sets.val):,} to evaluate on, {len(run.sets.classes)} classes,"
         f" {run.loader.steps_per_epoch} steps per epoch, {run.here.world_size} process(es) on"
         f" {run.here.device}, {run.precision}, {run.loader.threads} threads each"
     )
@@ -141,7 +141,7 @@ def _start_log(run: FinetuneRun) -> RunLog:
 
 
 def _finish(run: FinetuneRun, log: RunLog) -> None:
-    """Say what the run came to, and write finetune.json."""
+    """Report the result and write finetune.json."""
     for reason in run.loader.unreadable.values():
         log.say(f"unreadable: {reason}")
     if not run.scores:

@@ -52,17 +52,17 @@ class FinetuneConfig:
     recipe: str = option(
         "", "preset to start from (default: imagenet, or transfer with --dataset)", RECIPES
     )
-    train: str = option("", "labeled photos to learn from: class folders, tar or .beton")
-    val: str = option("", "labeled photos to be judged by: class folders, tar or .beton")
+    train: str = option("", "labeled photos to train on: class folders, tar or .beton")
+    val: str = option("", "labeled photos to evaluate on: class folders, tar or .beton")
     dataset: str = option("", "a data set in its own layout, instead of two folders", DATASETS)
     root: str = option("", "folder that holds the files of --dataset")
     labels: str = option(
-        "", "learn from these photos only: a file of names (SimCLR's lists), or a share as 0.1"
+        "", "train on these photos only: a file of names (SimCLR's lists), or a share as 0.1"
     )
     label_seed: int = option(0, "seed of the photos that a share draws")
     output_dir: str = option("", "run folder (default: runs/finetune-ARCH)")
     resume: str = option(
-        "no", "no, or auto (go on if the run folder has a checkpoint)", ("no", "auto")
+        "no", "no, or auto (continue if the run folder has a checkpoint)", ("no", "auto")
     )
 
     epochs: int = option(200, "length of the run in epochs")
@@ -105,7 +105,7 @@ class FinetuneConfig:
     eval_every: int = option(1, "epochs between scores on --val")
     eval_batch_size: int = option(128, "images at a time when scoring")
     save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
-    keep_last: int = option(2, "keep so many of the last checkpoints")
+    keep_last: int = option(2, "how many of the last checkpoints to keep (at least 2)")
     log_steps: int = option(10, "steps between records in log.jsonl")
     lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
     stall_after: float = option(600.0, "seconds that a step, or its batch, may take")

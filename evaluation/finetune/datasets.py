@@ -66,7 +66,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     return content
 
 
-Split = tuple[Any, Any, list[str]]  # photos to learn from, to be judged by, names of classes
+Split = tuple[Any, Any, list[str]]  # photos to train on, to evaluate on, names of classes
 
 
 def _cifar(

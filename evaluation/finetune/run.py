@@ -153,7 +153,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
 
 
 def open_sets(config: FinetuneConfig) -> LabeledSets:
-    """The labeled sets that the settings name, with --labels only these photos to learn from."""
+    """The labeled sets that the settings name, with --labels only these photos to train on."""
     if config.dataset:
         sets = open_dataset(config.dataset, config.root)
     else:
@@ -217,12 +217,12 @@ def save(run: FinetuneRun, best: bool = False) -> None:
 
 
 def _resume(run: FinetuneRun) -> None:
-    """Start, or go on from the run folder's checkpoint; never mix two runs in a folder."""
+    """Start, or continue from the run folder's checkpoint; never mix two runs in a folder."""
     rank, resuming = run.here.rank, run.config.resume == "auto"
     run.seen = identity(run.folder) if rank == 0 else ""
     if not resuming and rank == 0 and (run.seen or checkpoints.listed(run.folder)):
         raise ValueError(
-            f"{run.folder} already holds a run: go on with --resume auto, or give another"
+            f"{run.folder} already holds a run: continue with --resume auto, or give another"
             " --output-dir"
         )
     path = _newest(run) if resuming else None
@@ -257,7 +257,7 @@ def _newest(run: FinetuneRun) -> Path | None:
 
 def _check_same(run: FinetuneRun, path: Path, content: dict[str, Any]) -> None:
     if "classifier" not in content or "optimizer" not in content:
-        raise ValueError(f"{path} is no checkpoint of fine-tuning: give another --output-dir")
+        raise ValueError(f"{path} is not a checkpoint of fine-tuning: give another --output-dir")
     if other := _changed(run, content["finetune"]):
         raise ValueError(
             f"checkpoint {path} is of a run with other settings ({other}): give the same, or"

@@ -102,7 +102,7 @@ class SomePhotos:
 
 @dataclass(frozen=True)
 class LabeledSets:
-    """What to learn from and what to be judged by; labels of both index `classes`."""
+    """What to train on and what to evaluate on; labels of both index `classes`."""
 
     train: Photos
     val: Photos

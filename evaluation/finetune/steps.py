@@ -104,9 +104,9 @@ def train_step(
     """Train on a process's share of a batch in `config.accumulate` parts; the learning rates are
     those that the optimizer holds. `group`: images that mix together.
 
-    Returns loss, acc (share of images whose heaviest target is said) and grad_norm, scalars without
-    gradient. A step whose loss or gradients are not finite leaves weights and optimizer as they
-    were, on all ranks.
+    Returns loss, acc (share of images whose heaviest target is predicted) and grad_norm, scalars
+    without gradient. A step whose loss or gradients are not finite leaves weights and optimizer
+    unchanged on all ranks.
     """
     optimizer.zero_grad(set_to_none=True)
     device = next(model.parameters()).device

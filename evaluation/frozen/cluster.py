@@ -1,4 +1,4 @@
-"""Unsupervised classification: do clusters that no label had a hand in agree with the classes?
+"""Unsupervised classification: do clusters found without labels agree with the classes?
 
 Clusters of the validation set come from the projection head (the prototype that it gives each class
 token, as published) and from k-means on normalized class tokens of the training set, with as many
@@ -44,7 +44,7 @@ def hungarian_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def chance_fmi(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """The Fowlkes-Mallows index of clusters of these sizes that know nothing of the labels: with
+    """The Fowlkes-Mallows index of clusters of these sizes independent of the labels: with
     T' of T pairs of photos in one class and T'' in one cluster, sqrt(T' T'') / T (Fowlkes and
     Mallows 1983). labels, clusters: int [n]."""
 

@@ -1,9 +1,9 @@
 """Photos -> features of a frozen backbone: where every frozen evaluation starts.
 
-One forward pass gives all of these, as far as they are asked for by name:
+One forward pass gives all of these, as far as they are requested by name:
 
     cls         class token of the last block, [C]
-    blocks      class tokens of the last four blocks, one behind the other, [4 C] (Swin: the width
+    blocks      class tokens of the last four blocks, concatenated, [4 C] (Swin: the width
                 of each block's stage)
     patch_mean  mean of the last block's patch tokens, [C]
     gem         generalized mean (power 4) of the last block's patch tokens, [C]
@@ -44,7 +44,7 @@ PARTS = (1, 7, 14, 56, 112, 196)  # published k; 196 is all patches at 224 pixel
 @dataclass(frozen=True)
 class Extraction:
     """How features are computed. `precision` auto is fp16 on a GPU, fp32 on a CPU; `threads` 0 is
-    one a core."""
+    one per core."""
 
     device: torch.device | str = "cpu"
     batch_size: int = 128
@@ -78,7 +78,7 @@ class Features:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in the mode that it was in."""
+    """Evaluation mode; restores each module's mode afterwards."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -184,7 +184,7 @@ def feature_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Photos' indices int64 [b] and their features by name, [b, ...], in the order of `indices`.
 
-    Decoding, the forward pass and the way back to the CPU overlap. Unreadable photos are left out:
+    Decoding, the forward pass and the copy to the CPU overlap. Unreadable photos are left out:
     each is logged by name. `epoch`: of that epoch's random views, see `view_batches`. Raises
     ValueError for NaN features.
     """
@@ -227,8 +227,8 @@ Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
 def collect(
     batches: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]], rows: int, allocate: Allocate
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Put batches below each other, in arrays of `rows` rows that `allocate(name, shape, dtype)`
-    makes: arrays and indices int64, cut to what came."""
+    """Concatenate batches into arrays of `rows` rows that `allocate(name, shape, dtype)`
+    makes: arrays and indices int64, cut to what was read."""
     arrays: dict[str, np.ndarray] = {}
     indices, read = np.empty(rows, np.int64), 0
     for index, found in batches:
@@ -279,7 +279,7 @@ def extract_features(
     """Class tokens float32 [n, C] and labels int64 [n] in the photos' order, see `extract`.
 
     backbone: images float32 [B, 3, S, S] on `device` -> tokens [B, 1 + N, C], class token first.
-    workers: threads that decode (0: one a core).
+    workers: threads that decode (0: one per core).
     """
     found = extract(backbone, photos, ("cls",), Extraction(device, batch_size, workers))
     return found["cls"], found.labels

@@ -1,4 +1,4 @@
-"""Linear layers on frozen features, one for each learning rate, trained all at once.
+"""Linear layers on frozen features, one for each learning rate, trained together.
 
 SGD with momentum and no weight decay; each rate falls on a cosine to 0, epoch by epoch. A step is
 two products of matrices, logits = W X^T and gradient = (softmax - target) X, whose rows are all
@@ -115,7 +115,7 @@ def train_head_reference(
     settings: LinearSettings,
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Linear, np.ndarray]:
-    """What `train_heads` is held against: the layer of the first rate alone, by PyTorch's own
+    """Reference for `train_heads`: the layer of the first rate alone, by PyTorch's own
     parts, and its accuracies [epochs]."""
     layer = nn.Linear(val.shape[1], num_classes)
     nn.init.zeros_(layer.bias)

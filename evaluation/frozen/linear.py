@@ -122,7 +122,7 @@ def settings_of(args: argparse.Namespace) -> LinearSettings:
 
 def linear_scores(task: Task, rows: Tensor | None = None) -> Scores:
     """Top-1 in percent: the best of all rates and epochs; that rate, its epoch, and the best at the
-    last epoch. `rows` int64: learn from these photos of the training set alone."""
+    last epoch. `rows` int64: train on these photos of the training set alone."""
     names, settings = feature_names(task.config), settings_of(task.args)
     if task.args.augmented and rows is None:
         batches = augmented(task.backbone, task.train_photos, names, task.how, settings)

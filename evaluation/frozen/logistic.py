@@ -62,7 +62,7 @@ def top1(weight: Tensor, features: Tensor, labels: Tensor) -> float:
 
 
 def split_held_out(labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows int64 to learn from and rows held out: a fifth of each class, rounded, never all."""
+    """Rows int64 to train on and rows held out: a fifth of each class, rounded, never all."""
     generator = np.random.default_rng(seed)
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels.numpy()):
@@ -72,7 +72,7 @@ def split_held_out(labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def logistic_scores(task: Task, rows: Tensor | None = None) -> Scores:
-    """Top-1 in percent and the strength. `rows` int64: learn from these photos of the training set
+    """Top-1 in percent and the strength. `rows` int64: train on these photos of the training set
     alone. Where they are too few to hold any out, the strength is the middle one."""
     features, labels = task.train["cls"], task.train.labels
     if rows is not None:

@@ -1,4 +1,4 @@
-"""Part-wise linear probing: how much of a photo's class do its most attended patches tell?
+"""Part-wise linear probing: how well do a photo's most attended patches predict its class?
 
 The last block's patch tokens are ranked by the attention that the class token pays them (mean of
 the heads); the mean of the first k = 1, 7, 14, 56, 112, 196 goes into a linear layer (iBOT, section

@@ -1,4 +1,4 @@
-"""The cheap scores of a network in training: one forward pass a photo, seconds of arithmetic."""
+"""The cheap scores of a network in training: one forward pass per photo, seconds of arithmetic."""
 
 from pathlib import Path
 

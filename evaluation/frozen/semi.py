@@ -42,7 +42,7 @@ def balanced_subset(labels: Tensor, share: float, seed: int = 0) -> Tensor:
 def semi_scores(task: Task) -> Scores:
     """Top-1 in percent of each way for each share, and the number of labels.
 
-    k-NN is that of the k for which it is best, as few labels want few neighbors.
+    k-NN is that of the k for which it is best, as few labels need few neighbors.
     """
     scores: Scores = {}
     for share in SHARES:

@@ -48,7 +48,7 @@ def read_copydays(args: argparse.Namespace, config: dict[str, Any]) -> Copydays:
     root: Path = args.data
 
     def photos(path: Path) -> PhotoSet:
-        return PhotoSet(path, args.image_size, view=square_view, labelled=False)
+        return PhotoSet(path, args.image_size, view=square_view, labeled=False)
 
     if not (root / "original").is_dir():
         raise FileNotFoundError(f"--data {root}: {root / 'original'} is missing; give Copydays")

@@ -1,4 +1,4 @@
-"""How a classifier stands what it was not trained for: other photos, corruptions, other
+"""How robust a classifier is to what it was not trained for: other photos, corruptions, other
 backgrounds, missing patches, shuffled pieces.
 
     ibeton linear --checkpoint C --train imagenet.beton --val val.beton --save-head head.pt
@@ -63,7 +63,7 @@ def make_parser() -> Parser:
     add("--imagenet-c", type=Path, help="folder of ImageNet-C: CORRUPTION/1-5/CLASS")
     add("--in9", type=Path, help="folder of the backgrounds challenge: VARIANT/val/00_dog")
     add("--in9-map", type=Path, help="in_to_in9.json of the backgrounds challenge")
-    add("--val", type=Path, help="labelled photos to damage: folder, tar or .beton")
+    add("--val", type=Path, help="labeled photos to damage: folder, tar or .beton")
     add("--saliency-weights", type=Path, help="checkpoint whose attention says what is salient")
     add("--saliency-head", type=int, help="number of its attention head (default: mean of all)")
     add("--seed", type=int, default=0, help="of dropped patches and shuffled pieces")
@@ -81,50 +81,52 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must be at least 0")
     how = extraction_of(args)
-    judged = load_classifier(args.checkpoint, args.head, args.network)
-    judged.model.to(how.device)
+    classifier = load_classifier(args.checkpoint, args.head, args.network)
+    classifier.model.to(how.device)
     left_out: dict[str, str] = {}
     jobs: list[Job] = []
     for name in ("a", "r"):
         if path := getattr(args, f"imagenet_{name}"):
-            jobs.append(_variant_job(judged, name, path, how))
+            jobs.append(_variant_job(classifier, name, path, how))
     if args.imagenet_c:
-        jobs.append(_corruption_job(judged, args.imagenet_c, how, left_out))
+        jobs.append(_corruption_job(classifier, args.imagenet_c, how, left_out))
     if args.in9:
-        jobs.append(_background_job(judged, args, how))
+        jobs.append(_background_job(classifier, args, how))
     if args.val:
-        jobs.append(_damage_job(judged, args, how, left_out))
+        jobs.append(_damage_job(classifier, args, how, left_out))
     scores: dict[str, Scores] = {}
     for job in jobs:
         scores |= job()
     settings = ("head", *SETS, "saliency_weights", "saliency_head", "seed")
-    report = settings_of(args, judged.config, settings)
-    report |= {"image_size": judged.size, "classes": judged.num_classes}
+    report = settings_of(args, classifier.config, settings)
+    report |= {"image_size": classifier.size, "classes": classifier.num_classes}
     return {**report, "left_out": left_out, "scores": {args.network: scores}}
 
 
-def _variant_job(judged: Classifier, name: str, path: Path, how: Extraction) -> Job:
-    photos, candidates = read_variant(name, path, judged.size, judged.classes, judged.view)
+def _variant_job(classifier: Classifier, name: str, path: Path, how: Extraction) -> Job:
+    photos, candidates = read_variant(
+        name, path, classifier.size, classifier.classes, classifier.view
+    )
     key = f"imagenet_{name}"
 
     def job() -> dict[str, Scores]:
         say(f"{key}: {len(photos)} photos, {len(candidates)} classes")
-        return {key: {"top1": top1(judged.model, photos, how, key, candidates)}}
+        return {key: {"top1": top1(classifier.model, photos, how, key, candidates)}}
 
     return job
 
 
 def _corruption_job(
-    judged: Classifier, path: Path, how: Extraction, left_out: dict[str, str]
+    classifier: Classifier, path: Path, how: Extraction, left_out: dict[str, str]
 ) -> Job:
-    sets = read_corruptions(path, judged.size, judged.classes)
+    sets = read_corruptions(path, classifier.size, classifier.classes)
 
     def job() -> dict[str, Scores]:
         errors: dict[str, list[float]] = {}
         for name, levels in sets.items():
             for level, photos in levels.items():
                 say(f"imagenet_c: {name} {level}, {len(photos)} photos")
-                right = top1(judged.model, photos, how, f"{name} {level}")
+                right = top1(classifier.model, photos, how, f"{name} {level}")
                 errors.setdefault(name, []).append(100 - right)
         scores = corruption_scores(errors)
         if "mce" not in scores:
@@ -134,40 +136,40 @@ def _corruption_job(
     return job
 
 
-def _background_job(judged: Classifier, args: argparse.Namespace, how: Extraction) -> Job:
-    sets = read_backgrounds(args.in9, judged.size)
-    mapped = read_in9_map(args.in9_map, judged.num_classes)
+def _background_job(classifier: Classifier, args: argparse.Namespace, how: Extraction) -> Job:
+    sets = read_backgrounds(args.in9, classifier.size)
+    mapped = read_in9_map(args.in9_map, classifier.num_classes)
 
     def job() -> dict[str, Scores]:
         accuracies = {}
         for name, photos in sets.items():
             say(f"in9: {name}, {len(photos)} photos")
-            accuracies[name] = top1(judged.model, photos, how, f"in9 {name}", mapped=mapped)
+            accuracies[name] = top1(classifier.model, photos, how, f"in9 {name}", mapped=mapped)
         return {"in9": background_scores(accuracies)}
 
     return job
 
 
 def _damage_job(
-    judged: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
+    classifier: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
 ) -> Job:
-    photos = PhotoSet(args.val, judged.size, judged.classes, judged.view)
-    saliency = _saliency(judged, args, how, left_out)
-    patch = judged.config["patch_size"]
+    photos = PhotoSet(args.val, classifier.size, classifier.classes, classifier.view)
+    saliency = _saliency(classifier, args, how, left_out)
+    patch = classifier.config["patch_size"]
 
     def job() -> dict[str, Scores]:
         say(f"occlusion and shuffling: {len(photos)} photos")
-        return curve_scores(measure(judged.model, saliency, photos, patch, how, args.seed))
+        return curve_scores(measure(classifier.model, saliency, photos, patch, how, args.seed))
 
     return job
 
 
 def _saliency(
-    judged: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
+    classifier: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
 ) -> Saliency | None:
     """Whose attention says what is salient: the classifier's own backbone, or another one."""
-    backbone: Any = judged.model.backbone
-    config = judged.config
+    backbone: Any = classifier.model.backbone
+    config = classifier.config
     if args.saliency_weights:
         other, config = load_backbone(args.saliency_weights)
         backbone = other.to(how.device)
@@ -176,10 +178,10 @@ def _saliency(
             raise ValueError(f"--saliency-weights {args.saliency_weights} is a Swin; give a ViT")
         left_out["salient occlusion"] = "a Swin has no class token; give --saliency-weights"
         return None
-    if judged.size % config["patch_size"]:
+    if classifier.size % config["patch_size"]:
         raise ValueError(
             f"--saliency-weights {args.saliency_weights} has patches of {config['patch_size']}"
-            f" pixels, which do not tile views of {judged.size}"
+            f" pixels, which do not tile views of {classifier.size}"
         )
     heads = backbone.blocks[-1].attn.num_heads
     if args.saliency_head is not None and not 0 <= args.saliency_head < heads:

@@ -75,15 +75,16 @@ def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[
     def factor() -> Tensor:
         return _draw(rates, samples) / (1 - torch.tensor(rates).unsqueeze(1))
 
-    factors = from_host(factor, device)  # [branches, samples]
+    return spread_kept(from_host(factor, device), rates, shapes)
+
+
+def spread_kept(factors: Tensor, rates: list[float], shapes: Shapes) -> list[Kept | None]:
+    """`factors` [branches, samples], 0 or 1 / (1 - rate) -> the same for each token."""
     counts = [images for images, _ in shapes]
-    spread = torch.cat(  # [branches, T]
-        [
-            part.unsqueeze(2).expand(-1, -1, tokens).flatten(1)
-            for part, (_, tokens) in zip(factors.split(counts, dim=1), shapes, strict=True)
-        ],
-        dim=1,
-    )
+    spread = factors.new_empty(len(rates), sum(images * tokens for images, tokens in shapes))
+    by_size = spread.split([images * tokens for images, tokens in shapes], dim=1)
+    for out, part, (_, tokens) in zip(by_size, factors.split(counts, dim=1), shapes, strict=True):
+        out.unflatten(1, (-1, tokens)).copy_(part.unsqueeze(2))
     return [
         None if rate == 0 else Kept(None, shapes, 1 / (1 - rate), spread[i].unsqueeze(1))
         for i, rate in enumerate(rates)

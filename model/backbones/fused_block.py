@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ibeton.model.backbones.blocks import Block, Kept, Shapes
-from ibeton.model.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
 from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gradient
+from ibeton.model.kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from ibeton.model.kernels.packed_attention import attend, attention_backward
 from ibeton.model.kernels.residual_norm import (
     Branch,
@@ -108,15 +108,9 @@ class _Block(torch.autograd.Function):
                 qkv = first.out @ qkv_weight.t()
             else:
                 qkv = torch.addmm(in_dtype(qkv_bias, call.dtype), first.out, qkv_weight.t())
-            counts = [images * tokens for images, tokens in call.shapes]
-            attended = [
-                attend(part, images, tokens, call.num_heads, call.needs_grad)
-                for part, (images, tokens) in zip(qkv.split(counts), call.shapes, strict=True)
-            ]
+            attended = attend(qkv, call.shapes, call.num_heads, call.needs_grad)
             proj, fc1, fc2 = (in_dtype(t, call.dtype) for t in (w.proj, w.fc1, w.fc2))
-            projected = torch.empty_like(first.out)
-            for part, rows in zip(attended, projected.split(counts), strict=True):
-                torch.mm(part.out, proj.t(), out=rows)
+            projected = attended.out @ proj.t()
             stream = first.x
             if call.rows is not None:
                 stream, projected = (t.index_select(0, call.rows) for t in (stream, projected))
@@ -124,8 +118,7 @@ class _Block(torch.autograd.Function):
             second = residual_norm_forward(
                 stream, added, w.norm2, w.norm2_bias, call.eps, call.dtype
             )
-            hidden = second.out @ fc1.t()
-            active = bias_gelu_forward(hidden, w.fc1_bias)
+            hidden, active = linear_gelu(second.out, fc1, w.fc1_bias, call.needs_grad)
             out = active @ fc2.t()
         if call.needs_grad:
             recomputed = (None, None, None) if call.recompute else (first.out, second.out, active)
@@ -153,10 +146,9 @@ class _Block(torch.autograd.Function):
         if ctx.attended is None:
             raise RuntimeError("the backward of a block runs once: its attention is freed")
         attended, ctx.attended = ctx.attended, None
-        if active is None:
+        if call.recompute:
             normed1 = _norm_again(first_x, w.norm1, w.norm1_bias, call)
             normed2 = _norm_again(second_x, w.norm2, w.norm2_bias, call)
-            active = bias_gelu_forward(hidden, w.fc1_bias)
         if out_before is None and ctx.has_before:
             out_before = first_x.new_empty(first_x.shape, dtype=call.dtype)  # dtype and shape
         if projected is None:
@@ -174,10 +166,12 @@ class _Block(torch.autograd.Function):
         norm1_sums, qkv_sums, norm2_sums, fc1_sums = sums.split(columns, dim=1)
 
         grad_out = grad_out.contiguous()
-        grad_fc2 = weight_gradient([grad_out], [active], w.fc2)
-        grad_hidden = bias_gelu_backward(grad_out @ fc2, hidden, w.fc1_bias, fc1_sums)
-        del active
-        grad_fc1 = weight_gradient([grad_hidden], [normed2], w.fc1)
+        grad_hidden, again = linear_gelu_backward(
+            grad_out, fc2, hidden, w.fc1_bias, fc1_sums, with_active=call.recompute
+        )
+        grad_fc2 = weight_gradient(grad_out, active if again is None else again, w.fc2)
+        del active, again
+        grad_fc1 = weight_gradient(grad_hidden, normed2, w.fc1)
         second = Normed(second_x, normed2, mean2, rstd2)
         grad_x, grad_projected = residual_norm_backward(
             grad_hidden @ fc1, grad_x.contiguous(), second, added, w.norm2, norm2_sums
@@ -189,12 +183,10 @@ class _Block(torch.autograd.Function):
                 grad.new_zeros(first_x.shape).index_add_(0, call.rows, grad)
                 for grad in (grad_x, grad_projected)
             )
-        counts = [len(part.out) for part in attended]
-        by_size = list(grad_projected.split(counts))
-        grad_proj = weight_gradient(by_size, [part.out for part in attended], w.proj)
-        grad_qkv = attention_backward([grad @ proj for grad in by_size], attended, qkv_sums)
-        del attended, by_size, grad_projected
-        grad_qkv_weight = weight_gradient([grad_qkv], [normed1], w.qkv)
+        grad_proj = weight_gradient(grad_projected, attended.out, w.proj)
+        grad_qkv = attention_backward(grad_projected @ proj, attended, qkv_sums)
+        del attended, grad_projected
+        grad_qkv_weight = weight_gradient(grad_qkv, normed1, w.qkv)
         first = Normed(first_x, normed1, mean1, rstd1)
         grad_x, grad_before = residual_norm_backward(
             grad_qkv @ qkv_weight, grad_x, first, before, w.norm1, norm1_sums

@@ -24,8 +24,9 @@ from ibeton.model.backbones.blocks import (
     init_linear,
 )
 from ibeton.model.backbones.fused_block import fused_block
+from ibeton.model.backbones.fused_embed import fused_embed
 from ibeton.model.config import ModelConfig
-from ibeton.model.kernels.half_weights import half_linear, product_dtype
+from ibeton.model.kernels.half_weights import product_dtype
 from ibeton.model.kernels.launch import kernels_run_on
 from ibeton.model.kernels.residual_norm import Branch, residual_norm
 
@@ -43,7 +44,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the convolution, but by one matrix product: patches do not overlap. Raises ValueError
-        for a shape that the patches do not tile."""
+        as `split`."""
+        return F.linear(
+            self.split(x).flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias
+        )
+
+    def split(self, x: Tensor) -> Tensor:
+        """The patches [B, h, w, in_chans, P, P] of images, a view. Raises ValueError for a shape
+        that patches do not tile."""
         if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f"images of shape {list(x.shape)}: expected [B, {self.proj.in_channels}, H, W]"
@@ -55,15 +63,7 @@ class PatchEmbed(nn.Module):
                 f" pixel patches: crop to a multiple of --patch-size or change it"
             )
         patches = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [B, in_chans, h, P, w, P]
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, h, w, in_chans, P, P]
-        if kernels_run_on(x):
-            # One kernel casts and copies.
-            rows = patches.to(product_dtype(x), memory_format=torch.contiguous_format)
-            rows = rows.flatten(3).flatten(0, 2)
-            out = half_linear(rows, self.proj.weight, self.proj.bias)
-            return out.unflatten(0, (len(x), -1))
-        patches = patches.flatten(3).flatten(1, 2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return patches.permute(0, 2, 4, 1, 3, 5)
 
 
 class VisionTransformer(nn.Module):
@@ -129,27 +129,58 @@ class VisionTransformer(nn.Module):
         """
         patches = self.patch_embed(x)  # [B, N, C]
         if masks is not None:
-            patches = self._mask(patches, masks, x.shape[2:])
+            token = self._check_masks(masks, x).to(patches.dtype)
+            patches = torch.where(masks.flatten(1).unsqueeze(2), token, patches)
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         tokens = torch.cat([cls_token, patches], dim=1)
         return tokens + self.position_embedding(x.shape[2], x.shape[3])
 
-    def _mask(self, patches: Tensor, masks: Tensor, size: torch.Size) -> Tensor:
+    def _check_masks(self, masks: Tensor, images: Tensor) -> Tensor:
+        """The embedding of masked patches."""
         if self.masked_embed is None:
             raise ValueError("masks for a backbone without masked_embed: only a student has it")
-        expected = [len(patches), *(pixels // self.patch_size for pixels in size)]
+        expected = [len(images), *(pixels // self.patch_size for pixels in images.shape[2:])]
         if list(masks.shape) != expected or masks.dtype != torch.bool:
             raise ValueError(
                 f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
-                " one value a patch"
+                " one value per patch"
             )
-        return torch.where(
-            masks.flatten(1).unsqueeze(2), self.masked_embed.to(patches.dtype), patches
+        return self.masked_embed
+
+    def _embed_views(
+        self, views: list[Tensor], masks: list[Tensor | None]
+    ) -> tuple[Tensor, Shapes]:
+        """`embed` of each crop size -> packed tokens [T, C] and their shapes."""
+        plain = not kernels_run_on(views[0]) or _hooked(self.patch_embed)
+        if plain or any(x.requires_grad for x in views):
+            embedded = [self.embed(x, mask) for x, mask in zip(views, masks, strict=True)]
+            packed = [tokens.flatten(0, 1) for tokens in embedded]
+            shapes = [(t.shape[0], t.shape[1]) for t in embedded]
+            return packed[0] if len(packed) == 1 else torch.cat(packed), shapes
+        for x, mask in zip(views, masks, strict=True):
+            if mask is not None:
+                self._check_masks(mask, x)
+        return fused_embed(
+            [self.patch_embed.split(x) for x in views],
+            masks,
+            [self.position_embedding(*x.shape[2:]) for x in views],
+            *(self.patch_embed.proj.weight, self.patch_embed.proj.bias),
+            *(self.cls_token, self.masked_embed),
         )
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, in_chans, H, W], masks bool [B, h, w] or None -> tokens [B, 1 + N, C]."""
-        cls, patches = self.forward_views([x], [masks], [None])[0]
+        return self._tokens(x, masks)
+
+    def tokens_for_product(self, x: Tensor) -> Tensor:
+        """`forward`, in float32 or as matrix products take it."""
+        return self._tokens(x, None, for_product=True)
+
+    def _tokens(self, x: Tensor, masks: Tensor | None, for_product: bool = False) -> Tensor:
+        if self.fc_norm is None:
+            packed, shapes = self._embed_views([x], [masks])
+            return self._normed(packed, shapes, None, for_product).unflatten(0, shapes[0])
+        [(cls, patches)] = self.forward_views([x], [masks], [None])
         return torch.cat([cls.unsqueeze(1), patches], dim=1)
 
     def forward_views(
@@ -160,38 +191,50 @@ class VisionTransformer(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Class tokens [B, C] and patch tokens [M, C] (all of them: [B, N, C]) of each crop
         size."""
-        embedded = [self.embed(x, mask) for x, mask in zip(views, masks, strict=True)]
-        shapes = [(t.shape[0], t.shape[1]) for t in embedded]
-        x = _pack(embedded)
+        x, shapes = self._embed_views(views, masks)
         if self.fc_norm is None and any(index is not None for index in indices):
-            return self._selected(x, shapes, indices)
+            outputs = self._selected(x, shapes, indices).split(_counts(shapes, indices))
+            patches = [
+                out if index is not None else out.unflatten(0, (images, -1))
+                for out, index, (images, _) in zip(
+                    outputs[len(shapes) :], indices, shapes, strict=True
+                )
+            ]
+            return list(zip(outputs[: len(shapes)], patches, strict=True))
         parts = self._normed(x, shapes).split([images * tokens for images, tokens in shapes])
         return [
             self._class_and_patches(part.view(images, tokens, -1), index)
             for part, (images, tokens), index in zip(parts, shapes, indices, strict=True)
         ]
 
-    def _selected(
-        self, x: Tensor, shapes: Shapes, indices: list[Tensor | None]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """`forward_views` from packed tokens: the last block's MLP runs on the selected ones."""
-        rows = selected_rows(shapes, indices, x.device)
-        outputs = self._normed(x, shapes, torch.cat(rows)).split([len(r) for r in rows])
-        patches = [
-            out if index is not None else out.unflatten(0, (images, -1))
-            for out, index, (images, _) in zip(outputs[1::2], indices, shapes, strict=True)
-        ]
-        return list(zip(outputs[::2], patches, strict=True))
+    def selected(self, views: list[Tensor], masks: list[Tensor | None], index: Tensor) -> Tensor:
+        """As `forward_views`, as one tensor: the class tokens of all crop sizes, then the patches
+        of the first size in `index` int64 [M]. Float32, or as matrix products take it."""
+        none = index.new_empty(0)
+        indices: list[Tensor | None] = [index, *[none] * (len(views) - 1)]
+        if self.fc_norm is None:
+            return self._selected(*self._embed_views(views, masks), indices, for_product=True)
+        outputs = self.forward_views(views, masks, indices)
+        return torch.cat([*(cls for cls, _ in outputs), *(patches for _, patches in outputs)])
 
-    def _normed(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
-        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens."""
-        if not kernels_run_on(x) or self._hooked():
+    def _selected(
+        self, x: Tensor, shapes: Shapes, indices: list[Tensor | None], for_product: bool = False
+    ) -> Tensor:
+        """Packed tokens [T, C] -> those of `selected_rows`, as the last block's MLP gives them."""
+        return self._normed(x, shapes, selected_rows(shapes, indices, x.device), for_product)
+
+    def _normed(
+        self, x: Tensor, shapes: Shapes, rows: Tensor | None = None, for_product: bool = False
+    ) -> Tensor:
+        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens. By the
+        kernels it is float32, or with `for_product` in the dtype of matrix products."""
+        if not kernels_run_on(x) or _hooked(self.blocks):
             return self.norm(self._blocks(x, shapes, rows))
         x, branch = self._fused_blocks(x, shapes, rows)
         if isinstance(self.norm, nn.Identity):
             return x + branch.value()
-        norm = self.norm
-        return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, x.dtype)[1]
+        norm, dtype = self.norm, product_dtype(x) if for_product else x.dtype
+        return residual_norm(x, branch, norm.weight, norm.bias, norm.eps, dtype)[1]
 
     def _fused_blocks(
         self, x: Tensor, shapes: Shapes, rows: Tensor | None
@@ -222,11 +265,6 @@ class VisionTransformer(nn.Module):
                 x, branch = fused_block(*arguments)
         assert branch is not None
         return x, branch
-
-    def _hooked(self) -> bool:
-        """Whether a module inside the blocks has a hook, which the kernels would not call."""
-        modules = self.blocks.modules()
-        return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
     def _recomputes(self, x: Tensor) -> bool:
         """Whether norms and GELUs of packed tokens x [T, C] are computed again in the backward."""
@@ -294,23 +332,31 @@ class VisionTransformer(nn.Module):
         return (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
 
 
-def _pack(embedded: list[Tensor]) -> Tensor:
-    """Tokens [B, 1 + N, C] of each crop size -> [T, C]."""
-    packed = [tokens.flatten(0, 1) for tokens in embedded]
-    return packed[0] if len(packed) == 1 else torch.cat(packed)
+def _hooked(module: nn.Module) -> bool:
+    """Whether a module inside has a hook, which the kernels would not call."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def selected_rows(
-    shapes: Shapes, indices: list[Tensor | None], device: torch.device
-) -> list[Tensor]:
-    """Rows among the packed tokens of the class tokens [B] and the selected patches [M] of each
-    crop size: two tensors for each crop size."""
-    rows, start = [], 0
+def selected_rows(shapes: Shapes, indices: list[Tensor | None], device: torch.device) -> Tensor:
+    """Rows among the packed tokens: the class tokens of each crop size, then the selected patches
+    of each. An index int64 [M] counts the patches of all images of a size; None: all of them."""
+    classes, patches, start = [], [], 0
     for (images, tokens), index in zip(shapes, indices, strict=True):
+        end = start + images * tokens
+        classes.append(torch.arange(start, end, tokens, device=device))
         if index is None:
             index = torch.arange(images * (tokens - 1), device=device)
-        rows.append(start + tokens * torch.arange(images, device=device))
-        # One class token before the patches of each image.
-        rows.append(start + index + index // (tokens - 1) + 1)
-        start += images * tokens
-    return rows
+        if len(index):  # one class token before the patches of each image
+            patches.append(index + index // (tokens - 1) + (start + 1))
+        start = end
+    return torch.cat([*classes, *patches])
+
+
+def _counts(shapes: Shapes, indices: list[Tensor | None]) -> list[int]:
+    """How many rows `selected_rows` gives of each kind and crop size."""
+    classes = [images for images, _ in shapes]
+    patches = [
+        images * (tokens - 1) if index is None else len(index)
+        for index, (images, tokens) in zip(indices, shapes, strict=True)
+    ]
+    return classes + patches

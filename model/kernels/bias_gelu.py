@@ -39,10 +39,17 @@ def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, partial: Tensor) -> Tensor:
-    """Gradient of x, and in `partial` float32 [P, D], a view, the sums that make the bias's."""
+def bias_gelu_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    partial: Tensor,  # float32 [P, D], a view; receives the sums that make the bias's gradient
+    with_out: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of x, and the output once more if it is wanted."""
     tokens, width = x.shape
     grad = torch.empty_like(x)
+    out = torch.empty_like(x) if with_out else None
     launch(
         _bias_gelu_backward_kernel,
         (len(partial), triton.cdiv(width, COLUMNS)),
@@ -50,6 +57,7 @@ def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, partial: Tenso
         x,
         bias,
         grad,
+        out,
         partial,
         partial.stride(0),
         tokens,
@@ -58,7 +66,7 @@ def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, partial: Tenso
         COLUMNS=COLUMNS,
         num_warps=4,
     )
-    return grad
+    return grad, out
 
 
 if triton is not None:
@@ -89,6 +97,7 @@ if triton is not None:
         x,  # [T, D]
         bias,  # float32 [D]
         grad,  # [T, D], out
+        out,  # [T, D] or None, out
         partial,  # float32 [P, stride], out
         partial_stride,
         tokens,  # T
@@ -108,12 +117,14 @@ if triton is not None:
             value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + shift
             upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
             share = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+            if out is not None:
+                tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=mask)
             slope = share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
             result = upstream * slope
             total += result
             tl.store(grad + at, result.to(grad.dtype.element_ty), mask=mask)
-        out = partial + tl.program_id(0).to(tl.int64) * partial_stride + column
-        tl.store(out, tl.sum(total, axis=0), mask=inside)
+        partial += tl.program_id(0).to(tl.int64) * partial_stride + column
+        tl.store(partial, tl.sum(total, axis=0), mask=inside)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -131,5 +142,5 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
         partial = partial_sums(x, x.shape[1])
-        grad = bias_gelu_backward(grad_out.contiguous(), x, bias, partial)
+        grad, _ = bias_gelu_backward(grad_out.contiguous(), x, bias, partial)
         return grad, column_sums(partial)

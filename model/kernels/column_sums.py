@@ -23,6 +23,13 @@ def partial_sums(x: Tensor, columns: int) -> Tensor:
     return torch.empty(programs, columns, dtype=torch.float32, device=x.device)
 
 
+def shares(partial: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """`partial` [P, ...] cut in proportion to the counts, with one row at least for each."""
+    rows = [max(1, len(partial) * count // max(1, sum(counts))) for count in counts]
+    rows[0] += len(partial) - sum(rows)
+    return partial.split(rows)
+
+
 def column_sums_reference(partial: Tensor) -> Tensor:
     """[P, W] -> [W]."""
     return partial.sum(dim=0)

@@ -39,7 +39,7 @@ def cross_entropy_reference(
     student: Tensor,  # [R, K] logits
     teacher: Tensor,  # [T, K] logits
     center: Tensor,  # [K]
-    pairs: Tensor,  # int64 [R, Q], rows of the teacher, -1 for none
+    pairs: Tensor | None,  # int64 [R, Q], rows of the teacher, -1 for none; None: row r for row r
     weight: Tensor,  # [R]
     student_temp: float,
     teacher_temp: float | Tensor,
@@ -47,6 +47,7 @@ def cross_entropy_reference(
     """Sum over rows r of weight[r] * sum over q of the cross-entropy of
     softmax((teacher[pairs[r, q]] - center) / teacher_temp) and softmax(student[r] / student_temp).
     """
+    pairs = _pairs(pairs, student)
     log_p = (upcast(student) / student_temp).log_softmax(dim=-1)
     targets = ((upcast(teacher.detach()) - center) / teacher_temp).softmax(dim=-1)
     seen = pairs >= 0
@@ -54,11 +55,17 @@ def cross_entropy_reference(
     return -(weight * (target.sum(dim=1) * log_p).sum(dim=-1)).sum()
 
 
+def _pairs(pairs: Tensor | None, student: Tensor) -> Tensor:
+    if pairs is None:
+        return torch.arange(len(student), device=student.device).unsqueeze(1)
+    return pairs
+
+
 def cross_entropy(
     student: Tensor,
     teacher: Tensor,
     center: Tensor,
-    pairs: Tensor,
+    pairs: Tensor | None,
     weight: Tensor,
     student_temp: float,
     teacher_temp: float | Tensor,
@@ -72,10 +79,12 @@ def cross_entropy(
             f"student {list(student.shape)}, teacher {list(teacher.shape)}, center"
             f" {list(center.shape)}: expected the same number of prototypes"
         )
-    if pairs.dim() != 2 or len(pairs) != rows or weight.shape != (rows,):
+    fits = len(teacher) == rows if pairs is None else pairs.dim() == 2 and len(pairs) == rows
+    if not fits or weight.shape != (rows,):
+        of = "none" if pairs is None else list(pairs.shape)
         raise ValueError(
-            f"pairs {list(pairs.shape)} and weight {list(weight.shape)} for {rows} student rows:"
-            " expected one entry a row"
+            f"pairs {of}, teacher {list(teacher.shape)}, and weight {list(weight.shape)} for {rows}"
+            " student rows: expected one entry per row"
         )
     return _CrossEntropy.apply(student, teacher, center, pairs, weight, student_temp, teacher_temp)
 
@@ -87,34 +96,38 @@ class _CrossEntropy(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         center: Tensor,
-        pairs: Tensor,
+        pairs: Tensor | None,
         weight: Tensor,
         student_temp: float,
         teacher_temp: float | Tensor,
     ) -> Tensor:
         lift = FP16_LIFT if student.dtype is torch.float16 else 1.0
+        temps = (student_temp, teacher_temp)
         by_row = rows_by_triton if kernels_run_on(student) else rows_by_chunk
         loss, difference = by_row(
-            student,
-            teacher,
-            center,
-            pairs,
-            student_temp,
-            teacher_temp,
-            lift,
-            ctx.needs_input_grad[0],
+            student, teacher, center, pairs, weight, *temps, lift, ctx.needs_input_grad[0]
         )
-        weight = weight.to(loss.dtype)
         ctx.save_for_backward(difference, weight)
         ctx.scale = 1 / (student_temp * lift)
-        return (weight * loss).sum()
+        return loss.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         difference, weight = ctx.saved_tensors
-        factor = (grad * weight * ctx.scale).unsqueeze(1)
-        # `out` lets float32 factors meet half precision without a float32 copy of all logits.
-        gradient = torch.mul(difference, factor, out=torch.empty_like(difference))
+        gradient = torch.empty_like(difference)
+        if kernels_run_on(difference):
+            rows, width = difference.shape
+            launch(
+                _scale_rows_kernel,
+                (rows, triton.cdiv(width, BLOCK)),
+                *(difference, weight, grad, gradient, ctx.scale, width),
+                BLOCK=BLOCK,
+                num_warps=4,
+            )
+        else:
+            factor = (grad * weight.to(grad.dtype) * ctx.scale).unsqueeze(1)
+            # `out` lets float32 factors meet half precision without a float32 copy of all logits.
+            torch.mul(difference, factor, out=gradient)
         return gradient, None, None, None, None, None, None
 
 
@@ -122,14 +135,16 @@ def rows_by_chunk(
     student: Tensor,
     teacher: Tensor,
     center: Tensor,
-    pairs: Tensor,
+    pairs: Tensor | None,
+    weight: Tensor,
     student_temp: float,
     teacher_temp: float | Tensor,
     lift: float,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of each row [R], and lift * (n * softmax - summed targets) [R, K] in the dtype of the
-    student, n being the row's number of targets. On any device."""
+    """Weighted loss of each row [R], and lift * (n * softmax - summed targets) [R, K] in the dtype
+    of the student, n being the row's number of targets. On any device."""
+    pairs = _pairs(pairs, student)
     loss = upcast(student.new_empty(0)).new_empty(len(student))
     difference = torch.empty_like(student) if want_gradient else None
 
@@ -152,27 +167,28 @@ def rows_by_chunk(
         if difference is not None:
             count = (pairs[rows] >= 0).sum(dim=1, keepdim=True)
             difference[rows] = log_p.exp_().mul_(count).sub_(targets).mul_(lift)
-    return loss, difference
+    return weight.to(loss.dtype) * loss, difference
 
 
 def rows_by_triton(
     student: Tensor,
     teacher: Tensor,
     center: Tensor,
-    pairs: Tensor,
+    pairs: Tensor | None,
+    weight: Tensor,
     student_temp: float,
     teacher_temp: float | Tensor,
     lift: float,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`rows_by_chunk` by the kernel, for fp16, bf16 and fp32."""
-    student, teacher, pairs = student.contiguous(), teacher.contiguous(), pairs.contiguous()
+    student, teacher = student.contiguous(), teacher.contiguous()
     rows, prototypes = student.shape
     loss = torch.empty(rows, dtype=torch.float32, device=student.device)
     difference = torch.empty_like(student) if want_gradient else None
     if rows:
-        sharpness = torch.full((), 1.0, device=student.device).div_(teacher_temp)
-        targets = triton.next_power_of_2(pairs.shape[1])
+        count = 1 if pairs is None else pairs.shape[1]
+        targets = triton.next_power_of_2(count)
         row = triton.next_power_of_2(prototypes)
         whole = row <= WHOLE
         block = row if whole else max(16, BLOCK // targets)
@@ -182,15 +198,16 @@ def rows_by_triton(
             student,
             teacher,
             center,
-            pairs,
+            None if pairs is None else pairs.contiguous(),
+            weight,
             loss,
-            student if difference is None else difference,
-            pairs.shape[1],
+            difference,
+            count,
             1 / student_temp,
-            sharpness,
+            teacher_temp,
             lift,
+            TEMP_ON_DEVICE=isinstance(teacher_temp, Tensor),
             PROTOTYPES=prototypes,
-            WANT_GRADIENT=want_gradient,
             TARGETS=targets,
             BLOCK=block,
             SWEEPS=1 if whole else 2,
@@ -206,15 +223,16 @@ if triton is not None:
         student,  # [R, K]
         teacher,  # [T, K]
         center,  # float32 [K]
-        pairs,  # int64 [R, Q]
+        pairs,  # int64 [R, Q], or None: row r of the teacher for row r
+        weight,  # [R]
         loss,  # float32 [R], out
-        difference,  # [R, K], out, in the dtype of student
+        difference,  # [R, K] in the dtype of student, or None, out
         pair_count,  # Q
         student_sharpness,  # 1 / temperature
-        teacher_sharpness,  # float32 [], on the device, as a CUDA graph may change it
+        teacher_temp,  # a number, or float64 []: a CUDA graph may change it
         lift,
+        TEMP_ON_DEVICE: tl.constexpr,
         PROTOTYPES: tl.constexpr,  # K: few in a program's life, and Triton's interpreter wants it
-        WANT_GRADIENT: tl.constexpr,
         TARGETS: tl.constexpr,  # Q rounded up to a power of two
         BLOCK: tl.constexpr,  # a power of two; K at least for one sweep
         SWEEPS: tl.constexpr,  # 1 or 2
@@ -223,13 +241,21 @@ if triton is not None:
         the first finds the largest logit and the sum of exponentials, block by block (online
         softmax), and the second, which reads the rows from the cache, loss and gradient."""
         row = tl.program_id(0).to(tl.int64)
-        teacher_sharpness = tl.load(teacher_sharpness)
+        if TEMP_ON_DEVICE:
+            teacher_sharpness = 1.0 / tl.load(teacher_temp).to(tl.float32)
+        else:
+            teacher_sharpness = 1.0 / teacher_temp
+        importance = tl.load(weight + row).to(tl.float32)
         q = tl.arange(0, TARGETS)
-        pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
+        if pairs is None:
+            pair = row + tl.zeros([TARGETS], tl.int64)
+        else:
+            pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
         seen = pair >= 0
         count = tl.sum(seen.to(tl.float32), axis=0)
         student += row * PROTOTYPES
-        difference += row * PROTOTYPES
+        if difference is not None:
+            difference += row * PROTOTYPES
         targets = teacher + tl.where(seen, pair, 0)[:, None] * PROTOTYPES  # [TARGETS, 1]
 
         if SWEEPS == 1:
@@ -242,7 +268,10 @@ if triton is not None:
             c = tl.load(center + k, mask=inside, other=0.0)
             target = tl.zeros([BLOCK], tl.float32)
             for j in tl.static_range(TARGETS):
-                one = tl.load(pairs + row * pair_count + j, mask=j < pair_count, other=-1)
+                if pairs is None:
+                    one = row
+                else:
+                    one = tl.load(pairs + row * pair_count + j, mask=j < pair_count, other=-1)
                 t = tl.load(teacher + one * PROTOTYPES + k, mask=inside & (one >= 0), other=0.0).to(
                     tl.float32
                 )
@@ -250,10 +279,10 @@ if triton is not None:
                 t = tl.exp(t - tl.max(t, axis=0))
                 target += t * tl.where(one >= 0, 1.0 / tl.sum(t, axis=0), 0.0)
             log_p = tl.where(inside, s - log_sum, 0.0)
-            if WANT_GRADIENT:
+            if difference is not None:
                 out = (count * tl.exp(log_p) - target) * lift
                 tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
-            tl.store(loss + row, -tl.sum(target * log_p, axis=0))
+            tl.store(loss + row, -importance * tl.sum(target * log_p, axis=0))
         else:
             s_max = float("-inf")
             s_sum = 0.0
@@ -288,7 +317,25 @@ if triton is not None:
                 t = tl.where(inside[None, :], tl.exp(t) * share[:, None], 0.0)
                 target = tl.sum(t, axis=0)
                 total -= tl.sum(tl.where(inside, target * log_p, 0.0), axis=0)
-                if WANT_GRADIENT:
+                if difference is not None:
                     out = (count * tl.exp(log_p) - target) * lift
                     tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
-            tl.store(loss + row, total)
+            tl.store(loss + row, importance * total)
+
+    @triton.jit
+    def _scale_rows_kernel(  # type: ignore[no-untyped-def]
+        difference,  # [R, K]
+        weight,  # [R]
+        grad,  # float32 []
+        gradient,  # [R, K], out
+        scale,
+        prototypes,  # K
+        BLOCK: tl.constexpr,
+    ):
+        """A block of a row, times its weight, the gradient of the loss, and `scale`."""
+        row = tl.program_id(0).to(tl.int64)
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        factor = tl.load(grad) * tl.load(weight + row).to(tl.float32) * scale
+        value = tl.load(difference + row * prototypes + k, mask=k < prototypes, other=0.0)
+        value = (value.to(tl.float32) * factor).to(gradient.dtype.element_ty)
+        tl.store(gradient + row * prototypes + k, value, mask=k < prototypes)

@@ -20,28 +20,28 @@ _copies: dict[Tensor, Tensor] = {}
 
 class HalfWeights:
     """Copies of the parameters of linear layers and convolutions. Their memory stays the same from
-    step to step, as CUDA graphs need it."""
+    step to step, as CUDA graphs need it. `model.fused_update` writes them with the parameters."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._networks = list(networks)
-        self._pairs: dict[Tensor, Tensor] = {}
+        self._versions: list[int] = []
+        self.copies: dict[Tensor, Tensor] = {}
 
     @contextmanager
     def fresh(self, x: Tensor) -> Iterator[None]:
-        """Copy the parameters as they are now, in one go, if Triton kernels take the input x and
-        autocast is on. `in_dtype` finds the copies inside."""
+        """Copies of the parameters as they are now, if Triton kernels take the input x and autocast
+        is on. `in_dtype` finds the copies inside."""
         dtype = product_dtype(x)
         if kernels_run_on(x) and dtype is not x.dtype:
-            self._copy(dtype)
-            _copies.update(self._pairs)
+            self._make(dtype)
+            _copies.update(self.copies)
         try:
             yield
         finally:
-            for parameter in self._pairs:
+            for parameter in self.copies:
                 _copies.pop(parameter, None)
 
-    @torch.no_grad()
-    def _copy(self, dtype: torch.dtype) -> None:
+    def _make(self, dtype: torch.dtype) -> None:
         parameters = [
             parameter
             for network in self._networks
@@ -50,9 +50,19 @@ class HalfWeights:
             for parameter in layer.parameters(recurse=False)
         ]
         kept = {p: (p.device, dtype) for p in parameters}
-        if kept != {p: (copy.device, copy.dtype) for p, copy in self._pairs.items()}:
-            self._pairs = {p: torch.empty_like(p, dtype=dtype) for p in parameters}
-        torch._foreach_copy_(list(self._pairs.values()), list(self._pairs))
+        if kept != {p: (copy.device, copy.dtype) for p, copy in self.copies.items()}:
+            self.copies = {p: torch.empty_like(p, dtype=dtype) for p in parameters}
+            self._versions = []
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy all parameters in one go if PyTorch has changed one since: loaded a checkpoint, or
+        taken a step."""
+        versions = [parameter._version for parameter in self.copies]
+        if versions != self._versions:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+            self._versions = versions
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -98,20 +108,14 @@ class _HalfLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, half_weight, weight, bias = ctx.saved_tensors
         grad_x = (grad @ half_weight).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient([grad], [x], weight).view_as(weight)
+        grad_weight = weight_gradient(grad, x, weight).view_as(weight)
         grad_bias = None if bias is None else grad.sum(dim=0, dtype=bias.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
-def weight_gradient(grads: list[Tensor], inputs: list[Tensor], weight: Tensor) -> Tensor:
-    """The sum of grad.T @ input over the pairs, in the dtype of `weight`. On CUDA the products
-    write float32, so nothing is rounded or cast in between."""
-    total: Tensor | None = None
-    for grad, x in zip(grads, inputs, strict=True):
-        if grad.dtype is not weight.dtype and (grad.is_cuda or counted()):
-            product = torch.mm(grad.t(), x, out_dtype=weight.dtype)
-        else:
-            product = (grad.t() @ x).to(weight.dtype)
-        total = product if total is None else total.add_(product)
-    assert total is not None
-    return total
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """grad.T @ x in the dtype of `weight`. On CUDA the product writes float32, so nothing is
+    rounded or cast in between."""
+    if grad.dtype is not weight.dtype and (grad.is_cuda or counted()):
+        return torch.mm(grad.t(), x, out_dtype=weight.dtype)
+    return (grad.t() @ x).to(weight.dtype)

@@ -20,6 +20,7 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]  # and options of the compiler
+    touches: list[Tensor]  # read or written beside the arguments; twice if both
 
     @property
     def name(self) -> str:
@@ -27,11 +28,12 @@ class Launch(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """What the kernel reads or writes."""
-        return [a for a in self.arguments if isinstance(a, Tensor)]
+        return [*(a for a in self.arguments if isinstance(a, Tensor)), *self.touches]
 
 
 Observer = Callable[[Launch], None]
-_observers: list[Observer] = []
+_observers: list[tuple[Observer, int]] = []  # each with the capability that it stands for
+MATRIX_UNITS = 80  # sm_80 and later have matrix units that Triton can use
 
 
 def interpreted() -> bool:
@@ -52,18 +54,43 @@ def kernels_run_on(x: Tensor) -> bool:
     return x.is_cuda or counted() or interpreted()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing."""
+def matrix_units(x: Tensor) -> bool:
+    """Whether Triton multiplies matrices like `x` at the speed of the device: in half precision on
+    sm_80 and later. In the interpreter always, so that it can show what those devices compute."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return interpreted() or (half and capability(x) >= MATRIX_UNITS)
+
+
+def capability(x: Tensor) -> int:
+    """80 for sm_80, and so on: of the device of `x`, or of the one that launches are counted for;
+    0 in the interpreter."""
     if _observers:
-        _observers[-1](Launch(kernel, arguments, constants))
+        return _observers[-1][1]
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    touches: list[Tensor] | None = None,
+    **constants: Any,
+) -> None:
+    """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing.
+    `touches`: tensors that the kernel finds by their addresses."""
+    if _observers:
+        _observers[-1][0](Launch(kernel, arguments, constants, touches or []))
     elif all(grid):
         kernel[grid](*arguments, **constants)
 
 
 @contextmanager
-def counting(observer: Observer) -> Iterator[None]:
-    """Inside, kernels do not run: `observer` gets each launch."""
-    _observers.append(observer)
+def counting(observer: Observer, capability: int = 90) -> Iterator[None]:
+    """Inside, kernels do not run: `observer` gets each launch, as sm_`capability` makes them."""
+    _observers.append((observer, capability))
     try:
         yield
     finally:

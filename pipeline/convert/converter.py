@@ -3,10 +3,10 @@
     python -m pipeline.convert SRC DST.beton       SRC: photo folder, tar, tar of class tars
     python -m pipeline.convert DST.beton --verify  read an existing file back
 
-JPEGs are stored as they are, once their structure proved them whole. Photos that cannot be read are
-left out and listed, with reasons, in DST.beton.json. The file appears only when it is whole; after
-an interrupt, a failure or `kill -9` the same command resumes. `--shard 2/8` converts
-the second of eight parts; `python -m pipeline.convert.merge` makes one file of the eight.
+JPEGs are stored unchanged if their structure is complete. Unreadable photos are left out and
+listed, with reasons, in DST.beton.json. The file appears only when it is complete; after an
+interrupt, a failure or `kill -9` the same command resumes. `--shard 2/8` converts the second of
+eight parts; `python -m pipeline.convert.merge` combines them.
 """
 
 import os
@@ -34,7 +34,7 @@ from ibeton.pipeline.store.sources import UNLABELLED, Photo, Source, open_source
 from ibeton.progress import progress
 from ibeton.workers import Job, Result, cores, in_order
 
-_CHUNK = 8  # photos a job: enough to hide its cost, few enough to hold in memory
+_CHUNK = 8  # photos per job: enough to hide its cost, few enough for memory
 
 
 @dataclass
@@ -75,10 +75,10 @@ def convert(
     """Write the photos of `src` to `dst`, in sorted order unless shuffled, and `dst`.json beside.
 
     The file depends neither on the number of workers nor on interrupts. Raises ValueError,
-    FileNotFoundError or FileExistsError for bad input (also when no photo at all is readable, or
-    when `dst` is half made from another source or with other options), RuntimeError when a worker
-    dies or `--verify` finds a difference. What was done by then is kept for the same call to go on
-    with, after bad input and faults that `--verify` found nothing is.
+    FileNotFoundError or FileExistsError for bad input (also if no photo is readable, or an
+    unfinished `dst` has another source or other options), RuntimeError if a worker dies or
+    `--verify` finds a difference. Progress is kept, and the same call resumes, except after bad
+    input and failed verification.
     """
     options = options or ConvertOptions()
     options.check()
@@ -122,12 +122,12 @@ def convert(
 
 
 def _printable(name: str) -> str:
-    """File names need not be UTF-8; what is not is escaped."""
+    """The name with escapes for what is not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def check_destination(dst: Path, overwrite: bool) -> None:
-    """Raise ValueError or an OSError, naming `dst`, where no .beton file can be written."""
+    """Raise ValueError or an OSError, naming `dst`, if no .beton file can be written there."""
     if dst.suffix != ".beton":
         raise ValueError(f"{dst} must end in .beton, by which the loaders know the format")
     if not dst.parent.is_dir():
@@ -168,13 +168,13 @@ def _append(writer: BetonWriter, photo: Photo, stored: StoredPhoto, done: Done) 
 def _stored(
     photos: list[Photo], options: ConvertOptions
 ) -> Generator[tuple[Photo, StoredPhoto | str], None, None]:
-    """Each photo with what is to be stored of it, or why it is unreadable."""
+    """Each photo with what to store, or why it is unreadable."""
     if not photos:
-        return  # all were done before
+        return  # all done by an earlier run
     starts = range(0, len(photos), _CHUNK)
     jobs = ((photos[i : i + _CHUNK], options) for i in starts)
     workers = min(options.workers or cores(), len(starts))
-    # Photos that are stored as they are cost less than their way through a pipe.
+    # Storing a photo unchanged costs less than sending it through a pipe.
     spread = _in_threads if options.mostly_kept() else in_order
     with (
         progress("convert", len(photos)) as advance,
@@ -189,12 +189,12 @@ def _stored(
 def _in_threads(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Generator[Result, None, None]:
-    """What `in_order` does, in threads. Reading, writing and Pillow let go of the interpreter."""
+    """`in_order` with threads: reading, writing and Pillow release the GIL."""
     threads = ThreadPoolExecutor(workers)
     waiting: deque[Future[Result]] = deque()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on photos
+            warnings.simplefilter("ignore")  # Pillow's, about photos
             for job in jobs:
                 waiting.append(threads.submit(function, job))
                 if len(waiting) >= 2 * workers:
@@ -208,7 +208,7 @@ def _in_threads(
 def _sidecar(
     source: Source, options: ConvertOptions, report: ConversionReport, digest: str
 ) -> dict[str, Any]:
-    """What stands in the JSON beside the file; the same for any number of workers."""
+    """The JSON beside the file; the same for any number of workers."""
     return {
         "source": source.path,
         "listing": digest,
@@ -223,7 +223,7 @@ def _sidecar(
 
 
 def _convert_command(src: str, dst: str, options: ConvertOptions) -> int:
-    """Convert and print the report; a failure on the way also tells what is kept."""
+    """Convert and print the report; after a failure, say what is kept."""
     try:
         print("\n".join(convert(src, dst, options).lines()))
         return 0

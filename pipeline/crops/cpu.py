@@ -1,7 +1,7 @@
 """Decoded pixels + draws -> finished views, on the CPU, compiled, without the GIL.
 
-Every operation computes what Pillow computes, so the views are Pillow's bit for bit; `pil_views.py`
-says the same in Pillow's and torchvision's own words, and tests/pipeline/test_crops.py compares.
+Every operation computes what Pillow computes, so the views are equal. `reference.py` does the same
+with Pillow's and torchvision's own operations, and tests/pipeline/crops compares the two.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def cut_views(pixels: Array, draws: Array, global_out: Array, local_out: Array) 
     [V, 3, S, S] and local_out uint8 [L, 3, s, s]."""
     columns = resize.photo_columns(pixels)
     views = global_out.shape[0]
-    # One place for the calls: every place has the whole of them compiled into it.
+    # A single call site each, as every call site is compiled inline.
     for v in range(len(draws)):
         out = global_out[v] if v < views else local_out[v - views]
         draw = draws[v]
@@ -34,7 +34,7 @@ def cut_views(pixels: Array, draws: Array, global_out: Array, local_out: Array) 
                     color.adjust_contrast(flat, draw.contrast)
                 elif op == SATURATION:
                     color.adjust_saturation(flat, draw.saturation)
-                elif op == HUE and draw.hue != 0:  # strength 0 is off, as in torchvision
+                elif op == HUE and draw.hue != 0:  # a strength of 0 is off, as in torchvision
                     color.adjust_hue(flat, draw.hue)
         if draw.gray:
             color.to_gray(flat)

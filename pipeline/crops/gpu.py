@@ -1,13 +1,13 @@
 """Decoded photos + draws -> finished views, on the GPU: a whole batch in ten launches.
 
-The host turns the draws into one record a view (`gpu_kernels.CUT`), which goes over in one copy.
-The kernels then repeat `crops.py` operation by operation in the same integers, so the views equal
-the CPU's (and Pillow's) pixel for pixel. Launches, on all views of the batch each:
+The host turns the draws into one record per view (`gpu_kernels.CUT`) and copies all at once. The
+kernels do what the CPU croppers do, in the same integers, so the views are equal. Launches, each
+for all views of the batch:
 
 1. taps of both resizes       2. first resize, photos -> scratch
 3. second resize, flip, color ops before the contrast, sum of the gray
-4. contrast, ops behind it; normalize the views without a blur
-5. - 10. the blurred views' box blurs, three along rows, three along columns; normalize
+4. contrast and the ops after it; normalize the views without a blur
+5. - 10. box blurs of the blurred views, three along rows, three along columns; normalize
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from ibeton.pipeline.sampling.draws import (
 )
 
 _MAX_SIZE = 2048  # the sum of a view's gray must fit into 32 bits
-_MAX_SIDE, _MAX_BYTES = 65535, 2**31 - 1  # of one photo: JPEG's limit; places in it are int32
-_MAX_SHARE = 16  # programs a view
+_MAX_SIDE, _MAX_BYTES = 65535, 2**31 - 1  # of one photo: JPEG's limit; offsets in it are int32
+_MAX_SHARE = 16  # programs per view
 _F32 = np.float32
 
 
@@ -41,7 +41,7 @@ class GpuCropper:
     """Cuts batches of photos into global and local views on one GPU.
 
     `views` are the V global, then the L local ones; `mean` and `std` three values each on the 0..1
-    scale; `dtype` of the output float16 or float32. Raises ValueError for anything else.
+    scale; `dtype` of the output float16 or float32. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class GpuCropper:
         device: torch.device | str,
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        _check_settings(views, global_views, mean, std, dtype)
+        _check_views(views, global_views)
         self._device, self._dtype = _full_device(device), dtype
         self._global_views = global_views
         self._sizes = np.array([view.size for view in views], np.int64)
@@ -71,13 +71,13 @@ class GpuCropper:
         widths: np.ndarray,
         draws: np.ndarray,
     ) -> tuple[Tensor, Tensor]:
-        """All views of B photos, in the order of the current stream; the host does not wait.
+        """All views of B photos, on the current stream; the host does not wait.
 
         `pixels` uint8 [bytes] on the device holds the photos, each [H, W, 3], from byte
         `offsets[b]` on; offsets, `heights` and `widths` are integers [B] on the host, `draws` DRAW
-        [B, V + L]. Returns normalized global [V, B, 3, S, S] and local [L, B, 3, s, s] views, two
-        parts of one fresh piece of memory. Raises ValueError where an argument has another form, a
-        photo ends behind `pixels`, or a box leaves its photo.
+        [B, V + L]. Returns normalized global [V, B, 3, S, S] and local [L, B, 3, s, s] views in
+        fresh memory. Raises ValueError if an argument has another form, a photo ends behind
+        `pixels`, or a box leaves its photo.
         """
         offsets, heights, widths = (np.asarray(x, np.int64) for x in (offsets, heights, widths))
         self._check_pixels(pixels)
@@ -108,7 +108,7 @@ class GpuCropper:
         kernels.colors[grid](longs, ints, gray_sums, self._norm, packed, out, **shared)
         if not len(blurred):
             return
-        source, target = packed, scratch  # the half-resized boxes are no longer needed
+        source, target = packed, scratch  # the half-resized boxes are done
         for number in range(6):
             kernels.box_blur[(len(blurred) * self._share,)](
                 *(blurred, longs, ints, self._norm, source, target, out),
@@ -117,9 +117,9 @@ class GpuCropper:
             source, target = target, source
 
     def _sent(self, plan: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """The records as int64 and as int32 and the list of blurred views, copied in one piece."""
+        """The records as int64 and as int32, and the list of blurred views, in one copy."""
         blurred = np.flatnonzero(plan["blurred"]).astype(np.int32)
-        start = -(-plan.nbytes // 16) * 16  # an even place, for which kernels are compiled once
+        start = -(-plan.nbytes // 16) * 16  # aligned, so that kernels are compiled only once
         sent = torch.empty(
             start + blurred.nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda"
         )
@@ -247,25 +247,13 @@ def _full_device(device: torch.device | str) -> torch.device:
     raise ValueError(f"device {device}: the Triton croppers need a CUDA device")
 
 
-def _check_settings(
-    views: list[ViewSpec],
-    global_views: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> None:
-    if not 1 <= global_views <= len(views):
-        raise ValueError(f"{global_views} global views of {len(views)}: expected at least one")
+def _check_views(views: list[ViewSpec], global_views: int) -> None:
     for name, part in (("global", views[:global_views]), ("local", views[global_views:])):
         sizes = {view.size for view in part}
         if len(sizes) > 1 or not all(1 <= size <= _MAX_SIZE for size in sizes):
             raise ValueError(
                 f"sizes of the {name} views {sorted(sizes)}: expected one of 1 .. {_MAX_SIZE}"
             )
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError("mean and std take three values each, and std positive ones")
-    if dtype not in (torch.float16, torch.float32):
-        raise ValueError(f"views as {dtype}: expected torch.float16 or torch.float32")
 
 
 def _check_photos(total: int, offsets: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> None:

@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of `gpu_crops.py`: whole batches of photos into finished views.
+"""Triton kernels of `gpu.py`: whole batches of photos into finished views.
 
-All arithmetic is that of `crops.py`, which is Pillow's: 22-bit integer weights, uint8 after each
-direction, float32 blends, 24-bit box blurs. They must be launched with `EXACT`, which keeps the
-compiler from fusing a product and a sum into one rounding.
+The arithmetic is that of the CPU croppers, which is Pillow's: 22-bit integer weights, uint8 after
+each direction, float32 blends, 24-bit box blurs. Launch with `EXACT`, which keeps the compiler from
+fusing a multiplication and an addition into one rounding.
 
-A view is described by one CUT record, read here through two pointers to the same memory: `longs`
-(its int64 fields) and `ints` (its int32 fields, and float32 by their bits). SHARE programs work on
-each view; each takes every SHARE-th block of BLOCK pixels. Between kernels a pixel is one int32,
-red in the lowest byte, so that it moves in one load.
+One CUT record describes a view. Kernels read it through two pointers to the same memory: `longs`
+(int64 fields) and `ints` (int32 fields, and float32 by their bits). SHARE programs work on each
+view, each on every SHARE-th block of BLOCK pixels. Between kernels a pixel is one int32, red in the
+lowest byte, so that it is a single load.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ CUT = np.dtype(
     align=True,
 )
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
-BLOCK_PIXELS = 512  # four a thread
+BLOCK_PIXELS = 512  # four per thread
 BLOCK_TAPS = 256
 
 
@@ -89,7 +89,7 @@ def tap_tables(
     gray_sums,  # int32 [N], out: zero
     BLOCK: tl.constexpr,  # resized pixels at a time
 ):
-    """What each resized pixel is made of: `crops.resize_taps`, two programs a view."""
+    """The taps of each resized pixel, as `resize.resize_taps`; two programs per view."""
     n = tl.program_id(0) // 2
     turn = tl.program_id(0) % 2
     longs += n * LONGS
@@ -181,7 +181,7 @@ def first_resize(
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The direction that goes first, in every view's box."""
+    """The first direction of the resize, for every view's box."""
     n = tl.program_id(0) // SHARE
     longs += n * LONGS
     ints += n * INTS
@@ -214,7 +214,7 @@ def _blend(low, x, factor):
 
 @triton.jit
 def _hue_saturation(red, green, blue, high, low):
-    """Pillow's 8-bit hue and saturation. The places of float64 are its own."""
+    """Pillow's 8-bit hue and saturation, with float64 where Pillow has it."""
     span = tl.where(high == low, 1, high - low).to(tl.float32)
     rc = tl.div_rn((high - red).to(tl.float32), span)
     gc = tl.div_rn((high - green).to(tl.float32), span)
@@ -283,7 +283,7 @@ def second_resize(
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The other direction, mirrored where the draw says so, and the ops before the contrast."""
+    """The second direction, the flip, and the ops before the contrast."""
     n = tl.program_id(0) // SHARE
     longs += n * LONGS
     ints += n * INTS
@@ -310,7 +310,7 @@ def second_resize(
 
 @triton.jit
 def _finished(out, norm, ints, at, area, inside, red, green, blue):
-    """Solarise, normalize, and store to the three planes of a view that begins at `out`."""
+    """Solarize, normalize, and store to the three planes of a view that begins at `out`."""
     if tl.load(ints + SOLARIZE) != 0:
         red = tl.where(red < 128, red, 255 - red)
         green = tl.where(green < 128, green, 255 - green)
@@ -334,7 +334,7 @@ def colors(
     SHARE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The contrast and the ops behind it; views without a blur are finished here."""
+    """The contrast and the ops after it; finishes views without a blur."""
     n = tl.program_id(0) // SHARE
     longs += n * LONGS
     ints += n * INTS

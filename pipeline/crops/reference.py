@@ -1,7 +1,6 @@
 """The published augmentation in Pillow's and torchvision's own operations, fed with our draws.
 
-The plain reference of `crops.py`, and what the `pil` loader runs. One function a view; it reads as
-iBOT's DataAugmentationiBOT does, with the randomness taken out.
+The plain reference of `cpu.py` and of the GPU croppers, and what the `pil` loader runs.
 """
 
 import numpy as np

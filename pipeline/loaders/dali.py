@@ -46,31 +46,35 @@ class Read(NamedTuple):
     data: np.ndarray
 
 
-class Used(NamedTuple):
-    """The photos used for a batch, and their pixels uint8 [H, W, 3] each."""
-
-    indices: list[int]
-    photos: list[Tensor]
-
-    def sides(self) -> tuple[np.ndarray, np.ndarray]:
-        """Heights and widths, int64 [B]."""
-        heights, widths = np.array([photo.shape[:2] for photo in self.photos], np.int64).T.copy()
-        return heights, widths
-
-
-class DaliPhotos:
+class DaliPixels:
     """Reads and decodes the photos of each planned batch on `context.device`."""
 
     def __init__(self, context: LoaderContext) -> None:
+        self._ahead = context.config.batches_ahead
         self._photos, self._replacements = context.photos, context.replacements
         self._workers = context.workers
         self._decoder = DaliDecoder(context.device, context.config.batch_size, context.workers)
         self._complete = bytearray(len(context.photos))  # 1: so found
         self._refused: set[int] = set()  # photos that look sound and that DALI does not decode
 
+    def stream(
+        self, plans: Iterator[BatchPlan]
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
+        """The photos of each planned batch, `batches_ahead` batches ahead."""
+
+        def decoded() -> Generator[tuple[BatchPlan, Decoded], None, None]:
+            with _threads(self._workers) as pool:
+                yield from self.decoded(pool, plans)
+
+        with closing(ahead(decoded(), self._ahead)) as batches:
+            yield from batches
+
+    def close(self) -> None:
+        """Nothing outlives a stream."""
+
     def decoded(
         self, pool: Executor, plans: Iterator[BatchPlan]
-    ) -> Generator[tuple[BatchPlan, Used], None, None]:
+    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
         """Batch by batch; DALI has the next one while the consumer works on this one."""
         under_way: tuple[BatchPlan, list[Read]] | None = None
         try:
@@ -123,8 +127,9 @@ class DaliPhotos:
         """Pixels of photo `index`, or of the next one that can be read."""
         return Read(*self._replacements.readable(index))
 
-    def _finish(self, batch: list[Read]) -> Used:
-        used = Used([], [])
+    def _finish(self, batch: list[Read]) -> Decoded:
+        indices: list[int] = []
+        photos: list[Tensor] = []
         began = time.perf_counter()
         by_dali = iter(self._decoder.finish())
         # The wait for it: DALI tells no more, and where the decode limits it is all of its time.
@@ -137,44 +142,19 @@ class DaliPhotos:
                 self._refused.add(index)
                 index, data = self._decode_by_pillow(index)
                 pixels = torch.from_numpy(data)
-            used.indices.append(index)
-            used.photos.append(pixels)
-        return used
-
-
-class DaliPixels:
-    """Decoded photos for croppers on a GPU."""
-
-    def __init__(self, context: LoaderContext) -> None:
-        self._context, self._photos = context, DaliPhotos(context)
-
-    def stream(
-        self, plans: Iterator[BatchPlan]
-    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
-        """The photos of each planned batch, `batches_ahead` batches ahead."""
-        with closing(ahead(self._decode(plans), self._context.config.batches_ahead)) as batches:
-            yield from batches
-
-    def _decode(
-        self, plans: Iterator[BatchPlan]
-    ) -> Generator[tuple[BatchPlan, Decoded], None, None]:
-        with _threads(self._context.workers) as pool:
-            for plan, used in self._photos.decoded(pool, plans):
-                heights, widths = used.sides()
-                ends = np.cumsum(3 * heights * widths)
-                offsets = ends - 3 * heights * widths
-                indices = torch.tensor(used.indices)
-                yield plan, Decoded(used.photos, offsets, heights, widths, indices)
-
-    def close(self) -> None:
-        """Nothing outlives a stream."""
+            indices.append(index)
+            photos.append(pixels)
+        heights, widths = np.array([photo.shape[:2] for photo in photos], np.int64).T.copy()
+        sizes = 3 * heights * widths
+        offsets = np.cumsum(sizes) - sizes
+        return Decoded(photos, offsets, heights, widths, torch.tensor(indices))
 
 
 class DaliCrops:
     """Views cut on the CPU, by threads beside DALI's."""
 
     def __init__(self, context: LoaderContext) -> None:
-        self._context, self._photos = context, DaliPhotos(context)
+        self._context, self._pixels = context, DaliPixels(context)
         self._specs = spec_table(context.views)
         self._shapes = [stack_shape(views) for views in context.split()]
 
@@ -184,22 +164,16 @@ class DaliCrops:
             yield from batches
 
     def _cut(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
-        with _threads(self._context.workers) as pool:
-            for plan, used in self._photos.decoded(pool, plans):
-                heights, widths = used.sides()
-                draws = draw_batch(
-                    self._specs,
-                    self._context.config.seed,
-                    plan.epoch,
-                    plan.indices,
-                    heights,
-                    widths,
-                )
+        workers, seed = self._context.workers, self._context.config.seed
+        with _threads(workers) as pool:
+            for plan, photos in self._pixels.decoded(pool, plans):
+                shapes = photos.heights, photos.widths
+                draws = draw_batch(self._specs, seed, plan.epoch, plan.indices, *shapes)
                 views = [np.empty((len(draws), *shape), np.uint8) for shape in self._shapes]
-                spent = sum(pool.map(_cut_timed, used.photos, draws, *views))
-                work.add("crop", spent, len(draws), self._context.workers)
+                spent = sum(pool.map(_cut_timed, photos.parts, draws, *views))
+                work.add("crop", spent, len(draws), workers)
                 global_crops, local_crops = (torch.from_numpy(some) for some in views)
-                yield plan, Crops(global_crops, local_crops, torch.tensor(used.indices))
+                yield plan, Crops(global_crops, local_crops, photos.indices)
 
     def close(self) -> None:
         """Nothing outlives a stream."""

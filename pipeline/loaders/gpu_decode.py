@@ -156,21 +156,14 @@ class GpuDecoding:
 
     def _images(self, indices: np.ndarray) -> list[Tensor | None]:
         stored = [bytearray(self._reader.photo_bytes(i)) for i in indices.tolist()]
-        jpegs = [torch.frombuffer(data, dtype=torch.uint8) for data in stored]
         try:
-            return list(self._decoder(jpegs))
+            return list(self._decoder([torch.frombuffer(x, dtype=torch.uint8) for x in stored]))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # which says nothing of the others
-            return [self._image(jpeg) for jpeg in jpegs]
-
-    def _image(self, jpeg: Tensor) -> Tensor | None:
-        try:
-            return self._decoder([jpeg])[0]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return None
+        except RuntimeError:  # of one of them, which says nothing about the others
+            if len(indices) == 1:
+                return [None]
+            return [image for i in indices for image in self._images(np.array([i]))]
 
     def _on_device(self) -> AbstractContextManager[object]:
         """A stream of its own: the training's is not held up, nor waited for."""

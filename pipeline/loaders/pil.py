@@ -58,7 +58,7 @@ class _Views(Dataset):
         config = self._config
         if self._replacements is None:
             self._photos: Photos = open_all(config.data)
-            self._replacements = Replacements(self._photos, self._views, config.seed)
+            self._replacements = Replacements(self._photos, self._views, config.seed, quiet=True)
         times = [time.perf_counter()]
         with suppress(UnreadablePhoto):  # what follows finds it in memory
             self._photos.photo_bytes(index)

@@ -20,13 +20,16 @@ class Replacements:
     thread may ask.
 
     Which photo replaces which depends on the sample index alone, so every loader, batch size and
-    worker count agrees on it.
+    worker count agrees on it. `quiet`: of a worker process, whose list the main process reports.
     """
 
-    def __init__(self, photos: Photos, views: list[ViewSpec], seed: int) -> None:
+    def __init__(
+        self, photos: Photos, views: list[ViewSpec], seed: int, quiet: bool = False
+    ) -> None:
         self._photos = photos
         self._views = views
         self._seed = seed
+        self._quiet = quiet
         self.unreadable: dict[int, str] = {}  # index -> name and reason
         self._noting = threading.Lock()
 
@@ -56,7 +59,7 @@ class Replacements:
         with self._noting:
             known = index in self.unreadable
             self.unreadable.setdefault(index, name_and_reason)
-        if not known:
+        if not known and not self._quiet:
             log.warning("unreadable photo, its neighbor is used: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:

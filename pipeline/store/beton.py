@@ -1,13 +1,13 @@
 """The .beton file format (FFCV's version 2), and its reader; `beton_writer.py` writes it.
 
-    header            version, fields, page size, number of samples, where the allocation table is
+    header            version, fields, page size, number of samples, place of the allocation table
     two fields        `image` (RGBImageField, type 2) and `label` (IntField, type 1)
-    metadata          24 bytes a sample: mode, width, height, pointer to the data; label
-    data              JPEG bytes or raw pixels, from the first page on; none crosses a page's edge
+    metadata          24 bytes per sample: mode, width, height, pointer to the data; label
+    data              JPEG bytes or raw pixels, from the first page on, each within one page
     allocation table  (sample, pointer, size), up to the end of the file
 
-Beside `photos.beton` the converter leaves `photos.beton.json` with what the format has no room for:
-class names, source, options, counts, unreadable photos and checksums. A .beton without it is whole.
+The converter also writes `photos.beton.json` with what the format has no field for: class names,
+source, options, counts, unreadable photos and checksums. It is optional.
 """
 
 import json
@@ -45,28 +45,26 @@ METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 
 
 def sidecar_path(path: str | Path) -> Path:
-    """Where the JSON beside a .beton file stands: photos.beton -> photos.beton.json."""
+    """The JSON beside a .beton file: photos.beton -> photos.beton.json."""
     return Path(f"{path}.json")
 
 
 class FileChanged(OSError):
-    """A .beton file is no longer the one that was opened."""
+    """A .beton file has changed since it was opened."""
 
 
 class BetonReader:
-    """A .beton file with the fields `image` and `label`. Photos are read when they are asked for.
+    """A .beton file with the fields `image` and `label`. Photos are read on demand.
 
-    labels: int64 [n], -1 where unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or
-    RAW. pointers, sizes: uint64 [n], where the stored bytes begin and how many there are. files:
-    int32 [n], the descriptor of the file that holds them. classes: names from the JSON beside the
-    file, or [].
+    labels: int64 [n], -1 if unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or RAW.
+    pointers, sizes: uint64 [n], place and number of the stored bytes. files: int32 [n], descriptors
+    of the file that holds them. classes: names from the JSON beside the file, or [].
 
-    The file is read by `pread`, not mapped into memory: a file that is cut short while it is in use
-    gives an error where a mapped one would kill the process (SIGBUS).
+    The file is read by `pread`, not mapped into memory: if it is truncated while in use, that is an
+    error, where mapped memory would kill the process (SIGBUS).
 
-    Raises FileNotFoundError, and ValueError for a file that may not be read, is no .beton, has
-    another version or other fields, is cut short or damaged, or stands beside the JSON of another
-    file.
+    Raises FileNotFoundError, and ValueError for a file that may not be read, is not a .beton, has
+    another version or other fields, is truncated or damaged, or is beside the JSON of another file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -99,20 +97,20 @@ class BetonReader:
         self.notes: list[str] = []
 
     def fileno(self) -> int:
-        """The descriptor of the open file, which is closed with this object."""
+        """Descriptor of the open file, which this object closes."""
         return self._file.fileno()
 
     def __len__(self) -> int:
         return self.num_samples
 
     def name(self, index: int) -> str:
-        """What to call the photo in a message."""
+        """The photo's name in messages."""
         return f"photo {index} of {self.path}"
 
     def photo_bytes(self, index: int) -> bytes:
         """The stored bytes, JPEG or raw pixels by `modes[index]`.
 
-        Raises FileChanged where the file has become shorter since it was opened.
+        Raises FileChanged if the file has become shorter since it was opened.
         """
         return self._read(int(self.pointers[index]), int(self.sizes[index]))
 
@@ -138,7 +136,7 @@ class BetonReader:
         return np.frombuffer(self._read(begin, count * dtype.itemsize), dtype)
 
     def pixels(self, index: int) -> np.ndarray:
-        """uint8 [H, W, 3]; raises UnreadablePhoto, also for a size other than the one noted."""
+        """uint8 [H, W, 3]; raises UnreadablePhoto, also for another size than in the metadata."""
         data = self.photo_bytes(index)
         shape = (int(self.heights[index]), int(self.widths[index]), 3)
         if self.modes[index] == RAW:

@@ -36,9 +36,9 @@ class BetonWriter:
     the file's name while it is unfinished. With it, the writer opens an existing file, which can be
     resumed, and leaves it there: the caller removes it.
 
-    Pages are 8 MiB and grow to the power of two that holds the largest photo. What lies inside a
-    small page lies inside the larger one around it, so the data need not move. FFCV's process
-    cache holds whole pages in memory: for it, `--max-resolution` keeps raw photos small.
+    Pages are 8 MiB and grow to the power of two that holds the largest photo. A photo inside a
+    small page is also inside the larger page around it, so data need not move. FFCV's process cache
+    holds whole pages in memory: for it, keep raw photos small with `--max-resolution`.
     """
 
     def __init__(self, path: str | Path, most: int, partial: Path | None = None) -> None:
@@ -119,7 +119,7 @@ class BetonWriter:
         self._write(self._samples[first : self.count].view(np.uint8).data, begin)
 
     def seal(self) -> Path:
-        """Write tables and header and push all to disk; returns the whole file's passing name."""
+        """Write tables and header and sync to disk; returns the file's temporary name."""
         table_start = _aligned(self.end, 8)
         self._write(self._table[: self.count].view(np.uint8).data, table_start)
         header = (VERSION, len(FIELDS), self.page_size, self.count, table_start)
@@ -130,9 +130,9 @@ class BetonWriter:
         return self.partial
 
     def publish(self, sidecar: dict[str, Any]) -> None:
-        """Give the sealed file its name, and the JSON beside it.
+        """Give the sealed file its name, and write the JSON.
 
-        The old JSON goes first and the new one comes last, so that none describes another file.
+        The old JSON is removed first and the new one comes last, so none describes another file.
         """
         beside = sidecar_path(self.path)
         content = {**sidecar, "file_bytes": self.partial.stat().st_size}
@@ -143,16 +143,14 @@ class BetonWriter:
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         rest = memoryview(data)
-        while rest:  # the system takes at most 2 GiB at once, and less where the disk gets full
+        while rest:  # the system takes at most 2 GiB at once, and less on a full disk
             written = os.pwrite(self.file, rest, position)
             rest, position = rest[written:], position + written
 
 
 def open_unlinked(path: Path, how: int) -> int:
-    """`os.open` of a file that this program made: of no link, by which another would be written.
-
-    Raises FileExistsError, naming it, for a symbolic link, and for a file with a second name.
-    """
+    """`os.open` of a file of this program. A link, through which another file would be written, is
+    refused with FileExistsError."""
     try:
         file = os.open(path, how | os.O_NOFOLLOW, 0o666)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Bytes of a photo -> RGB pixels, strictly: a photo that is not whole raises, it never turns gray.
+"""Bytes of a photo -> RGB pixels, strictly: an incomplete photo is an error, never partly gray.
 
 Decoding follows the published recipe, Pillow's `convert("RGB")`: alpha is dropped, EXIF orientation
-and color profiles are ignored. The one exception is 16-bit gray, which Pillow would clip to white.
+and color profiles are ignored. The exception is 16-bit gray, which Pillow would clip to white.
 """
 
 import io
@@ -22,14 +22,14 @@ class UnreadablePhoto(ValueError):
 
 
 class UnreadableData(OSError):
-    """So many photos cannot be decoded that something is wrong with the whole data set."""
+    """So many photos are unreadable that the whole data set must be wrong."""
 
 
 def load_photo(data: bytes | memoryview) -> Image.Image:
-    """Decode all of `data` (any format Pillow knows, by content) in the photo's own mode.
+    """Decode `data` (any format that Pillow knows, by content) in the photo's own mode.
 
-    Raises UnreadablePhoto for what is not a photo, is cut short, or has more than MAX_PIXELS pixels
-    or MAX_SCANS scans.
+    Raises UnreadablePhoto if it is not a photo, is truncated, or has more than MAX_PIXELS pixels or
+    MAX_SCANS scans.
     """
     if not len(data):
         raise UnreadablePhoto("the file is empty")
@@ -56,7 +56,7 @@ def load_photo(data: bytes | memoryview) -> Image.Image:
 
 def check_complete(data: bytes | memoryview) -> None:
     """Raise UnreadablePhoto for a JPEG whose compressed data end before its image does, which
-    decoders pass over in silence."""
+    decoders ignore."""
     from ibeton.pipeline.store.turbojpeg import ends_early  # it imports this module
 
     if ends_early(data):

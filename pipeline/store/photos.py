@@ -1,4 +1,4 @@
-"""One view of photos, wherever they stand: a .beton file, a folder or a tar."""
+"""Photos of a .beton file, a folder or a tar, by index."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +11,11 @@ from ibeton.pipeline.store.sources import open_source, read_bytes
 
 
 class Photos(Protocol):
-    """A data set of photos by index; what BetonReader and FolderPhotos have in common."""
+    """A data set of photos: a BetonReader or FolderPhotos."""
 
-    labels: np.ndarray  # int64 [n], -1 where unlabelled
+    labels: np.ndarray  # int64 [n], -1 if unlabelled
     classes: list[str]
-    notes: list[str]  # what a user should know of the set, such as files that were skipped
+    notes: list[str]  # what a user should know about the set, such as skipped files
 
     def __len__(self) -> int: ...
 
@@ -26,7 +26,7 @@ class Photos(Protocol):
         """uint8 [H, W, 3]; raises UnreadablePhoto."""
 
     def name(self, index: int) -> str:
-        """What to call the photo in a message."""
+        """The photo's name in messages."""
 
 
 class FolderPhotos:
@@ -44,7 +44,7 @@ class FolderPhotos:
     def photo_bytes(self, index: int) -> bytes:
         try:
             return read_bytes(self._source.photos[index])
-        except OSError as error:  # gone, or unreadable, since it was listed
+        except OSError as error:  # removed, or made unreadable, since it was listed
             raise UnreadablePhoto(str(error)) from error
 
     def pixels(self, index: int) -> np.ndarray:
@@ -61,6 +61,6 @@ def is_beton(path: str | Path) -> bool:
 def open_photos(path: str | Path) -> BetonReader | FolderPhotos:
     """Open a .beton file, a photo folder or a tar.
 
-    Raises FileNotFoundError or ValueError, naming the path, for what is none of them.
+    Raises FileNotFoundError or ValueError, naming the path, if it is none of them.
     """
     return BetonReader(path) if is_beton(path) else FolderPhotos(path)

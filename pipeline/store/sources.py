@@ -12,7 +12,7 @@ A photo's class is the first folder (or class tar) of its name. Listing opens no
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +49,7 @@ class Photo:
 class Source:
     """The photos of a folder or a tar in sorted order, and the classes that have any.
 
-    skipped: what else there is, by kind (".heic", "links", "folders that may not be read").
+    skipped: other files by kind (".heic", "links", "folders that may not be read").
     """
 
     path: str
@@ -58,7 +58,7 @@ class Source:
     skipped: dict[str, int] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What a user should know of the source: a sentence each."""
+        """What a user should know about the source: a sentence each."""
         notes = []
         if self.skipped:
             most = sorted(self.skipped.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -76,9 +76,9 @@ class Source:
 
 
 def read_bytes(photo: Photo) -> bytes:
-    """The photo's file content, from any thread or process: each call opens the file for itself.
+    """The content of the photo's file; each call opens the file, from any thread or process.
 
-    Raises OSError where the file cannot be read, or the tar is shorter than when it was listed.
+    Raises OSError if the file cannot be read, or the tar is shorter than when it was listed.
     """
     if photo.offset is None or photo.size is None:
         with open(os.path.join(photo.path, photo.name), "rb") as file:
@@ -96,11 +96,10 @@ def read_bytes(photo: Photo) -> bytes:
 def open_source(path: str | Path) -> Source:
     """List the photos of a folder or a tar (also of tars) without opening them.
 
-    Hidden files and folders are left out. Symlinks in folders are followed, loops cut, and one that
-    leads nowhere is a photo that cannot be read; symlinks inside a tar are left out. Folders below
-    `path` that may not be read are left out. What is left out, hidden files aside, is counted.
-    Raises FileNotFoundError for a missing path, ValueError for what is neither, may not be read,
-    holds no photo, or holds photos that this cannot read right (sparse members of a tar).
+    Hidden files and folders are ignored. Symlinks in folders are followed, except loops; a dangling
+    one is an unreadable photo. Symlinks in a tar and unreadable folders below `path` are skipped
+    and counted. Raises FileNotFoundError for a missing path, ValueError if it is neither folder nor
+    tar, may not be read, or holds no photo or one that cannot be read in place (sparse members).
     """
     root = os.path.abspath(path)
     if not os.path.exists(root):
@@ -116,7 +115,7 @@ def open_source(path: str | Path) -> Source:
             f"{path} holds no photos{f' (but {found})' if found else ''}; looked for"
             f" {' '.join(EXTENSIONS)} in any folder"
         )
-    photos.sort(key=lambda photo: _sort_key(photo[0]))
+    photos.sort(key=lambda photo: photo[0].replace("/", "\0"))  # folder by folder
     classes = sorted({name.partition("/")[0] for name, *_ in photos if "/" in name})
     labels = {name: i for i, name in enumerate(classes)}
     listed = []
@@ -152,17 +151,12 @@ def _in_folder(root: str, skipped: Counter[str]) -> list[tuple[Any, ...]]:
     return found
 
 
-def _sort_key(name: str) -> str:
-    """Folder by folder, as a walk over sorted folders comes by: '/' before any other letter."""
-    return name.replace("/", "\0")
-
-
 def _is_photo(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
 def _kind(name: str) -> str:
-    """What a file that is no photo is counted as."""
+    """How a file that is not a photo is counted."""
     return os.path.splitext(name)[1].lower() or "without an extension"
 
 
@@ -178,14 +172,15 @@ def _walk(
         skipped["folders that may not be read"] += 1
         return
     here = (stat.st_dev, stat.st_ino)
-    if here in inside:  # a symlink to a folder that it stands in
+    if here in inside:  # a symlink to a folder around it
         return
     with entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             name = below + entry.name
-            if _is_folder(entry):
+            # Not entry.is_dir() for symlinks: it raises if they form a circle.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield from _walk(root, name + "/", (*inside, here), skipped)
             elif _is_photo(entry.name) and _is_to_be_read(entry):
                 yield name
@@ -193,25 +188,15 @@ def _walk(
                 skipped[_kind(entry.name)] += 1
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # Not entry.is_dir() for symlinks: it raises where they lead in a circle.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
 def _is_to_be_read(entry: os.DirEntry[str]) -> bool:
-    """Files, and symlinks that lead nowhere: those are to be reported, not passed over."""
+    """Files, and dangling symlinks, which are reported instead of skipped."""
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
     return entry.is_file()
 
 
 def _photos_of_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int]]:
-    """(offset, size) in the file by photo name, without a folder that all photos share."""
-    return _without_common_folder(_index_tar(path, skipped))
-
-
-def _index_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int]]:
-    """(offset, size) in the file by photo name; a name that comes twice keeps its last content."""
+    """(offset, size) in the file by photo name; of equal names the last one counts."""
     try:
         with open(path, "rb") as file:
             found = dict(_tar_photos(file, 0, "", skipped))
@@ -230,6 +215,12 @@ def _index_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int]]:
         if isinstance(extent, str):
             raise ValueError(f"{path}: {name} is a hard link to {extent}, which it does not hold")
         extents[name] = extent
+    # Classes are the folders below one that all photos share (`tar cf train.tar train`), unless
+    # that is the only class.
+    while len({name.split("/")[0] for name in extents}) == 1 and all(
+        name.count("/") > 1 for name in extents
+    ):
+        extents = {name.partition("/")[2]: extent for name, extent in extents.items()}
     return extents
 
 
@@ -275,17 +266,3 @@ def _member_name(name: str) -> str | None:
     """A member's name without empty parts; None for hidden ones."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return None if any(part.startswith(".") for part in parts) else "/".join(parts)
-
-
-def _without_common_folder(extents: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Drop a leading folder that all photos share (`tar cf train.tar train`) unless it is the one
-    class there is: the classes are the folders below it."""
-    while _share_a_parent(extents):
-        extents = {name.partition("/")[2]: extent for name, extent in extents.items()}
-    return extents
-
-
-def _share_a_parent(names: Iterable[str]) -> bool:
-    return len({name.split("/")[0] for name in names}) == 1 and all(
-        name.count("/") > 1 for name in names
-    )

@@ -67,7 +67,7 @@ LINES = {
         f"{kind} {ONE} --data {{in}}/val --output {{out}}/picture.png"
         for kind in ("attention", "patterns", "correspondence", "neighbors")
     ],
-    "inspect": ["{in}/checkpoint.pt", "{in}/foreign.pth"],
+    "inspect": ["{in}/checkpoint.pt", "{in}/foreign.pth --num-heads 2"],
     "import": ["{in}/foreign.pth {out}/imported.pt --num-heads 2"],
     "export": [
         f"{{in}}/checkpoint.pt {{out}}/{name} --to {kind}"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
+from slurm import end, free_job, srun_words, start
 
 from ibeton.evaluation import all as every
-from ibeton.evaluation.frozen import cluster, linear, logistic, parts, retrieval, semi
+from ibeton.evaluation.frozen import cluster, knn, linear, logistic, parts, retrieval, semi
 from ibeton.evaluation.frozen.quick import quick_scores
 from ibeton.model.checkpoint import load_checkpoint, model_state, save_checkpoint
 from ibeton.model.config import ModelConfig
@@ -156,3 +157,24 @@ def test_quick_scores_are_those_of_the_commands(checkpoint, folders, tmp_path):
     assert quick["knn_top5"] == scores["knn"]["k5_top5"]
     for name in ("acc", "ari", "nmi", "fmi", "fmi_chance", "clusters"):
         assert quick[f"head_{name}"] == pytest.approx(scores["cluster"][f"head_{name}"])
+
+
+def test_tasks_of_srun_score_as_one_process(checkpoint, folders, tmp_path):
+    def given(name):
+        folder = ("--cache", tmp_path / name, "--json", tmp_path / f"{name}.json")
+        return [*arguments(checkpoint, folders, *folder), "--k", "5", "--device", "cpu"]
+
+    assert knn.main(given("one")) == 0
+    command = [sys.executable, "-m", "ibeton.evaluation.frozen.knn", *given("two")]
+    job = free_job()
+    tasks = [start(command, tmp_path, f"rank{i}", srun_words(i, 2, job)) for i in range(2)]
+    try:
+        assert [task.wait() for task in tasks] == [0, 0], (tmp_path / "rank0.log").read_text()
+    finally:
+        end(tasks)
+    one, two = (
+        json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("one", "two")
+    )
+    assert one == two
+    assert "| teacher |" in (tmp_path / "rank0.log").read_text()
+    assert "| teacher |" not in (tmp_path / "rank1.log").read_text(), "rank 0 alone speaks"

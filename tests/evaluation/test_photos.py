@@ -1,4 +1,4 @@
-"""Views of labelled photos: random ones, and the fingerprint of a set."""
+"""Views of labeled photos: random ones, and the fingerprint of a set."""
 
 import os
 import time

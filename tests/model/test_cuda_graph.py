@@ -15,7 +15,13 @@ from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.host_inputs import HostInputs, from_host
 from ibeton.model.kernels.launch import counting
 from ibeton.model.masking import bucket_size, masked_patches
-from ibeton.model.optim import AdamW, build_optimizer, load_optimizer_state, optimizer_state
+from ibeton.model.optim import (
+    AdamW,
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+)
 from ibeton.model.steps import Step, set_rates
 
 CPU = torch.device("cpu")
@@ -79,9 +85,48 @@ def test_what_padding_rows_hold_does_not_change_a_bit(options):
         assert_same(results[0], other)
 
 
+class RowsInOrder(TorchDispatchMode):
+    """Sums over rows in groups of 16, in order. A library groups them by their number instead: then
+    rows of zeros at the end may move the borders of groups, and with them the rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.changed = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, aten = function.overloadpacket, torch.ops.aten
+        if name == aten.mm and args[0].stride(0) == 1 != args[0].stride(1):  # of a.T @ b, over rows
+            self.changed.add("mm")
+            pairs = zip(args[0].split(16, dim=1), args[1].split(16), strict=True)
+            return sum(one @ other for one, other in pairs)
+        if name == aten.sum and (len(args) == 1 or list(args[1]) == [0]) and not kwargs:
+            self.changed.add("sum")
+            keep = len(args) > 2 and args[2]
+            out = sum(args[0].unbind())
+            return out.unsqueeze(0) if keep else out
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"mean_pool": True}, {"norm_in_head": "ln"}])
+@pytest.mark.parametrize("images", [3, 20])
+def test_the_number_of_padding_rows_does_not_change_a_bit(options, images):
+    """But for how a library groups the rows that it adds up: in products with a transposed first
+    factor, whose inner dimension are the rows (gradients of weights), and in sums over rows
+    (gradients of biases, and the loss). With both in order nothing differs, so nothing else does.
+    Without stochastic depth, which on a CPU changes the number of rows."""
+    ibot, (*crops, masks) = small_model(drop_path=0.0, **options), batch_of(images, images)
+    exact = masked_patches(masks, CPU)
+    with RowsInOrder() as mode:
+        expected = loss_and_gradients(ibot, crops, masks, exact)
+        for more in (1, 7, 64, masks.numel()):
+            padded = masked_patches(masks, CPU, len(exact.places) + more)
+            assert_same(expected, loss_and_gradients(ibot, crops, masks, padded))
+    assert mode.changed == {"mm", "sum"}
+
+
 @pytest.mark.parametrize("more", [0, 1, 7, 64])
 def test_the_number_of_padding_rows_changes_only_the_order_of_sums(more):
-    """In float64 to 1e-13: sums over rows are grouped by their number."""
+    """By the library's sums, in float64: to 1e-13."""
     ibot, (*crops, masks) = small_model().double(), batch_of(0)
     crops, exact = [crop.double() for crop in crops], masked_patches(masks, CPU)
     expected = loss_and_gradients(ibot, crops, masks, exact)
@@ -223,25 +268,51 @@ class DeviceOnly(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_steps": 2, "checkpoint_blocks": True}])
-def test_forward_loss_and_backward_never_touch_the_host(options, monkeypatch):
-    """On meta tensors, which take the path of a GPU without one, Triton's launches included."""
+class Scaler(torch.amp.GradScaler):
+    """A GradScaler of the meta device, which PyTorch has none for. It cannot see whether a gradient
+    is finite: `found_inf` is always a tensor, as on a GPU."""
+
+    def __init__(self):
+        super().__init__("cpu", enabled=True)
+        self._scale = torch.ones((), device="meta")
+        self._growth_tracker = torch.zeros((), dtype=torch.int32, device="meta")
+
+    def scale(self, outputs):
+        return outputs * self._scale
+
+
+@pytest.mark.parametrize(
+    ("options", "scaled", "epoch"),
+    [
+        ({}, True, 1),
+        ({"micro_steps": 2, "checkpoint_blocks": True}, False, 0),  # frozen last layer
+    ],
+)
+def test_a_whole_step_never_touches_the_host(options, scaled, epoch, monkeypatch):
+    """On meta tensors, which take the path of a GPU without one, Triton's launches included: no
+    copy from or to the host, and no value that it waits for."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     with torch.device("meta"):
         ibot = build(ModelConfig(**{**SMALL, **options}))
-    step = Step(ibot, torch.optim.SGD(ibot.student.parameters()), None, padded=True)
+    optimizer = AdamW(parameter_groups(ibot.student), lr=0.0, weight_decay=0.0)
+    step = Step(ibot, optimizer, Scaler() if scaled else None, padded=True)
     inputs = step.inputs(*batch_of(0), **rates_of(0)).on(torch.device("meta"), with_rates=True)
-    draws = HostInputs()
-    launches = []
-    with counting(lambda *launch: launches.append(launch)):
+    draws, launches = HostInputs(), []
+    with counting(lambda launch: launches.append(launch.name)):
         with draws.recording():
-            step.compute_gradients(inputs, 0)  # draws, which the second run finds in place
+            step.run(inputs, epoch)  # draws, which the second run finds in place
         with draws.recording(), DeviceOnly():
-            computed = step.compute_gradients(inputs, 0)
-    assert launches
-    assert len(computed.terms) == ibot.micro_steps
-    assert all(p.grad is not None for p in ibot.student.parameters())
+            metrics = step.run(inputs, epoch)
+    assert "_update_kernel" in launches
+    assert {"loss", "grad_norm", "finite"} < set(metrics)
+    assert all(metric.device.type == "meta" for metric in metrics.values())
+
+
+def test_the_optimizer_allows_captures_under_the_name_that_pytorch_has():
+    names = [name for name in vars(torch.optim.Optimizer) if "capture_health_check" in name]
+    assert names
+    assert all(name in vars(AdamW) for name in names)
 
 
 def test_rates_on_the_device_are_those_of_the_host():

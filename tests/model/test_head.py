@@ -142,4 +142,4 @@ def test_bottleneck_of_half_precision_tokens_does_not_overflow(arrays):
     with torch.no_grad():
         head.mlp[-1].bias.fill_(1000.0)  # its square is beyond fp16
         out = head.bottleneck(torch.zeros(2, 48, dtype=torch.float16))
-    torch.testing.assert_close(out.norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close(out.float().norm(dim=-1), torch.ones(2), rtol=1e-3, atol=0)

@@ -63,7 +63,7 @@ def _disk(run: Run) -> str:
     epochs = last // per_epoch
     stay = epochs // options.keep_every if options.keep_every else 0
     saves = max(1, epochs + (last // options.save_steps if options.save_steps else 0))
-    rolling = min(options.keep_last, saves)
+    rolling = min(max(options.keep_last, 2), saves)
     to_come = max(0, stay + rolling - len(checkpoints.listed(run.folder)))
     folder = run.folder.absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())

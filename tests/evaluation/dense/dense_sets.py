@@ -50,7 +50,7 @@ def write_segmentation(root: Path, counts: dict[str, int]) -> Path:
 
 
 def write_coco(root: Path, count: int) -> Path:
-    """The same photos to learn from and to be judged by, with gaps between category ids."""
+    """The same photos to train on and to evaluate on, with gaps between category ids."""
     (root / "annotations").mkdir(parents=True)
     images, annotations = [], []
     for i in range(count):

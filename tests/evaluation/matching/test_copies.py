@@ -87,7 +87,7 @@ def test_only_the_first_twenty_count():
 
 def test_the_feature_is_the_class_token_and_the_generalized_mean(checkpoint, copydays):
     backbone, _ = load_backbone(checkpoint)
-    photos = PhotoSet(copydays / "original", 32, view=square_view, labelled=False)
+    photos = PhotoSet(copydays / "original", 32, view=square_view, labeled=False)
     found = extract(backbone, photos, ("gem", "patches"), Extraction())
     patches = found["patches"].double().clamp(min=1e-6)
     assert torch.allclose(found["gem"].double(), (patches**4).mean(dim=1) ** 0.25, rtol=1e-4)

@@ -122,7 +122,7 @@ def test_misfits_are_refused():
     student, teacher, center, pairs, weight = random_rows(4, 3, 16, 2)
     with pytest.raises(ValueError, match="expected the same number of prototypes"):
         cross_entropy(student, teacher[:, :8], center, pairs, weight, 0.1, 0.07)
-    with pytest.raises(ValueError, match="expected one entry a row"):
+    with pytest.raises(ValueError, match="expected one entry per row"):
         cross_entropy(student, teacher, center, pairs[:2], weight, 0.1, 0.07)
 
 
@@ -145,16 +145,18 @@ def in_subprocess(script: str, **environment: str) -> str:
 
 INTERPRET = """
 import torch
+from ibeton.model.kernels.class_metrics import class_metrics, class_metrics_reference
 from ibeton.model.kernels.cross_entropy import rows_by_chunk, rows_by_triton
-from test_cross_entropy import SHAPES, TOLERANCE, random_rows
+from test_cross_entropy import SHAPES, TOLERANCE, assert_same, random_rows
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for i, shape in enumerate([*SHAPES, (5, 5, 300, 2)]):
         spread = 1.5e4 if i == len(SHAPES) else 4.0
-        student, teacher, center, pairs, _ = random_rows(*shape, dtype=dtype, spread=spread)
+        student, teacher, center, pairs, weight = random_rows(*shape, dtype=dtype, spread=spread)
         student, teacher = student.clamp(-6e4, 6e4), teacher.clamp(-6e4, 6e4)
         lift = 4096.0 if dtype is torch.float16 else 1.0
-        rest = (student, teacher, center, pairs, 0.1, 0.07, lift)
+        temp = torch.tensor(0.07, dtype=torch.float64) if i % 2 else 0.07
+        rest = (student, teacher, center, pairs, weight.double(), 0.1, temp, lift)
         loss, difference = rows_by_triton(*rest, True)
         expected, expected_difference = rows_by_chunk(*rest, True)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
@@ -162,6 +164,22 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert ((difference - expected_difference).abs() <= lift * bound).all(), (shape, dtype)
         alone, nothing = rows_by_triton(*rest, False)
         assert nothing is None and torch.equal(alone, loss)
+        if len(student):
+            assert_same((student, teacher, center, pairs, weight), dtype)
+        if len(student) == len(teacher):
+            one = torch.arange(len(student)).unsqueeze(1)
+            found = rows_by_triton(student, teacher, center, None, *rest[4:], True)
+            for a, b in zip(found, rows_by_triton(student, teacher, center, one, *rest[4:], True)):
+                assert torch.equal(a, b)
+        if not len(student):
+            continue
+        views, one = 2 if len(teacher) % 2 == 0 else 1, student[:1].expand(2 * len(teacher), -1)
+        student = torch.cat([student, one])
+        mine, reference = (
+            metrics(teacher, student, center, temp, views)
+            for metrics in (class_metrics, class_metrics_reference)
+        )
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=2e-5)
 print("same")
 """
 

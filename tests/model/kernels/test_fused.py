@@ -4,8 +4,16 @@ device, else in Triton's interpreter: `test_interpreted.py` runs this file so.""
 import pytest
 import torch
 
+from ibeton.model.kernels import linear_gelu as linear_gelu_file
+from ibeton.model.kernels import packed_attention
 from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ibeton.model.kernels.column_sums import column_sums, column_sums_reference
+from ibeton.model.kernels.embed_tokens import (
+    Added,
+    embed_tokens,
+    embed_tokens_backward,
+    embed_tokens_reference,
+)
 from ibeton.model.kernels.half_weights import (
     HalfWeights,
     half_linear,
@@ -13,14 +21,24 @@ from ibeton.model.kernels.half_weights import (
     in_dtype,
 )
 from ibeton.model.kernels.launch import interpreted
+from ibeton.model.kernels.library_attention import pack_gradients, pack_gradients_reference
+from ibeton.model.kernels.linear_gelu import (
+    linear_gelu,
+    linear_gelu_backward,
+    linear_gelu_reference,
+)
 from ibeton.model.kernels.packed_attention import (
     attend,
     attention_backward,
     attention_reference,
-    pack_gradients,
-    pack_gradients_reference,
 )
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
+from ibeton.model.kernels.unit_rows import unit_rows, unit_rows_backward, unit_rows_reference
+from ibeton.model.kernels.weight_norm import (
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -107,6 +125,123 @@ def test_bias_gelu(shape, dtype):
     assert_near(mine, reference)
 
 
+@pytest.mark.parametrize("path", ["kernels", "library"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(37, 24, 40), *slow((1, 1, 1), (150, 64, 130), (300, 70, 9))])
+def test_linear_gelu(shape, dtype, path, monkeypatch):
+    if path == "library":
+        monkeypatch.setattr(linear_gelu_file, "matrix_units", lambda _: False)
+    tokens, inner, width = shape
+    x, bias = draw(tokens, inner, dtype=dtype), draw(width)
+    weight, after = draw(width, inner, dtype=dtype, seed=1), draw(inner, width, dtype=dtype, seed=2)
+    upstream = draw(tokens, inner, dtype=dtype, seed=3)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    hidden, active = linear_gelu_reference(*exact)
+    kept, mine = linear_gelu(x, weight, bias, keep=True)
+    nothing, alone = linear_gelu(x, weight, bias, keep=False)
+    assert nothing is None
+    assert torch.equal(alone, mine)
+    near([kept, mine], [hidden, active], dtype)
+
+    again = kept.double().requires_grad_()  # what the backward starts from
+    shift = bias.double().requires_grad_()
+    bias_gelu_reference(again, shift).backward(upstream.double() @ after.double())
+    partial = torch.full((3, width + 5), torch.nan, device=DEVICE)
+    for with_active in (False, True):
+        grad, copy = linear_gelu_backward(
+            upstream, after, kept, bias, partial[:, 2:-3], with_active
+        )
+        near([grad, partial[:, 2:-3].sum(0)], [again.grad, shift.grad], dtype)
+        assert (copy is not None) == with_active
+    assert torch.equal(copy, mine)
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
+
+
+def near(mine, exact, dtype):
+    """Within four roundings of the largest value."""
+    tolerance = max(1e-5, 4 * torch.finfo(dtype).eps)
+    for a, b in zip(mine, exact, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(5, 6, 24), *slow((1, 1, 3), (19, 4, 300))])
+def test_embed_tokens(shape, masked, dtype):
+    images, patches, width = shape
+    product = draw(images * patches, width, dtype=dtype).requires_grad_()
+    added = Added(draw(width), draw(1, 1, width), draw(1, 1 + patches, width), draw(1, width))
+    masks = draw(images, patches) > 0 if masked else None
+    leaves = [product, *(leaf.requires_grad_() for leaf in added)]
+    expected = embed_tokens_reference(product, masks, added)
+    upstream = draw(*expected.shape)
+    expected.backward(upstream)
+    out = torch.full_like(expected, torch.nan)
+    embed_tokens(product.detach(), masks, Added(*(leaf.detach() for leaf in added)), out)
+    grad = torch.empty_like(product)
+    partial = torch.full((3, 2 * (1 + patches) * width + 5), torch.nan, device=DEVICE)
+    embed_tokens_backward(upstream, masks, grad, partial[:, 2:-3])
+    total, seen = partial[:, 2:-3].sum(0).view(2, 1 + patches, width)
+    sums = [seen[1:].sum(0), total[:1].unsqueeze(0), total.unsqueeze(0)]
+    if masked:
+        sums.append((total - seen)[1:].sum(0, keepdim=True))
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert_near([out, grad, *sums], [expected.detach(), *grads])
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(21, 24), *slow((1, 2), (70, 300))])
+def test_unit_rows(shape, dtype):
+    x, bias = draw(*shape, dtype=dtype), draw(shape[1])
+    upstream = draw(*shape, dtype=dtype, seed=1)
+    leaves = [t.double().requires_grad_() for t in (x, bias)]
+    expected = torch.nn.functional.normalize(leaves[0] + leaves[1], dim=-1)
+    expected.backward(upstream.double())
+    sums = torch.full((3, shape[1]), torch.nan, device=DEVICE)
+    units, factor = unit_rows(x, bias, sums, period=5)
+    assert torch.equal(unit_rows(x, bias)[0], units)
+    patches = torch.arange(shape[0], device=DEVICE) % 5 > 0
+    near([units, sums.sum(0)], [expected, expected[patches].sum(0)], dtype)
+    partial = torch.full((3, shape[1] + 5), torch.nan, device=DEVICE)
+    grad = unit_rows_backward(upstream, x, bias, factor, partial[:, 2:-3])
+    near([grad, partial[:, 2:-3].sum(0)], [leaf.grad for leaf in leaves], dtype)
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -3:].isnan().all()
+
+
+def test_a_row_of_length_zero_is_divided_by_a_constant():
+    bias = draw(24)
+    x = (-bias).repeat(2, 1).requires_grad_()
+    upstream = draw(2, 24)
+    expected = unit_rows_reference(x, bias)
+    expected.backward(upstream)
+    units, factor = unit_rows(x.detach(), bias)
+    assert not units.any()
+    grad = unit_rows_backward(upstream, x.detach(), bias, factor, torch.empty(3, 24, device=DEVICE))
+    torch.testing.assert_close(grad, x.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("shape", [(21, 24), *slow((1, 3), (70, 300))])
+def test_weight_norm(shape, uses, dtype):
+    direction, length = draw(*shape), draw(shape[0], 1)
+    leaves = [t.double().requires_grad_() for t in (direction, length)]
+    expected = weight_norm_reference(*leaves)
+    grads = [draw(*shape, seed=5 + i) for i in range(uses)]
+    expected.backward(sum(grads).double())
+    half, wide = weight_norm(direction, length, dtype, exact=True)
+    assert half.dtype is dtype
+    assert weight_norm(direction, length, dtype)[1] is None
+    near([half], [expected], dtype)
+    near([wide], [expected], torch.float32)
+    found = weight_norm_backward(grads, direction, length)
+    near(found, [leaf.grad for leaf in leaves], torch.float32)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (4, 65), (33, 128), (70, 7)])
 def test_column_sums(shape):
     assert_near([column_sums(draw(*shape))], [column_sums_reference(draw(*shape))])
@@ -130,19 +265,23 @@ def test_pack_gradients(dtype, programs, strided):
     assert_near([partial[:, 2:-3].sum(0)], [sums])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shapes", [[(3, 5), (4, 2)], *slow([(3, 5)], [(1, 1), (1, 9), (2, 3)])])
-def test_attention_of_packed_tokens(dtype, shapes):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", ["kernels", "library"])
+@pytest.mark.parametrize(
+    "shapes", [[(3, 5), (4, 2)], [(1, 70)], *slow([(1, 1), (1, 9), (2, 3)], [(1, 130), (2, 65)])]
+)
+def test_attention_of_packed_tokens(dtype, shapes, path, monkeypatch):
+    if path == "library":
+        monkeypatch.setattr(packed_attention, "matrix_units", lambda _: False)
     heads, width = 2, 24
     counts = [images * tokens for images, tokens in shapes]
     qkv = draw(sum(counts), 3 * width, dtype=dtype)
     upstream = draw(sum(counts), width, dtype=dtype, seed=1)
-    attended = [
-        attend(part, images, tokens, heads, True)
-        for part, (images, tokens) in zip(qkv.split(counts), shapes, strict=True)
-    ]
-    partial = torch.full((max(4, len(shapes)), 3 * width), torch.nan, device=DEVICE)
-    grad = attention_backward(list(upstream.split(counts)), attended, partial)
+    attended = attend(qkv, shapes, heads, True)
+    partial = torch.full((max(5, len(shapes)), 3 * width + 7), torch.nan, device=DEVICE)
+    grad = attention_backward(upstream, attended, partial[:, 2:-5])
+    assert partial[:, :2].isnan().all()
+    assert partial[:, -5:].isnan().all()
     exact = qkv.double().requires_grad_()
     out = torch.cat(
         [
@@ -151,12 +290,13 @@ def test_attention_of_packed_tokens(dtype, shapes):
         ]
     )
     out.backward(upstream.double())
-    tolerance = 1e-5 if dtype is torch.float32 else 4e-3
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for mine, expected in (
-        (torch.cat([a.out for a in attended]), out),
+        (attended.out, out),
         (grad, exact.grad),
-        (partial.sum(0), exact.grad.sum(0)),
+        (partial[:, 2:-5].sum(0), exact.grad.sum(0)),
     ):
+        assert mine.isfinite().all()
         assert (mine - expected).abs().max() <= tolerance * expected.abs().max()
 
 

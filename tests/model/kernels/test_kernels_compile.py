@@ -2,6 +2,8 @@
 registers suffice. No GPU is needed: the launches are recorded, and the assembler comes with Triton.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,17 +12,26 @@ from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.model import ModelConfig
 
 pytest.importorskip("triton")
-# Blocks are alike, so one for each kind is enough: the first, a middle one, the last.
+# Blocks are alike, so two are enough: the first, and the last, whose MLP takes chosen tokens.
 NAMES = {
-    *("_residual_norm_kernel", "_residual_norm_backward_kernel", "_pack_gradients_kernel"),
-    *("_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_column_sums_kernel", "_row_kernel"),
+    *("_residual_norm_kernel", "_residual_norm_backward_kernel", "_column_sums_kernel"),
+    *("_embed_kernel", "_embed_backward_kernel", "_unit_rows_kernel", "_unit_rows_backward_kernel"),
+    *("_weight_norm_kernel", "_weight_norm_backward_kernel", "_row_kernel", "_scale_rows_kernel"),
+    *("_class_metrics_kernel", "_squares_kernel", "_norms_kernel", "_decide_kernel"),
+    "_update_kernel",
 }
+WITH_MATRIX_UNITS = NAMES | {
+    *("_attention_kernel", "_attention_backward_kernel"),
+    *("_linear_gelu_kernel", "_linear_gelu_backward_kernel"),
+}
+WITHOUT = NAMES | {"_pack_gradients_kernel", "_bias_gelu_kernel", "_bias_gelu_backward_kernel"}
 
 
 @pytest.mark.parametrize(
     ("arch", "dtype", "capability"),
     [
         ("vit_s", torch.float16, 70),
+        ("vit_s", torch.float16, 90),
         *(
             pytest.param(arch, dtype, capability, marks=pytest.mark.slow)
             for arch in ("vit_s", "vit_b", "vit_l")
@@ -34,8 +45,12 @@ NAMES = {
 def test_kernels_compile_without_spills(tmp_path, monkeypatch, arch, dtype, capability):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = ModelConfig(arch=arch, depth=2, layer_scale=0.1 if arch == "vit_l" else 0.0)
-    launches = distinct(record_step(Settings(config, 4, dtype=dtype)).kernels)
-    assert {launch.name for launch in launches} == NAMES
+    settings = Settings(config, 4, dtype=dtype, capability=capability)
+    recomputing = settings._replace(model=replace(config, recompute="on"))
+    kernels = record_step(settings).kernels + record_step(recomputing).kernels
+    launches = distinct(kernels)
+    names = WITH_MATRIX_UNITS if capability >= 80 and dtype is not None else WITHOUT
+    assert {launch.name for launch in launches} == names
     for launch in launches:
         resources = compile_launch(launch, capability)
         assert resources.spills == 0, resources
@@ -50,5 +65,5 @@ def test_the_loss_compiles_for_other_numbers_of_prototypes(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = ModelConfig(depth=1, out_dim=prototypes)
     for launch in distinct(record_step(Settings(config, 2)).kernels):
-        if launch.name == "_row_kernel":
+        if launch.name in ("_row_kernel", "_class_metrics_kernel"):
             assert compile_launch(launch, capability).spills == 0

@@ -261,7 +261,7 @@ def test_an_error_in_the_thread_reaches_the_training_process(
         raise OSError("the disk went away")
 
     threads = threading.active_count()
-    monkeypatch.setattr(dali_loader.DaliPhotos, "_read_one", broken)
+    monkeypatch.setattr(dali_loader.DaliPixels, "_read_one", broken)
     with pytest.raises(OSError, match="the disk went away"):
         batches_of(beton)
     assert threading.active_count() <= threads

@@ -82,7 +82,12 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
 
 @pytest.mark.parametrize(
     ("kind", "batch", "every_step"),
-    [("rate", 64, False), ("rate", 12, True), ("data", 12, False), ("state", 64, True)],
+    [
+        ("rate", 64, False),
+        pytest.param("rate", 12, True, marks=pytest.mark.slow),
+        ("data", 12, False),
+        ("state", 64, True),
+    ],
 )
 def test_a_diverging_run_keeps_its_last_good_checkpoint(
     kind: str, batch: int, every_step: bool, start: Start, tmp_path: Path

@@ -141,16 +141,22 @@ def test_a_trouble_that_comes_again_ends_the_run_with_a_report(
     assert again.wait() == 0, "the checkpoint is sound"
 
 
+@pytest.mark.parametrize("loader", ["dali", pytest.param("pil", marks=pytest.mark.slow)])
 def test_a_photo_that_is_deleted_on_the_way_is_named_and_replaced(
-    start: Start, tmp_path: Path, tiny_folder: Path
+    loader: str, start: Start, tmp_path: Path, tiny_folder: Path
 ) -> None:
+    if missing := LOADERS[loader].problem():
+        pytest.skip(missing)
     shutil.copytree(tiny_folder, tmp_path / "photos")
     lost = tmp_path / "photos" / "dark" / "4.jpg"
     process = start(
-        tmp_path / "run", "--data", str(tmp_path / "photos"), fault=DELETE.format(path=str(lost))
+        *(tmp_path / "run", "--data", str(tmp_path / "photos"), "--loader", loader),
+        *("--workers", "2"),
+        fault=DELETE.format(path=str(lost)),
     )
     assert process.wait() == 0, process.said()[-2000:]
     assert "unreadable: dark/4.jpg" in process.said()
+    assert process.said().count("dark/4.jpg: ") == 2, "as it is met, and at the end"
     assert records(tmp_path / "run")[-1]["unreadable"] == 1
 
 
@@ -178,6 +184,36 @@ def test_a_data_file_that_is_deleted_on_the_way_lasts_as_long_as_the_run(
     restored = start(folder, *options)
     assert restored.wait() == 0, restored.said()[-2000:]
     assert [r[0] for r in losses(folder)] == list(range(STEPS))
+
+
+CUT = """
+import os
+from ibeton import train
+step = train.train_step
+def cut(run, *rest):
+    if run.step == 0:
+        os.truncate({path!r}, os.path.getsize({path!r}) // 3)
+    return step(run, *rest)
+train.train_step = cut
+"""
+
+
+@pytest.mark.parametrize(
+    "loader", ["dali", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pil", "ffcv"))]
+)
+def test_a_data_file_that_is_cut_short_on_the_way_is_named(
+    loader: str, start: Start, tiny: Path, tmp_path: Path
+) -> None:
+    if missing := LOADERS[loader].problem():
+        pytest.skip(missing)
+    data = tmp_path / "photos.beton"
+    shutil.copyfile(tiny, data)
+    options = ("--data", str(data), "--loader", loader, "--epochs", "9")
+    process = start(tmp_path / "run", *options, fault=CUT.format(path=str(data)))
+    assert process.wait() == 1, process.said()[-3000:]
+    assert "Traceback" not in process.said(), process.said()[-3000:]
+    assert f"error: {data} ends at byte " in process.said()
+    assert "it was cut short or replaced while in use" in process.said()
 
 
 @pytest.fixture
