@@ -17,9 +17,11 @@ if [ -z "$DATA" ]; then
         --images-per-class 200 --val-per-class 50
 fi
 mkdir -p "$RUN"
+classes=""
 if [ -d "$DATA/train" ] && [ -d "$DATA/val" ]; then
     "$PY" -m pipeline.convert "$DATA/train" "$RUN/train.beton" --overwrite
     "$PY" -m pipeline.convert "$DATA/val" "$RUN/val.beton" --overwrite
+    classes=yes
     set -- --eval-train "$RUN/train.beton" --eval-val "$RUN/val.beton" --eval-every 3
 else
     echo "k-NN is left out: $DATA has no train/ and val/ folders of classes"
@@ -36,3 +38,11 @@ fi
     --teacher-temp 0.012 --warmup-teacher-patch-temp 0.012 --teacher-patch-temp 0.012 \
     --warmup-teacher-temp-epochs 1 --momentum-teacher 0.99 --weight-decay-end 0.1 \
     --epochs 12 --warmup-epochs 1 --lr 4e-3 --min-lr 1e-5
+# The result beside what it has to beat: the same network before training, and the photos' pixels.
+if [ -n "$classes" ]; then
+    "$PY" -m evaluation.frozen.knn --checkpoint "$RUN/checkpoint.pt" --train "$RUN/train.beton" \
+        --val "$RUN/val.beton" --untrained --pixels --k 20
+    "$PY" -m evaluation.show learned --checkpoint "$RUN/checkpoint.pt" --data "$RUN/val.beton" \
+        --output "$RUN/learned.png"
+    echo "pictures: $RUN/curves.png, $RUN/learned.png"
+fi

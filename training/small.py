@@ -1,5 +1,5 @@
-"""`--recipe small`: for 1,000 to 300,000 photos, where the published recipes, which are for a
-million photos and days of GPUs, learn nothing in the time there is.
+"""`--recipe small`: for 1,000 to 300,000 photos and an hour. The published recipes are for a million
+photos and days of GPUs.
 
 docs/small-data.md explains every departure from the published recipe, and what was measured.
 """
