@@ -1,7 +1,6 @@
-"""`--recipe small`: for 1,000 to 300,000 photos and an hour. The published recipes are for a million
-photos and days of GPUs.
+"""`--recipe small`: for 1,000 to 300,000 photos and an hour.
 
-docs/small-data.md explains every departure from the published recipe, and what was measured.
+The published recipes are for a million photos and days of GPUs.
 """
 
 from collections.abc import Sequence
