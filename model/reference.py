@@ -14,7 +14,7 @@ from torch import Tensor
 from ibeton.model.backbones.blocks import Block, drop_path
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.ibot import IBOT
-from ibeton.model.kernels.cross_entropy import upcast
+from ibeton.model.kernels.head.cross_entropy import upcast
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.network import Logits, Network
 

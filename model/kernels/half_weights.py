@@ -20,7 +20,7 @@ _copies: dict[Tensor, Tensor] = {}
 
 class HalfWeights:
     """Copies of the parameters of linear layers and convolutions. Their memory stays the same from
-    step to step, as CUDA graphs need it. `model.fused_update` writes them with the parameters."""
+    step to step, as CUDA graphs need it. `model.fused.update` writes them with the parameters."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._networks = list(networks)

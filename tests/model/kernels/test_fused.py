@@ -20,6 +20,12 @@ from ibeton.model.kernels.half_weights import (
     half_linear_reference,
     in_dtype,
 )
+from ibeton.model.kernels.head.unit_rows import unit_rows, unit_rows_backward, unit_rows_reference
+from ibeton.model.kernels.head.weight_norm import (
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_reference,
+)
 from ibeton.model.kernels.launch import interpreted
 from ibeton.model.kernels.library_attention import pack_gradients, pack_gradients_reference
 from ibeton.model.kernels.linear_gelu import (
@@ -33,12 +39,6 @@ from ibeton.model.kernels.packed_attention import (
     attention_reference,
 )
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
-from ibeton.model.kernels.unit_rows import unit_rows, unit_rows_backward, unit_rows_reference
-from ibeton.model.kernels.weight_norm import (
-    weight_norm,
-    weight_norm_backward,
-    weight_norm_reference,
-)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
