@@ -35,7 +35,7 @@ FITS = 0.6
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, in_chans, h*P, w*P] -> one embedding a patch, [B, h*w, C]."""
+    """Images [B, in_chans, h*P, w*P] -> one embedding per patch, [B, h*w, C]."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
