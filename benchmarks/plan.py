@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.autograd.graph import saved_tensors_hooks
 
+from ibeton.atomic import write_text
 from ibeton.benchmarks.harness.budget_launches import Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import DEVICES, by_category, host_seconds
 from ibeton.command import run_command
 from ibeton.model import build
 from ibeton.model.config import SWINS
-from ibeton.options import Parser
+from ibeton.options import Parser, check_output_file
 from ibeton.pipeline.loaders import LOADERS, choose_crops
 from ibeton.progress import plain_console
 from ibeton.training.config import Config, parse
@@ -173,11 +174,13 @@ def main(given: list[str] | None = None) -> int:
     own, rest = arguments(given)
 
     def act() -> int:
+        if own.json and (own.json.exists() or own.json.suffix != ".json"):
+            check_output_file("--json", own.json, ".json", begins=b'{\n "gpu": ')
         result = planned(own, rest)
         show(result, plain_console())
         if own.json:
             own.json.parent.mkdir(parents=True, exist_ok=True)
-            own.json.write_text(json.dumps(result, indent=1))
+            write_text(own.json, json.dumps(result, indent=1))
         return 0
 
     return run_command(act, writes=False)

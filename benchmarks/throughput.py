@@ -149,7 +149,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
         "floor_ms": {name: 1000 * seconds for name, seconds in lowest.items()},
         "peaks": dataclasses.asdict(best),
         "clock": clock_cost(bench),
-        "verdict": [*sentences(windows, room, lowest), *rank_sentences(windows, ranks)],
+        "verdict": sentences(windows, room, lowest, ranks),
     }
 
 
@@ -178,9 +178,12 @@ def middle_round(windows: list[Window]) -> int:
 
 
 def sentences(
-    windows: dict[str, list[Window]], room: LoaderResources, lowest: dict[str, float]
+    windows: dict[str, list[Window]],
+    room: LoaderResources,
+    lowest: dict[str, float],
+    ranks: list[dict[str, float]],
 ) -> list[str]:
-    """What limits, what changing it would bring, and how far from the best the two together are."""
+    """What limits, how far from the best loader and model together are, and the slowest rank."""
     rate = {name: statistics.median(w.images_per_s for w in side) for name, side in windows.items()}
     middle = windows[BOTH][middle_round(windows[BOTH])]
     rate[BOTH] = middle.images_per_s
@@ -197,19 +200,10 @@ def sentences(
             "Loader and model share the cores of this machine; run one after the other they would"
             f" give {shared:.4g}."
         )
+    if ranks:
+        together = f"{len(ranks)} processes give {len(ranks) * rate[BOTH]:.4g} images/s"
+        said += [f"That is rank 0; {together}.", sentence(rank_line(ranks) or "no rank is slower")]
     return said
-
-
-def rank_sentences(windows: dict[str, list[Window]], ranks: list[dict[str, float]]) -> list[str]:
-    """What all ranks do together, and which of them the others wait for."""
-    if not ranks:
-        return []
-    together = len(ranks) * windows[BOTH][middle_round(windows[BOTH])].images_per_s
-    line = rank_line(ranks) or "no rank is slower than the others"
-    return [
-        f"That is rank 0; {len(ranks)} processes give {together:.4g} images/s.",
-        sentence(line),
-    ]
 
 
 def sentence(words: str) -> str:
@@ -247,6 +241,8 @@ def main(given: list[str] | None = None) -> int:
         if own.compare:
             compare(own.compare[0], own.compare[1], console)
             return 0
+        if own.report.exists() and not own.report.is_dir():
+            raise ValueError(f"--report {own.report} is a file: give a folder")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         options = rest
         with tempfile.TemporaryDirectory() as folder:

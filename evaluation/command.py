@@ -32,6 +32,7 @@ from ibeton.options import Parser, check_output_file
 from ibeton.progress import plain_console
 
 Scores = dict[str, float]
+REPORT = b'{\n "checkpoint": '  # how a file of scores begins
 
 
 @dataclass
@@ -104,7 +105,7 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
     how = Extraction(device, batch_size, args.workers, args.precision)
     how.dtype()  # refuses a precision that the device lacks
     if args.json is not None:
-        check_output_file("--json", args.json)
+        check_output_file("--json", args.json, ".json", REPORT)
     return how
 
 

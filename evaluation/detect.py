@@ -15,21 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from ibeton.evaluation.dense.coco_data import (
+from ibeton.evaluation.dense.coco import (
     CocoPhotos,
     Truth,
+    average_precisions,
     batched,
     published_views,
+    results,
+    to_photo,
     training_view,
 )
-from ibeton.evaluation.dense.coco_metrics import average_precisions, results, to_photo
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.photos import fitted, normalized, palette
-from ibeton.evaluation.dense.pictures import SMALL, objects, panels
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
-from ibeton.evaluation.pictures.canvas import save, spread
 from ibeton.options import option
 
 # architecture -> layer decay; others take ViT-B's (not published)
@@ -61,15 +61,11 @@ class DetectConfig(DenseConfig):
 
 
 class Detection(Task):
-    """The task of a command line. Raises ValueError or FileNotFoundError."""
+    """The task of a command line. Raises ValueError, FileNotFoundError or ModuleNotFoundError."""
 
     def __init__(self, config: DetectConfig) -> None:
-        try:
-            import faster_coco_eval  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                f"detection needs faster-coco-eval ({error}): pip install 'ibeton[dense]'"
-            ) from error
+        import faster_coco_eval  # noqa: F401 - not after hours
+
         self.config = config
         train = CocoPhotos(config.data, "train", with_objects=True)
         self.val = CocoPhotos(config.data, "val")
@@ -115,6 +111,9 @@ class Detection(Task):
 
     def draw(self, place: Place, folder: Path) -> None:
         """Photo, true objects, and those that are found with a score of DRAWN_SCORE or more."""
+        from ibeton.evaluation.pictures.canvas import save, spread
+        from ibeton.evaluation.pictures.predictions import SMALL, objects, panels
+
         classes, colors = self.val.classes, palette(len(self.val.classes))
         for index in spread(self.val, self.config.pictures):
             photo, found = self.found(index, place.device)

@@ -19,8 +19,10 @@ from ibeton.atomic import write_text
 from ibeton.command import run_command
 from ibeton.evaluation.published import published, task_of
 from ibeton.model.checkpoint import load_checkpoint
-from ibeton.options import Parser
+from ibeton.options import Parser, check_output_file
 
+_TITLE = "# Evaluation"
+_PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>"
 _HEADINGS = ("task", "network", "measured", "published", "file")
 _ALL = ("protocol", "score", "network", "measured", "published")
 _STYLE = (
@@ -152,7 +154,7 @@ def all_rows(backbone: Backbone) -> list[tuple[str, ...]]:
 
 def markdown(backbones: Sequence[Backbone], pictures: Sequence[Path], beside: Path) -> str:
     """The page in Markdown, with paths of pictures relative to the folder `beside`."""
-    lines = ["# Evaluation", "", _explanation(), ""]
+    lines = [_TITLE, "", _explanation(), ""]
     for backbone in backbones:
         lines += [f"## {backbone.arch}: {backbone.checkpoint}", ""]
         if rows := headline_rows(backbone):
@@ -175,7 +177,7 @@ def _markdown_table(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) ->
 def page(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> str:
     """The page in HTML, one self-contained file."""
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>",
+        _PAGE,
         f"<style>{_STYLE}</style><h1>Evaluation</h1><p>{html.escape(_explanation())}</p>",
     ]
     for backbone in backbones:
@@ -220,15 +222,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def make() -> int:
-        if args.output.suffix != ".md":
-            raise ValueError(f"--output {args.output}: give a name that ends in .md")
+        page_path = args.output.with_suffix(".html")
+        for path, suffix, begins in ((args.output, ".md", _TITLE), (page_path, ".html", _PAGE)):
+            if path.suffix != suffix or path.exists():
+                check_output_file("--output", path, suffix, begins.encode())
         backbones, pictures = find(args.runs)
         text = markdown(backbones, pictures, args.output.parent)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.output, text)
-        write_text(args.output.with_suffix(".html"), page(backbones, pictures))
+        write_text(page_path, page(backbones, pictures))
         print(text.split("### All scores")[0].rstrip())
-        print(f"\n{args.output} and {args.output.with_suffix('.html')} written")
+        print(f"\n{args.output} and {page_path} written")
         return 0
 
     return run_command(make)

@@ -22,12 +22,10 @@ from torchvision.transforms.v2.functional import resize
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.confusion import confusion, scores
 from ibeton.evaluation.dense.photos import fitted, normalized, palette
-from ibeton.evaluation.dense.pictures import legend, panels
 from ibeton.evaluation.dense.segmentation_data import IGNORED, LabeledPhotos, training_view
 from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
 from ibeton.evaluation.dense.trainer import run_task
-from ibeton.evaluation.pictures.canvas import save, spread
 from ibeton.options import option
 
 # head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)
@@ -106,6 +104,9 @@ class Segmentation(Task):
     def draw(self, place: Place, folder: Path) -> None:
         """Photo, true and predicted classes; and the prediction alone, as a label map in the
         folder `predictions` beside."""
+        from ibeton.evaluation.pictures.canvas import save, spread
+        from ibeton.evaluation.pictures.predictions import legend, panels
+
         maps_to = folder.parent / "predictions"
         maps_to.mkdir(exist_ok=True)
         classes, colors = [*self.val.classes, "unlabeled"], palette(len(self.val.classes))

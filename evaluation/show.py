@@ -61,11 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Draw what the command line asks for."""
-    if args.output.suffix.lower() != ".png":
-        raise ValueError(f"--output {args.output}: give a name that ends in .png")
-    check_output_file("--output", args.output)
-    if args.output.exists() and not args.overwrite:
+    if args.output.is_file() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
+    check_output_file("--output", args.output, ".png", begins=b"")
     args.device = str(checked_device(args.device))
     for name in ("patterns", "neighbors"):
         if getattr(args, name, 1) < 1:

@@ -39,14 +39,27 @@ def expand(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def check_output_file(option: str, path: Path) -> None:
-    """Raise ValueError or OSError, naming the option, unless a file may be written at `path`."""
+def check_output_file(option: str, path: Path, suffix: str, begins: bytes | None = None) -> None:
+    """Raise ValueError or OSError, naming the option, unless a file may be written at `path`.
+
+    Its name must end in `suffix`. One that is there may be replaced if it begins with `begins`, as
+    what the command writes does; None: never.
+    """
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder: give the name of a file")
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{option} {path}: give a name that ends in {suffix}")
+    if path.exists() and (begins is None or _first_bytes(path, len(begins)) != begins):
+        raise FileExistsError(f"{option} {path} exists, and is not replaced: give another name")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{option} {path}: the folder {path.parent} cannot be written")
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def finite(text: str) -> float:
@@ -57,11 +70,19 @@ def finite(text: str) -> float:
     return number
 
 
+def whole(text: str) -> int:
+    """An integer of 64 bits."""
+    number = int(text)
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports every mistake of a command line at once, one sentence each,
     with exit status 2, and suggests the nearest option or value. Options are not abbreviated, `~`
-    is expanded in paths (`type=Path` or `type=expand`), and floats must be finite. As a subcommand
-    of `ibeton` it goes by that name."""
+    is expanded in paths (`type=Path` or `type=expand`), floats are finite, and integers have 64
+    bits. As a subcommand of `ibeton` it goes by that name."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         if sys.argv[0].startswith("ibeton "):
@@ -70,6 +91,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **settings)
         self.register("type", Path, lambda text: Path(text).expanduser())
         self.register("type", float, finite)
+        self.register("type", int, whole)
         self.register("type", None, expand)
         self._problems: list[str] = []
 

@@ -33,6 +33,7 @@ if __name__ == "__main__":  # the loader's worker processes import this file
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
             output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)

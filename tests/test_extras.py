@@ -44,7 +44,6 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "swin": ["train", "--arch", "swin_t7", *data, "--batch-size", "2", "--device", "cpu"],
         "compare": ["runs", "compare", str(folder / "run"), str(folder / "run")],
         "show": ["show", "--help"],
-        "detect": ["detect", "--help"],
     }
     names = {"root": str(ROOT), "missing": tuple(EXTRAS), "commands": [*commands.values()]}
     done = subprocess.run(
@@ -72,7 +71,6 @@ def test_a_run_needs_none_of_them(said: dict[str, str]) -> None:
         ("swin", "timm", "timm"),
         ("compare", "matplotlib", "plots"),
         ("show", "matplotlib", "plots"),
-        ("detect", "timm", "timm"),
     ],
 )
 def test_what_needs_one_names_its_extra_and_ends_with_status_2(

@@ -1,8 +1,11 @@
 """Options as the command line takes them."""
 
+from pathlib import Path
+
 import pytest
 
 from ibeton.evaluation.frozen import knn
+from ibeton.options import check_output_file
 from ibeton.training.config import parse
 
 
@@ -27,3 +30,34 @@ def test_so_are_those_in_a_list_and_those_of_an_evaluation(
     with pytest.raises(SystemExit):
         knn.main(["--checkpoint", "a", "--train", "b", "--val", "c", "--temperature", "inf"])
     assert "inf is not a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("folder", "is a folder: give the name of a file"),
+        ("photo.jpg", "give a name that ends in .json"),
+        ("no/scores.json", "there is no folder"),
+        ("package.json", "exists, and is not replaced: give another name"),
+    ],
+)
+def test_an_output_file_replaces_nothing_but_its_like(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "package.json").write_text('{"name": "mine"}')
+    (tmp_path / "scores.json").write_text('{"scores": {}}')
+    with pytest.raises((ValueError, OSError), match=says):
+        check_output_file("--json", tmp_path / name, ".json", b'{"scores": ')
+    check_output_file("--json", tmp_path / "scores.json", ".json", b'{"scores": ')
+    check_output_file("--json", tmp_path / "new.json", ".json", b'{"scores": ')
+    with pytest.raises(FileExistsError):
+        check_output_file("--json", tmp_path / "scores.json", ".json")
+
+
+def test_integers_beyond_64_bits_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--data", "x", "--seed", "99999999999999999999", "--head-layers", "-" + "9" * 30])
+    said = capsys.readouterr().err
+    assert "--seed: 99999999999999999999 does not fit in 64 bits" in said
+    assert said.count("does not fit in 64 bits") == 2
+    with pytest.raises(ValueError, match="--depth 1000000000 must be at most 1000"):
+        parse(["--data", "x", "--depth", "1000000000"])

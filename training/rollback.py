@@ -24,7 +24,9 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
     """
     step, again = run.guard.last_bad, run.guard.rolled_back_before()
     lines, photos_to_blame, weights_to_blame = _report(run, step, dtype)
-    path = newest(run, run.guard.newest_target())
+    # Pixels that are not finite say nothing against the checkpoint that they were met after.
+    only_photos = photos_to_blame and run.guard.diverging_since() is None
+    path = newest(run, run.guard.first_bad if only_photos else run.guard.newest_target())
     if path is None or (again and photos_to_blame):
         if not (photos_to_blame or weights_to_blame):  # what was saved has finite weights
             lines += _set_aside(run, run.guard.last_good)
@@ -42,9 +44,12 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
             + f"\nsee {_report_path(run)}; {advice}"
         )
     content = load_checkpoint(path)
+    proven = run.guard.last_good
     restore(run, path, content)
     run.guard.rolled_back(run.step)
-    lines += _set_aside(run, run.step)
+    # A checkpoint from which a good step was made stays, also if going back to it did not help:
+    # it may be a fault of the steps after it, which an older one meets again.
+    lines += _set_aside(run, max(run.step, proven))
     if log is not None:
         log.roll_back(run.step)
         log.record({"step": run.step, "went_back_from": step})

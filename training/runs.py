@@ -18,6 +18,7 @@ from ibeton.options import Parser, check_output_file, flag
 from ibeton.training.log.curves import compare_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
+_PNG = b"\x89PNG"  # how a picture begins
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
 
 
@@ -51,7 +52,7 @@ def list_runs(folder: Path) -> int:
 def compare(first: Path, second: Path, png: Path) -> int:
     """Print the settings and last figures that differ between two runs, and draw their curves over
     each other in `png`; returns 0. Raises FileNotFoundError for what is no run folder."""
-    check_output_file("--png", png)
+    check_output_file("--png", png, ".png", _PNG)
     for folder in (first, second):
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}")

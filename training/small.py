@@ -1,6 +1,6 @@
-"""`--recipe small`: for 1,000 to 300,000 photos, where the published recipes, which are for a
-million photos and days of GPUs, learn nothing in the time there is.
+"""`--recipe small`: for 1,000 to 300,000 photos and an hour.
 
+The published recipes are for a million photos and days of GPUs.
 docs/small-data.md explains every departure from the published recipe, and what was measured.
 """
 
@@ -41,8 +41,10 @@ def recipe_for(photos: int, side: int, on_gpu: bool) -> dict[str, Any]:
     seen = _SEEN_ON_GPU if on_gpu else _SEEN_ON_CPU
     epochs = int(np.clip(round(seen / photos), *_EPOCHS))
     warm_up = max(1, round(_WARM_UP * epochs))
-    temperatures = ("warmup_teacher_temp", "teacher_temp")
-    temperatures += ("warmup_teacher_patch_temp", "teacher_patch_temp")
+    temperatures = (
+        *("warmup_teacher_temp", "teacher_temp"),
+        *("warmup_teacher_patch_temp", "teacher_patch_temp"),
+    )
     return {
         "arch": "vit_t",
         **({} if on_gpu else {"embed_dim": 128, "depth": 4, "num_heads": 4}),

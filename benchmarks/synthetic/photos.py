@@ -1,12 +1,14 @@
-"""A small labelled set of drawn photos, for a first run where there are no photos.
+"""A small labeled set of synthetic photos, for a first run without photos.
 
     python -m benchmarks.synthetic.photos DST
 
 It writes DST/train/<class>/00000.jpg and DST/val/<class>/00000.jpg.
 
-Ten classes of shape, from branches to waves. Size, pose, colors, surfaces, light and clutter are
-drawn from the same distributions for every class, so only the shape tells. A photo follows from
-(seed, split, class, number) alone. DST/train and DST/val appear only when they are whole.
+Ten classes of shape, from branches to waves, each printed over and over, as on a cloth: every part
+of a photo shows its class. Size, pose, colors, surfaces, light and clutter are drawn from the same
+distributions for every class, and all photos are exposed alike, so only the shape tells them apart.
+A photo depends only on (seed, split, class, number). DST/train and DST/val appear when they are
+complete.
 """
 
 import io
@@ -28,6 +30,11 @@ SPLITS = ("train", "val")
 _FINE = 2  # polygons are drawn so many times larger, then averaged down: smooth edges
 _LUMA = np.array((0.299, 0.587, 0.114))  # ITU-R BT.601
 _BLACK = (0, 0, 0)
+_EXPOSURE, _CONTRAST = 128, 50  # mean and standard deviation of every photo's brightness
+_STEP = (0.36, 0.55)  # from one print to the next, over the photo's shorter side
+_FILL = (0.42, 0.5)  # radius of a print over the step
+_STRAY = 0.06  # of a print from its place, over the step
+_TILT = 0.3  # radians: a cloth hangs straight, give or take
 
 CLASSES = tuple(SHAPES)  # in the order of their labels
 
@@ -62,18 +69,22 @@ def _placed(shape: Shape, rng: Rng, x: float, y: float, radius: float, tilt: flo
 
 
 def _subject(rng: Rng, kind: str, width: int, height: int) -> Shape:
-    """One to three of the class's shape, about the middle of the photo."""
-    copies = int(rng.choice((1, 2, 3), p=(0.7, 0.2, 0.1)))
-    tilt = 0.3 if kind == "houses" else np.pi  # a house stands; the others have no up
-    reach = min(width, height) * rng.uniform(0.36, 0.52)
-    x, y = np.array((width, height)) * (0.5 + rng.uniform(-0.08, 0.08, 2))
-    away = 0.0 if copies == 1 else 0.55 * reach
-    radius = reach * (1.0, 0.58, 0.5)[copies - 1]
-    turn, shape = rng.uniform(0, 2 * np.pi), SHAPES[kind](rng)
+    """The class's shape over and over, as printed on a cloth: in rows that start anywhere."""
+    side = min(width, height)
+    step = side * rng.uniform(*_STEP)
+    radius = step * rng.uniform(*_FILL)
+    turn = rotation(rng.uniform(-_TILT, _TILT))
+    start, odd = rng.uniform(0, 1, 2), 0.5 * rng.integers(2)
+    reach = int(np.ceil(max(width, height) / step)) + 1
     placed: Shape = []
-    for angle in turn + np.arange(copies) * 2 * np.pi / copies:
-        middle = (x + away * np.cos(angle), y + away * np.sin(angle))
-        placed += _placed(shape, rng, *middle, radius, tilt)
+    for row in range(-reach, reach):
+        for column in range(-reach, reach):
+            spot = (
+                start + np.array([column + odd * (row % 2), row]) + rng.uniform(-_STRAY, _STRAY, 2)
+            )
+            x, y = turn @ spot * step + (width / 2, height / 2)
+            if -radius < x < width + radius and -radius < y < height + radius:
+                placed += _placed(SHAPES[kind](rng), rng, x, y, radius, _TILT)
     return placed
 
 
@@ -131,14 +142,14 @@ def _cover(shape: Shape, width: int, height: int) -> Image.Image:
 
 
 def make_photo(seed: int, split: str, kind: str, number: int) -> Image.Image:
-    """Photo `number` of class `kind`: RGB, sides of 96 to 320 pixels.
+    """Photo `number` of class `kind`: RGB, sides of 80 to 240 pixels.
 
     Raises ValueError for a split that is not in SPLITS or a class that is not in CLASSES.
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), CLASSES.index(kind), number))
-    area, aspect = rng.uniform(128, 240) ** 2, np.exp(rng.uniform(-0.5, 0.5))
+    area, aspect = rng.uniform(96, 176) ** 2, np.exp(rng.uniform(-0.5, 0.5))
     width, height = (
-        int(np.clip(side, 96, 320)) for side in np.sqrt((area * aspect, area / aspect))
+        int(np.clip(side, 80, 240)) for side in np.sqrt((area * aspect, area / aspect))
     )
     ground = rng.uniform(175, 215)
     photo = _surface(rng, width, height, ground)
@@ -165,13 +176,16 @@ def _cast_shadow(rng: Rng, photo: Image.Image, cover: Image.Image) -> None:
 
 
 def _developed(rng: Rng, photo: Image.Image) -> Image.Image:
-    """Uneven light, and the grain of a sensor."""
+    """Uneven light, the grain of a sensor, and the exposure of a camera: every photo has the same
+    mean brightness and contrast. Else brightness alone would tell photos apart, as color would."""
     width, height = photo.size
     fall, angle = rng.uniform(0, 0.35), rng.uniform(0, 2 * np.pi)
     x, y = np.arange(width) / width - 0.5, np.arange(height)[:, None] / height - 0.5
     light = (1 + fall * (np.cos(angle) * x + np.sin(angle) * y)).astype(np.float32)
     grain = rng.standard_normal((height, width), np.float32) * np.float32(rng.uniform(1, 8))
     pixels = np.asarray(photo) * light[..., None] + grain[..., None]
+    luma = pixels @ _LUMA
+    pixels = (pixels - luma.mean()) * (_CONTRAST / luma.std()) + _EXPOSURE
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

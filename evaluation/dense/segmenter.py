@@ -19,17 +19,12 @@ HEADS = ("upernet", "linear")
 
 
 def upernet_heads(channels: list[int], width: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    """The head and the auxiliary head on level 2. Raises ValueError where transformers is
-    missing."""
-    try:
-        from transformers.models.upernet.modeling_upernet import (  # only here: takes seconds
-            UperNetFCNHead,
-            UperNetHead,
-        )
-    except ImportError as error:
-        raise ValueError(
-            f"--head upernet needs transformers ({error}): pip install 'ibeton[export]'"
-        ) from error
+    """The head and the auxiliary head on level 2."""
+    from transformers.models.upernet.modeling_upernet import (  # only here: takes seconds
+        UperNetFCNHead,
+        UperNetHead,
+    )
+
     config: Any = SimpleNamespace(
         pool_scales=(1, 2, 3, 6),
         hidden_size=width,

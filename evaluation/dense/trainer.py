@@ -255,6 +255,8 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             if config.workers:
                 block_signals_in_workers()
             torch.manual_seed(config.seed)  # the same heads on every rank
+            if config.pictures:
+                import matplotlib  # noqa: F401 - not after hours
             run = Training(prepare(config), config, place)
             seen = identity(out)
             note = run.resume()

@@ -111,7 +111,7 @@ def add_head_option(parser: argparse.ArgumentParser) -> None:
 def check_head_option(args: argparse.Namespace) -> None:
     """Raise ValueError or OSError for a file that cannot be written."""
     if args.save_head is not None:
-        check_output_file("--save-head", args.save_head)
+        check_output_file("--save-head", args.save_head, ".pt")
 
 
 def settings_of(args: argparse.Namespace) -> LinearSettings:

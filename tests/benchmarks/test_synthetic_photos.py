@@ -49,8 +49,8 @@ def test_photos_are_jpegs_of_many_sizes(drawn: Path) -> None:
             assert (photo.format, photo.mode) == ("JPEG", "RGB")
             sizes.add(photo.size)
     assert len(sizes) > 100
-    assert min(map(min, sizes)) >= 96
-    assert max(map(max, sizes)) <= 320
+    assert min(map(min, sizes)) >= 80
+    assert max(map(max, sizes)) <= 240
 
 
 def mean_colors(split: str, count: int) -> np.ndarray:
@@ -66,6 +66,13 @@ def test_color_does_not_give_the_class_away() -> None:
     right = (nearest == np.arange(len(CLASSES))[:, None]).mean()
     # Chance is 10 %, and 150 guesses scatter by 2.4 points about it.
     assert right < 0.20
+
+
+def test_all_photos_are_equally_bright() -> None:
+    for number, kind in enumerate(CLASSES):
+        luma = np.asarray(make_photo(0, "val", kind, number)) @ (0.299, 0.587, 0.114)
+        assert 120 < luma.mean() < 136
+        assert 40 < luma.std() < 56
 
 
 def test_the_contact_sheet_shows_all_classes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 trackers; and two runs compared."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def test_records_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         trackers.record(record)
     trackers.close()
     (path,) = tmp_path.glob("wandb/offline-run-*-abc123/*.wandb")
+    deadline = time.monotonic() + 500
+    while not any(r.HasField("exit") for r in wandb_records(path)):  # its service writes later
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     found = [
         {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         for record in wandb_records(path)
@@ -149,6 +154,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
         if left < 7 or kind == 0:  # the rest of a block is empty
             place += left
             continue
+        if place + 7 + length > len(data):  # it is still being written
+            return
         part = data[place + 7 : place + 7 + length]
         place += 7 + length
         whole = part if kind in (1, 2) else whole + part

@@ -1,16 +1,13 @@
 """Finds the bottleneck of a run from measured times, and what would change it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ibeton.pipeline.loaders import LoaderKind
-from ibeton.stages import StageWork
-from ibeton.training.timing.speed import MUCH_WAIT, WAITING, Window, loader_ceiling, slowest
+from ibeton.training.timing.speed import MUCH_WAIT, WAITING, Window, slowest
 
 _MUCH_COMM = 0.1
 _SHORT_EPOCH = 50  # steps: below it, the start of an epoch is a noticeable part
 _IDLE = 0.4  # workers of a loader that limits are busier than this
-_ALIKE = 1.05  # gains that differ by less count as equal: the cheaper change is named
 
 
 @dataclass(frozen=True)
@@ -25,20 +22,11 @@ class LoaderResources:
 
 
 @dataclass(frozen=True)
-class Change:
-    """Something to change, and the images/s per process it would give."""
-
-    what: str
-    images_per_s: float
-
-
-@dataclass(frozen=True)
 class Verdict:
     """`limit`: the stage that limits; "idle" if the loader's workers are idle."""
 
     limit: str
     text: str
-    change: Change | None = None
 
 
 def verdict(
@@ -97,52 +85,24 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     )
     if room.kind and room.kind.faster:
         text += f" {room.kind.faster} is faster: it decodes each photo once."
-    change = best_change(window.stage_work, room, window.images_per_s, model)
-    if change is None:
-        return Verdict(limit, f"{text} All {room.cores} cores are busy: add cores, or a GPU")
-    text += f" Change: {change.what}: up to {change.images_per_s:.4g} images/s"
-    return Verdict(limit, text, change)
+    return Verdict(limit, f"{text} {_advice(limit, window, room)}")
 
 
-def best_change(
-    stage_work: dict[str, StageWork], room: LoaderResources, now: float, most: float
-) -> Change | None:
-    """The change that speeds up a loader of `now` images/s most; the model takes at most `most`."""
-    found = [
-        Change(what, min(most, now * loader_ceiling(changed) / loader_ceiling(stage_work)))
-        for what, changed in _changes(stage_work, room)
-    ]
-    if not found:
-        return None
-    best = max(change.images_per_s for change in found)
-    return next(change for change in found if change.images_per_s * _ALIKE >= best)
-
-
-def _changes(
-    stage_work: dict[str, StageWork], room: LoaderResources
-) -> list[tuple[str, dict[str, StageWork]]]:
-    """Possible changes and the loader's work after each, the cheapest first."""
-
-    def changed(how: Callable[[str, StageWork], StageWork]) -> dict[str, StageWork]:
-        return {name: how(name, work_done) for name, work_done in stage_work.items()}
-
-    def scaled(stage: str, factor: float) -> dict[str, StageWork]:
-        return changed(lambda n, e: replace(e, seconds=e.seconds * factor) if n == stage else e)
-
-    changes = []
-    if room.cores > room.workers:
-        more = changed(lambda n, e: replace(e, workers=room.cores) if e.shared else e)
-        changes.append((f"--workers {room.cores}, as many as there are cores", more))
-    if "read" in stage_work:
-        cache = "enough memory for the page cache to hold the photos, or a faster disk"
-        changes.append((cache, scaled("read", 0.0)))
-    if "crop" in stage_work and stage_work["crop"].shared and room.on_gpu:
-        way = (room.kind and room.kind.faster) or "--crops-on gpu"
-        changes.append((f"crops on the GPU: {way}", scaled("crop", 0.0)))
-    if "decode" in stage_work:
-        smaller = "photos stored with half the pixels (pipeline.convert --max-resolution)"
-        changes.append((smaller, scaled("decode", 0.5)))
-    return changes
+def _advice(limit: str, window: Window, room: LoaderResources) -> str:
+    """What to change about a stage of the loader that limits."""
+    shared = window.stage_work[limit].shared
+    if limit == "read":
+        return "Add memory for the page cache to hold the photos, or take a faster disk"
+    if shared and room.cores > room.workers:
+        return f"Give --workers {room.cores}, as many as there are cores"
+    if limit == "crop" and shared and room.on_gpu:
+        return f"Cut on the GPU: {(room.kind and room.kind.faster) or '--crops-on gpu'}"
+    if "decode" in window.stage_work:
+        return (
+            f"All {room.cores} cores are busy: store smaller photos (ibeton convert"
+            " --max-resolution), or add cores"
+        )
+    return f"All {room.cores} cores are busy: add cores, or a GPU"
 
 
 def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:
@@ -164,7 +124,7 @@ def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:
         f", {parts[limit] / floors[limit]:.3g} times its floor; at the floor the step would give"
         f" {faster:.4g} images/s instead of {window.images_per_s:.4g}"
     )
-    return Verdict(limit, text, Change(f"{limit} at its floor", faster))
+    return Verdict(limit, text)
 
 
 def rank_line(ranks: list[dict[str, float]]) -> str:

@@ -5,7 +5,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, roi_align
 
 from ibeton.evaluation.dense.cascade import STAGES, Cascade, Sampler, best, decode, pool
-from ibeton.evaluation.dense.coco_data import CocoPhotos, published_views, training_view
+from ibeton.evaluation.dense.coco import CocoPhotos, published_views, training_view
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.detect import Detection
 

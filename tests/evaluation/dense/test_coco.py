@@ -5,14 +5,16 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from ibeton.evaluation.dense.coco_data import (
+from ibeton.evaluation.dense.coco import (
     CocoPhotos,
     RandomSizeCrop,
+    average_precisions,
     batched,
     published_views,
+    results,
+    to_photo,
     training_view,
 )
-from ibeton.evaluation.dense.coco_metrics import average_precisions, results, to_photo
 
 
 @pytest.fixture

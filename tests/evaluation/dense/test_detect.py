@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,4 +89,8 @@ def test_bad_settings_are_one_sentence(checkpoint, coco, tmp_path, capsys):
     assert "--long-side" in capsys.readouterr().err
     assert detect(checkpoint, tmp_path, tmp_path / "run") == 2
     assert "train2017 is missing" in capsys.readouterr().err
+    broken = shutil.copytree(coco, tmp_path / "coco")
+    (broken / "annotations/instances_val2017.json").write_text('{"images": []}')
+    assert detect(checkpoint, broken, tmp_path / "run") == 2
+    assert "instances_val2017.json is not in COCO's format" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -109,6 +110,16 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(
     assert message in said
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_label_map_ends_the_run_with_one_sentence(checkpoint, scenes, tmp_path, capsys):
+    broken = shutil.copytree(scenes, tmp_path / "scenes")
+    path = broken / "annotations/train/3.png"
+    Image.fromarray(np.array(Image.open(path)) + 9).save(path)
+    assert segment(checkpoint, broken, tmp_path / "run", *LINEAR) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {path} holds label ")
 
 
 def test_windows_cover_a_side_and_end_flush():

@@ -81,18 +81,20 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch", "every_step"),
+    ("kind", "batch", "every_step", "seed"),
     [
-        ("rate", 64, False),
-        pytest.param("rate", 12, True, marks=pytest.mark.slow),
-        ("data", 12, False),
-        ("state", 64, True),
+        ("rate", 64, False, 0),
+        pytest.param("rate", 12, True, 0, marks=pytest.mark.slow),
+        ("data", 12, False, 0),
+        pytest.param("data", 12, False, 15, marks=pytest.mark.slow),  # from its first step on
+        ("state", 64, True, 0),
+        ("state", 12, False, 18),  # an optimizer's state, which older checkpoints meet again
     ],
 )
 def test_a_diverging_run_keeps_its_last_good_checkpoint(
-    kind: str, batch: int, every_step: bool, start: Start, tmp_path: Path
+    kind: str, batch: int, every_step: bool, seed: int, start: Start, tmp_path: Path
 ) -> None:
-    diverge(start, tmp_path / "run", 0, kind, batch, every_step)
+    diverge(start, tmp_path / "run", seed, kind, batch, every_step)
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_one_worker_where_there_could_be_two_is_found(
     said = " ".join(capsys.readouterr().out.split())
     assert "decode limits" in said
     assert "per photo on each of 1 worker(s), busy" in said
-    assert "Change: --workers 2, as many as there are cores: up to" in said
+    assert "Give --workers 2, as many as there are cores" in said
 
 
 @pytest.mark.slow

@@ -43,9 +43,7 @@ def test_a_slow_disk_is_told_from_a_slow_decode() -> None:
     found = verdict(waiting(read=30, decode=3, crop=0, workers=4), GPU)
     assert found.limit == "read"
     assert "page cache" in found.text
-    assert found.change is not None
-    model = 64 / (sum(MODEL.values()))
-    assert found.change.images_per_s == pytest.approx(model, rel=0.02), "the model limits then"
+    assert "the model alone could take 251" in found.text
 
 
 def test_a_decode_that_limits_wants_more_workers_where_there_are_cores() -> None:
@@ -53,8 +51,6 @@ def test_a_decode_that_limits_wants_more_workers_where_there_are_cores() -> None
     found = verdict(slow, LoaderResources(LOADERS["ffcv"], workers=4, cores=8, on_gpu=True))
     assert found.limit == "decode"
     assert "--workers 8" in found.text
-    assert found.change is not None
-    assert found.change.images_per_s == pytest.approx(2 * slow.images_per_s, rel=0.01)
 
 
 def test_a_decode_that_limits_wants_smaller_photos_where_all_cores_work() -> None:
@@ -66,7 +62,7 @@ def test_a_decode_that_limits_wants_smaller_photos_where_all_cores_work() -> Non
 def test_crops_that_limit_go_to_the_gpu() -> None:
     found = verdict(waiting(read=0.1, decode=3, crop=40, workers=4), GPU)
     assert found.limit == "crop"
-    assert "crops on the GPU: --crops-on gpu" in found.text
+    assert "Cut on the GPU: --crops-on gpu" in found.text
 
 
 def test_the_published_loader_is_told_of_the_faster_one() -> None:
@@ -82,8 +78,6 @@ def test_one_worker_instead_of_two() -> None:
     found = verdict(alone, LoaderResources(LOADERS["ffcv"], workers=1, cores=2, on_gpu=False))
     assert found.limit == "crop"
     assert "--workers 2" in found.text
-    assert found.change is not None
-    assert found.change.images_per_s == pytest.approx(2 * alone.images_per_s, rel=0.01)
     both = verdict(
         waiting(read=0.01, decode=2, crop=9, workers=2),
         LoaderResources(LOADERS["ffcv"], 2, 2, False),
@@ -124,9 +118,8 @@ def test_with_floors_the_stage_with_most_to_gain_is_named() -> None:
     found = verdict(window(0.0, work, optimizer=0.05), GPU, floors | {"optimizer": 0.005})
     assert found.limit == "optimizer"
     assert "10 times its floor" in found.text
-    assert found.change is not None
     step = sum(MODEL.values()) + 0.04 + 0.002
-    assert found.change.images_per_s == pytest.approx(64 / (step - 0.045))
+    assert f"the step would give {64 / (step - 0.045):.4g} images/s" in found.text
 
 
 def test_waiting_for_other_ranks() -> None:

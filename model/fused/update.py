@@ -26,7 +26,7 @@ class FusedUpdate:
         """Whether the kernels can take this step: AdamW on float32 tensors that they reach."""
         if not isinstance(self._optimizer, AdamW):
             return False
-        tensors = list(self._ibot.parameters())
+        tensors: list[Tensor] = list(self._ibot.parameters())
         tensors += [p.grad for p in self._ibot.student.parameters() if p.grad is not None]
         return all(
             kernels_run_on(t) and t.dtype is torch.float32 and t.is_contiguous() for t in tensors
@@ -68,14 +68,16 @@ class FusedUpdate:
         decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
         slots = []
         for name, weight in ibot.student.named_parameters():
-            average, state = teacher.get(name), {}
+            average, state = teacher.get(name), dict[str, Tensor]()
             if weight.grad is not None and not (frozen and is_last_layer(name)):
                 state = self._state(weight)
             slots.append(
                 Slot(
                     weight,
                     weight.grad,
-                    *(state.get(key) for key in ("exp_avg", "exp_avg_sq", "step")),
+                    state.get("exp_avg"),
+                    state.get("exp_avg_sq"),
+                    state.get("step"),
                     average,
                     copies.get(weight),
                     None if average is None else copies.get(average),
