@@ -30,21 +30,21 @@ from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, build
-from ibeton.model.backbones.fused_embed import fused_embed
 from ibeton.model.config import ARCHITECTURES
-from ibeton.model.fused_head import fused_prototypes
+from ibeton.model.fused.embed import fused_embed
+from ibeton.model.fused.head import fused_prototypes
 from ibeton.model.kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from ibeton.model.kernels.column_sums import partial_sums
-from ibeton.model.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from ibeton.model.kernels.embed_tokens import Added, embed_tokens_reference
 from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from ibeton.model.kernels.head.cross_entropy import cross_entropy, cross_entropy_reference
+from ibeton.model.kernels.head.weight_norm import weight_norm_reference
 from ibeton.model.kernels.launch import interpreted
 from ibeton.model.kernels.library_attention import split_heads
 from ibeton.model.kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 from ibeton.model.kernels.packed_attention import Shapes, attend, attention_backward
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
-from ibeton.model.kernels.weight_norm import weight_norm_reference
 from ibeton.model.optim import build_optimizer
 from ibeton.model.steps import Step, StepInputs
 from ibeton.progress import plain_console
@@ -108,7 +108,8 @@ class Mlp(torch.autograd.Function):
 def library_attention(qkv: Tensor, shapes: Shapes, heads: int) -> Tensor:
     outs = []
     for part, (images, tokens) in zip(qkv.split([n * t for n, t in shapes]), shapes, strict=True):
-        out = F.scaled_dot_product_attention(*split_heads(part, images, tokens, heads))
+        query, key, value = split_heads(part, images, tokens, heads)
+        out = F.scaled_dot_product_attention(query, key, value)
         outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(outs)
 

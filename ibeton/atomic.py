@@ -21,6 +21,9 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write on a full disk names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

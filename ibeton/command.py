@@ -39,6 +39,13 @@ class Failure(RuntimeError):
     """The work cannot continue. The message says why, in a sentence."""
 
 
+# A class of torch's, which this file does not import, or a message -> what it means.
+_SHORTAGES = {
+    "OutOfMemoryError": "the GPU has too little memory: give a smaller --batch-size",
+    "can't start new thread": "no more threads can be started here: give fewer --workers",
+}
+
+
 def explain(error: BaseException) -> str:
     """What went wrong, in a sentence, if it is something that a user can cause; "" for a bug."""
     text = str(error)
@@ -47,8 +54,8 @@ def explain(error: BaseException) -> str:
         text = where + error.strerror
     if isinstance(error, Failure | OSError):
         return text
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
-        return "the GPU has too little memory: give a smaller --batch-size"
+    if told := _SHORTAGES.get(type(error).__name__, _SHORTAGES.get(text, "")):
+        return told
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"there is too little memory: give a smaller --batch-size or model ({_last(text)})"
     if isinstance(error, ModuleNotFoundError):

@@ -70,11 +70,19 @@ def finite(text: str) -> float:
     return number
 
 
+def whole(text: str) -> int:
+    """An integer of 64 bits."""
+    number = int(text)
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
+    return number
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports every mistake of a command line at once, one sentence each,
     with exit status 2, and suggests the nearest option or value. Options are not abbreviated, `~`
-    is expanded in paths (`type=Path` or `type=expand`), and floats must be finite. As a subcommand
-    of `ibeton` it goes by that name."""
+    is expanded in paths (`type=Path` or `type=expand`), floats are finite, and integers have 64
+    bits. As a subcommand of `ibeton` it goes by that name."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         if sys.argv[0].startswith("ibeton "):
@@ -83,6 +91,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **settings)
         self.register("type", Path, lambda text: Path(text).expanduser())
         self.register("type", float, finite)
+        self.register("type", int, whole)
         self.register("type", None, expand)
         self._problems: list[str] = []
 

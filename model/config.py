@@ -31,6 +31,7 @@ CHOICES = {
     "recompute": RECOMPUTE,
     "cuda_graphs": GRAPHS,
 }
+MOST = 1000  # layers, or views: more would fill any memory
 TEMPERATURES = (
     *("teacher_temp", "warmup_teacher_temp", "student_temp"),
     *("teacher_patch_temp", "warmup_teacher_patch_temp"),
@@ -170,6 +171,9 @@ class ModelConfig:
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
+        for name in ("depth", "head_layers", "global_crops_number", "local_crops_number"):
+            if getattr(self, name) > MOST:
+                yield f"{flag(name)} {getattr(self, name)} must be at most {MOST}"
         for name in ("drop_path", "center_momentum", "center_momentum2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{flag(name)} {getattr(self, name)} must be in [0, 1)"

@@ -1,4 +1,4 @@
-"""The training step as a CUDA graph: one launch per step instead of two thousand.
+"""The training step as a CUDA graph: one launch per step instead of hundreds.
 
 `GraphedStep` is called like `training_step` and gives the same results. The batch and everything
 else that changes from step to step are copied into tensors that stay in place, and the recorded

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ibeton.model.backbones.blocks import init_linear
 from ibeton.model.config import ModelConfig
-from ibeton.model.fused_head import (
+from ibeton.model.fused.head import (
     bottleneck_and_mean,
     fused_bottleneck,
     fused_prototypes,

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ibeton.model.config import ModelConfig
-from ibeton.model.kernels.class_metrics import class_metrics
-from ibeton.model.kernels.cross_entropy import cross_entropy
+from ibeton.model.kernels.head.class_metrics import class_metrics
+from ibeton.model.kernels.head.cross_entropy import cross_entropy
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.network import Logits, Targets
 from ibeton.model.schedules import temperature_schedule

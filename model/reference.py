@@ -1,7 +1,6 @@
-"""The same computation written the obvious way: each crop size in its own pass, attention with its
-softmax in memory, the head on every token, the loss pair by pair. Tests hold the fast paths against
-these functions, and benchmarks/model.py takes its baseline from them, so the two cannot drift
-apart. They run on the same modules and weights.
+"""A plain implementation of the step: each crop size in its own pass, attention with its softmax in
+memory, the head on every token, the loss for each pair of views. It runs on the same modules and
+weights. Tests compare the fast paths with it, and benchmarks/model.py uses it as the baseline.
 
 In shapes: V global and L local views, B images, N patch tokens, C channels, K prototypes.
 """
@@ -14,7 +13,7 @@ from torch import Tensor
 from ibeton.model.backbones.blocks import Block, drop_path
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.ibot import IBOT
-from ibeton.model.kernels.cross_entropy import upcast
+from ibeton.model.kernels.head.cross_entropy import upcast
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.network import Logits, Network
 

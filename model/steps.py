@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ibeton.model.fused_update import FusedUpdate
+from ibeton.model.fused.update import FusedUpdate
 from ibeton.model.ibot import IBOT
 from ibeton.model.masking import MaskedPatches, bucket_size, masked_patches, to_device
 from ibeton.model.optim import AdamW, cancel_last_layer_gradients, clip_gradients

@@ -59,7 +59,7 @@ class Process:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds, while the run goes on."""
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 500
         while not condition():
             assert Path(f"/proc/{self.pid}/exe").exists(), self.said()[-3000:]
             assert time.monotonic() < deadline, self.said()[-3000:]

@@ -1,12 +1,16 @@
 """How commands end: what was done decides the status, whatever becomes of the output."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from paths import ROOT
+
+from ibeton.command import Failure, explain
 
 # Writes a file, says so in letters that not every encoding has, and is done.
 SCRIPT = """
@@ -62,3 +66,23 @@ def test_a_reader_that_leaves_costs_nothing(tmp_path: Path) -> None:
     os.close(write)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("can't start new thread"), "give fewer --workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed"),
+        (MemoryError("Unable to allocate 9 TiB"), "too little memory"),
+        (RuntimeError("x: can't allocate memory: you tried to allocate 9 bytes."), "9 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU has too little memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt: No space left on device"),
+        (Failure("one sentence"), "one sentence"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
+        (KeyError("momentum"), ""),
+    ],
+)
+def test_what_a_user_can_cause_is_explained_and_a_bug_is_not(error: Exception, says: str) -> None:
+    assert says in explain(error)
+    assert bool(says) == bool(explain(error))
+    assert "\n" not in explain(error)

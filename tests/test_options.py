@@ -51,3 +51,13 @@ def test_an_output_file_replaces_nothing_but_its_like(name: str, says: str, tmp_
     check_output_file("--json", tmp_path / "new.json", ".json", b'{"scores": ')
     with pytest.raises(FileExistsError):
         check_output_file("--json", tmp_path / "scores.json", ".json")
+
+
+def test_integers_beyond_64_bits_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--data", "x", "--seed", "99999999999999999999", "--head-layers", "-" + "9" * 30])
+    said = capsys.readouterr().err
+    assert "--seed: 99999999999999999999 does not fit in 64 bits" in said
+    assert said.count("does not fit in 64 bits") == 2
+    with pytest.raises(ValueError, match="--depth 1000000000 must be at most 1000"):
+        parse(["--data", "x", "--depth", "1000000000"])

@@ -64,7 +64,6 @@ def test_what_the_function_raises_is_raised_here() -> None:
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("function", [dies, dies_while_it_answers])
 def test_a_dead_worker_is_an_error_not_a_hang(function: Callable[[int], object]) -> None:
     with pytest.raises(RuntimeError, match="a worker process died"):

@@ -1,6 +1,7 @@
 """`--recipe small`: for 1,000 to 300,000 photos and an hour.
 
 The published recipes are for a million photos and days of GPUs.
+docs/small-data.md explains every departure from the published recipe, and what was measured.
 """
 
 from collections.abc import Sequence

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ibeton.benchmarks.harness.budget_rates import DEVICES
 from ibeton.benchmarks.harness.measure import in_words, machine
-from ibeton.benchmarks.harness.plan_devices import DEVICES
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.segmenter import Segmenter
 from ibeton.evaluation.segment import main as segment
@@ -35,9 +35,9 @@ GPUS = ("h100", "v100")
 CROP, SIDES = 512, (800, 1333)  # pixels of a crop of ADE20K, of COCO's largest view
 ROIS, OBJECTS = 512, 8  # regions per image and stage, objects of a drawn image
 RUN_IMAGES = {"segment": 160_000 * 16, "detect": 12 * 117_266}  # of the published runs
-# Share of a data sheet's fp16 rate that a whole step reaches, from slow to fast: iBOT's own step
-# reached 0.12 on an H100 (docs/results.md). How far a dense task's does is not measured.
-SHARES = (0.08, 0.2)
+# Share of the rate of a large product that a whole step reaches, from slow to fast: iBOT's own step
+# reached 0.16 on an H100 (docs/results.md). What a dense task's reaches is not measured.
+SHARES = (0.1, 0.25)
 
 
 def build(task: str, arch: str, drop_path: float = 0.1) -> nn.Module:
@@ -114,8 +114,8 @@ def counted(task: str, arch: str, images: int) -> dict[str, float]:
 
 def predicted(task: str, found: dict[str, float], images: int) -> dict[str, str]:
     """GPU hours of the published run without its evaluation, from fast to slow, by device."""
-    work = found["TFLOP"] / images * RUN_IMAGES[task] / 3600
-    hours = {gpu: [work / DEVICES[gpu].peak["fp16"] / share for share in SHARES] for gpu in GPUS}
+    work = 1e12 * found["TFLOP"] / images * RUN_IMAGES[task] / 3600
+    hours = {gpu: [work / DEVICES[gpu].matrix / share for share in SHARES] for gpu in GPUS}
     return {f"{gpu} hours": f"{fast:.0f} - {slow:.0f}" for gpu, (slow, fast) in hours.items()}
 
 

@@ -253,7 +253,7 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         stack.enter_context(mock.patch("ibeton.model.steps.StepInputs.on", on))
         patch = mock.patch
         stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
-        stack.enter_context(patch("ibeton.model.kernels.cross_entropy.rows_by_chunk", rows))
+        stack.enter_context(patch("ibeton.model.kernels.head.cross_entropy.rows_by_chunk", rows))
         if settings.kernels:
             stack.enter_context(counting(recorder.kernel, settings.capability))
         yield stage

@@ -1,7 +1,7 @@
 """The transformer block on packed tokens, under timm's parameter names.
 
 Packed means: the tokens of all images of all crop sizes below each other in one tensor [T, C], and
-beside it `shapes`, one (images, tokens an image) for each crop size. Norms, projections and MLPs
+beside it `shapes`, one (images, tokens per image) for each crop size. Norms, projections and MLPs
 see [T, C]; attention runs once for each crop size. In shapes: H attention heads, D = C / H.
 """
 
@@ -20,7 +20,7 @@ from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 LAYERNORM_EPS = 1e-6
 INIT_STD = 0.02
 
-Shapes = list[tuple[int, int]]  # (images, tokens an image) of each crop size
+Shapes = list[tuple[int, int]]  # (images, tokens per image) of each crop size
 Branch = Callable[[Tensor, Shapes], Tensor]
 
 
@@ -151,8 +151,8 @@ class Attention(nn.Module):
         return heads.permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, qkv: Tensor, shapes: Shapes) -> Tensor:
-        """Output of `qkv` [T, 3C] -> [T, C]. One attention and one projection a crop size: to
-        project them together, a copy of all would have to be made and kept."""
+        """Output of `qkv` [T, 3C] -> [T, C]. One attention and one projection per crop
+        size: projecting them together would need a copy of all outputs."""
         outs = []
         parts = qkv.split([images * tokens for images, tokens in shapes])
         for part, (images, tokens) in zip(parts, shapes, strict=True):

@@ -1,8 +1,8 @@
 """The Swin transformer as iBOT trains it: timm's parts in the published assembly.
 
-timm's own model differs in names (its merging stands at the start of a stage, index tables are not
-saved), and in numbers wherever windows do not tile a map, as at 96 pixels: timm shifts and then
-pads, the published code pads and then shifts.
+timm's own model has other parameter names (patch merging opens a stage; index tables are not
+saved). Its outputs differ where windows do not tile a map, as at 96 pixels: timm shifts and then
+pads, while the published code pads and then shifts.
 
 In shapes: B images, C channels, h x w map of a stage, W windows of T tokens, H attention heads.
 """

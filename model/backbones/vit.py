@@ -23,9 +23,9 @@ from ibeton.model.backbones.blocks import (
     draw_kept,
     init_linear,
 )
-from ibeton.model.backbones.fused_block import fused_block
-from ibeton.model.backbones.fused_embed import fused_embed
 from ibeton.model.config import ModelConfig
+from ibeton.model.fused.block import fused_block
+from ibeton.model.fused.embed import fused_embed
 from ibeton.model.kernels.half_weights import product_dtype
 from ibeton.model.kernels.launch import kernels_run_on
 from ibeton.model.kernels.residual_norm import Branch, residual_norm
@@ -35,7 +35,7 @@ FITS = 0.6
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, in_chans, h*P, w*P] -> one embedding a patch, [B, h*w, C]."""
+    """Images [B, in_chans, h*P, w*P] -> one embedding per patch, [B, h*w, C]."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -164,8 +164,10 @@ class VisionTransformer(nn.Module):
             [self.patch_embed.split(x) for x in views],
             masks,
             [self.position_embedding(*x.shape[2:]) for x in views],
-            *(self.patch_embed.proj.weight, self.patch_embed.proj.bias),
-            *(self.cls_token, self.masked_embed),
+            self.patch_embed.proj.weight,
+            cast(Tensor, self.patch_embed.proj.bias),
+            self.cls_token,
+            self.masked_embed,
         )
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:

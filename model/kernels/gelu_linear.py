@@ -1,7 +1,7 @@
 """Exact GELU followed by a linear layer, keeping only what enters the GELU for the backward.
 
-The linear layer's weights need what leaves it: that is computed again. Saves 4 C values a token in
-a block's MLP, its largest tensor.
+The gradient of the layer's weights needs the GELU's output, which is computed again. Saves 4 C
+values per token in a block's MLP, its largest tensor.
 """
 
 from typing import Any

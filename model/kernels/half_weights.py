@@ -1,15 +1,10 @@
-"""Weights in the precision of matrix products: copied once per step for all networks, and a linear
-layer that uses the copies and gives float32 gradients.
-
-In shapes: T tokens, C channels that come in, D channels that leave.
-"""
+"""Weights in the precision of matrix products, copied once per step for all networks, and float32
+gradients of weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibeton.model.kernels.launch import counted, kernels_run_on
@@ -20,7 +15,7 @@ _copies: dict[Tensor, Tensor] = {}
 
 class HalfWeights:
     """Copies of the parameters of linear layers and convolutions. Their memory stays the same from
-    step to step, as CUDA graphs need it. `model.fused_update` writes them with the parameters."""
+    step to step, as CUDA graphs need it. `model.fused.update` writes them with the parameters."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._networks = list(networks)
@@ -78,39 +73,6 @@ def in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if copy is not None and copy.dtype is dtype:
         return copy
     return parameter.detach().to(dtype)
-
-
-def half_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, C], weight [D, C], bias [D] -> [T, D]."""
-    return F.linear(x, weight.flatten(1), bias)
-
-
-def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`half_linear_reference` with the step's copies, in the dtype of autocast. The weight may be
-    that of a convolution."""
-    return _HalfLinear.apply(x, weight, bias, product_dtype(x))
-
-
-class _HalfLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        half_x, half_weight = x.to(dtype), in_dtype(weight, dtype).flatten(1)
-        ctx.save_for_backward(half_x, half_weight, weight, bias)
-        ctx.x_dtype = x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            if bias is None:
-                return half_x @ half_weight.t()
-            return torch.addmm(in_dtype(bias, dtype), half_x, half_weight.t())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, half_weight, weight, bias = ctx.saved_tensors
-        grad_x = (grad @ half_weight).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = weight_gradient(grad, x, weight).view_as(weight)
-        grad_bias = None if bias is None else grad.sum(dim=0, dtype=bias.dtype)
-        return grad_x, grad_weight, grad_bias, None
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Layer norm followed by a linear layer, without keeping the normed tokens for the backward.
 
-The backward needs the tokens before the norm anyway; the normed ones come from them, a mean and a
-deviation a row, for a tenth of what the matrix product costs. Saves C values a token.
+The backward needs the tokens before the norm anyway. It computes the normed ones from them and the
+mean and deviation of each row, for a tenth of the cost of the product. Saves C values per token.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@ per head, C = H * D, P programs of a backward.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def _pairs(shapes: Shapes) -> Iterator[_Pair]:
         start += first[0] * first[1] + second[0] * second[1]
 
 
-def _constants(qkv: Tensor, num_heads: int) -> dict[str, int | float | bool]:
+def _constants(qkv: Tensor, num_heads: int) -> dict[str, Any]:
     width = qkv.shape[1] // 3
     channels = width // num_heads
     return {

@@ -15,7 +15,7 @@ from ibeton.model import ModelConfig
 
 # The step of ViT-S/16 at batch 64 in half precision, 2 x 224 + 10 x 96 pixels. Before the kernels:
 # 1,603 launches (the profile has 1,997, with memsets), 110 GB and 63 ms.
-LAUNCHES, GIGABYTES, MILLISECONDS = 475, 53.7, 30.5
+LAUNCHES, GIGABYTES, MILLISECONDS = 485, 53.7, 30.5
 
 
 def test_launches_bytes_and_predicted_time_stay_below_their_ceilings():
@@ -34,7 +34,7 @@ def test_a_v100_runs_the_library_s_products_and_attention():
     names = {x.name for x in launches}
     assert {"_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_pack_gradients_kernel"} < names
     assert not {"_attention_kernel", "_linear_gelu_kernel"} & names
-    assert sum(x.kernels for x in launches) <= 650
+    assert sum(x.kernels for x in launches) <= 660
     predicted = by_category(launches, DEVICES["v100"])
     assert 64 / sum(predicted.values()) >= 300  # images/s
 

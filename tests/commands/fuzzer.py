@@ -29,7 +29,7 @@ from ibeton import options
 from ibeton.__main__ import COMMANDS, main
 
 CPU_S = 40  # a command that is still at work after so much CPU time has been accepted
-STILL_S = 60  # without any use of the CPU: it hangs
+STILL_S = 600  # without any use of the CPU, on however busy a machine: it hangs
 MEMORY = 12 << 30
 
 SMALL = shlex.split(

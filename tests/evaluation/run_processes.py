@@ -82,7 +82,7 @@ class Forker:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        self._process.wait()
 
 
 def two_ranks() -> list[dict[str, str]]:

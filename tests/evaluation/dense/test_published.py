@@ -23,5 +23,5 @@ def test_a_step_at_the_published_size_is_built_and_counted(task, arch, millions)
 
 
 def test_hours_follow_from_the_work_and_the_data_sheet():
-    hours = predicted("segment", {"TFLOP": 2 * 989 * 3600 / 2_560_000}, images=2)
-    assert hours["h100 hours"] == "5 - 12"  # one hour at the whole rate
+    hours = predicted("segment", {"TFLOP": 2 * 763 * 3600 / 2_560_000}, images=2)
+    assert hours["h100 hours"] == "4 - 10"  # one hour at the whole rate

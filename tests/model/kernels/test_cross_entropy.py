@@ -10,7 +10,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from ibeton.model.kernels.cross_entropy import CHUNK, cross_entropy, cross_entropy_reference
+from ibeton.model.kernels.head.cross_entropy import CHUNK, cross_entropy, cross_entropy_reference
 
 # By format: of the loss, and of the gradient's largest value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -145,8 +145,8 @@ def in_subprocess(script: str, **environment: str) -> str:
 
 INTERPRET = """
 import torch
-from ibeton.model.kernels.class_metrics import class_metrics, class_metrics_reference
-from ibeton.model.kernels.cross_entropy import rows_by_chunk, rows_by_triton
+from ibeton.model.kernels.head.class_metrics import class_metrics, class_metrics_reference
+from ibeton.model.kernels.head.cross_entropy import rows_by_chunk, rows_by_triton
 from test_cross_entropy import SHAPES, TOLERANCE, assert_same, random_rows
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -14,11 +14,12 @@ from ibeton.model.kernels.embed_tokens import (
     embed_tokens_backward,
     embed_tokens_reference,
 )
-from ibeton.model.kernels.half_weights import (
-    HalfWeights,
-    half_linear,
-    half_linear_reference,
-    in_dtype,
+from ibeton.model.kernels.half_weights import HalfWeights, in_dtype
+from ibeton.model.kernels.head.unit_rows import unit_rows, unit_rows_backward, unit_rows_reference
+from ibeton.model.kernels.head.weight_norm import (
+    weight_norm,
+    weight_norm_backward,
+    weight_norm_reference,
 )
 from ibeton.model.kernels.launch import interpreted
 from ibeton.model.kernels.library_attention import pack_gradients, pack_gradients_reference
@@ -33,12 +34,6 @@ from ibeton.model.kernels.packed_attention import (
     attention_reference,
 )
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
-from ibeton.model.kernels.unit_rows import unit_rows, unit_rows_backward, unit_rows_reference
-from ibeton.model.kernels.weight_norm import (
-    weight_norm,
-    weight_norm_backward,
-    weight_norm_reference,
-)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -298,23 +293,6 @@ def test_attention_of_packed_tokens(dtype, shapes, path, monkeypatch):
     ):
         assert mine.isfinite().all()
         assert (mine - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
-def test_half_linear(bias, dtype):
-    linear = torch.nn.Linear(24, 40, bias=bias, device=DEVICE)
-    leaves = [draw(37, 24).requires_grad_(), *linear.parameters()]
-    upstream = [draw(37, 40, dtype=dtype or torch.float32, seed=1)]
-    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-        mine, reference = (
-            outcome(lambda x, w, b=None, f=f: f(x, w, b), leaves, upstream)
-            for f in (half_linear, half_linear_reference)
-        )
-    for a, b in zip(mine, reference, strict=True):
-        assert a.dtype == b.dtype
-        tolerance = 1e-5 if dtype is None else 4 * torch.finfo(dtype).eps
-        assert (a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max()
 
 
 def test_copies_of_weights_are_those_of_now_and_gone_afterwards():

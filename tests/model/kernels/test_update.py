@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ibeton.model import ModelConfig, build
-from ibeton.model.fused_update import FusedUpdate
+from ibeton.model.fused.update import FusedUpdate
 from ibeton.model.kernels.launch import interpreted
 from ibeton.model.optim import build_optimizer, load_optimizer_state, optimizer_state
 from ibeton.model.steps import Step, StepInputs

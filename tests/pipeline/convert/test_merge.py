@@ -168,7 +168,7 @@ def test_a_shard_that_is_no_part_is_refused(photos: Path, tmp_path: Path, shard:
 def test_the_command_says_what_it_wrote_or_why_not(shards: list[Path], tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ibeton.pipeline.convert.merge", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     out = tmp_path / "out.beton"
     done = run(*shards, out)

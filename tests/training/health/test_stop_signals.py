@@ -26,7 +26,7 @@ from ibeton.evaluation.frozen import quick
 scores = quick.quick_scores
 def slow(*arguments):
     print("evaluating", flush=True)
-    for _ in range(1200):
+    for _ in range(100_000):  # hours: a run that waited for it would not end here
         time.sleep(0.1)
     return scores(*arguments)
 quick.quick_scores = slow
@@ -122,10 +122,8 @@ def test_sigterm_during_an_evaluation_leaves_it_for_the_next_start(
     assert finished.wait() == 0, finished.said()[-2000:]
     process = start(folder, *options, fault=SLOW_EVALUATION)
     process.until(lambda: "evaluating" in process.said())
-    began = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait() == STOPPED, process.said()[-2000:]
-    assert time.monotonic() - began < 60, "it did not wait for the evaluation, of two minutes"
     assert len(losses(folder)) == PER_EPOCH
     again = start(folder, *options)
     assert again.wait() == 0, again.said()[-2000:]

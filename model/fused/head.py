@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
 from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gradient
+from ibeton.model.kernels.head.unit_rows import unit_rows, unit_rows_backward
+from ibeton.model.kernels.head.weight_norm import weight_norm, weight_norm_backward
 from ibeton.model.kernels.linear_gelu import linear_gelu, linear_gelu_backward
-from ibeton.model.kernels.unit_rows import unit_rows, unit_rows_backward
-from ibeton.model.kernels.weight_norm import weight_norm, weight_norm_backward
 
 
 def fused_bottleneck(

@@ -1,6 +1,7 @@
 """The update after a backward by the kernels of `model.kernels.update`: which tensors belong
 together, and the state of optimizer and scaler, which stays that of PyTorch's."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,9 +10,20 @@ from torch.optim import Optimizer
 
 from ibeton.model.host_inputs import from_host
 from ibeton.model.ibot import IBOT
-from ibeton.model.kernels.launch import kernels_run_on
-from ibeton.model.kernels.update import Settings, Slot, chunk_table, fused_update
+from ibeton.model.kernels.launch import counted, kernels_run_on
+from ibeton.model.kernels.update import Settings, Slot, chunk_count, chunk_table, fused_update
 from ibeton.model.optim import AdamW, is_last_layer
+
+
+@lru_cache(maxsize=4)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The table of chunks, kept from step to step: a graph relies on it."""
+    return chunk_table(sizes).to(device)
+
+
+def _nothing(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """A tensor like `_chunks`, while launches are counted."""
+    return torch.empty(chunk_count(sizes), 2, dtype=torch.int32, device=device)
 
 
 class FusedUpdate:
@@ -19,14 +31,12 @@ class FusedUpdate:
 
     def __init__(self, ibot: IBOT, optimizer: Optimizer, clip: float) -> None:
         self._ibot, self._optimizer, self._clip = ibot, optimizer, clip
-        self._chunks: Tensor | None = None
-        self._sizes: list[int] = []
 
     def runs(self) -> bool:
         """Whether the kernels can take this step: AdamW on float32 tensors that they reach."""
         if not isinstance(self._optimizer, AdamW):
             return False
-        tensors = list(self._ibot.parameters())
+        tensors: list[Tensor] = list(self._ibot.parameters())
         tensors += [p.grad for p in self._ibot.student.parameters() if p.grad is not None]
         return all(
             kernels_run_on(t) and t.dtype is torch.float32 and t.is_contiguous() for t in tensors
@@ -42,16 +52,14 @@ class FusedUpdate:
         optimizer: Any = self._optimizer
         slots = self._slots(frozen)
         device = slots[0].weight.device
-        sizes = [slot.weight.numel() for slot in slots]
-        if self._chunks is None or self._sizes != sizes or self._chunks.device != device:
-            self._chunks, self._sizes = chunk_table(sizes).to(device), sizes
+        sizes = tuple(slot.weight.numel() for slot in slots)
         rows = [slot.row() for slot in slots]
         beta1, beta2 = optimizer.param_groups[0]["betas"]
         scaling = scaler if scaler is not None and scaler.is_enabled() else None
         norm, found = fused_update(
             slots,
             from_host(lambda: torch.tensor(rows, dtype=torch.int64), device),
-            self._chunks,
+            _nothing(sizes, device) if counted() else _chunks(sizes, device),
             rates.to(device),
             None if scaling is None else scaling._scale,
             Settings(beta1, beta2, optimizer.param_groups[0]["eps"], self._clip),
@@ -68,14 +76,16 @@ class FusedUpdate:
         decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
         slots = []
         for name, weight in ibot.student.named_parameters():
-            average, state = teacher.get(name), {}
+            average, state = teacher.get(name), dict[str, Tensor]()
             if weight.grad is not None and not (frozen and is_last_layer(name)):
                 state = self._state(weight)
             slots.append(
                 Slot(
                     weight,
                     weight.grad,
-                    *(state.get(key) for key in ("exp_avg", "exp_avg_sq", "step")),
+                    state.get("exp_avg"),
+                    state.get("exp_avg_sq"),
+                    state.get("step"),
                     average,
                     copies.get(weight),
                     None if average is None else copies.get(average),

@@ -1,0 +1,1 @@
+"""Kernels of the projection head and of the loss."""
