@@ -23,7 +23,7 @@ except ImportError:  # builds of PyTorch without CUDA come without it
     triton = None
 
 CHUNK = 1 << 19  # logits of one chunk: 2 MiB in float32
-BLOCK = 4096  # logits that a Triton program holds at a time where it takes two sweeps
+BLOCK = 2048  # logits that a Triton program holds at a time where it takes two sweeps
 WHOLE = 8192  # prototypes up to which a program holds whole rows
 # Gradients wait for the backward as (softmax - target), within +-Q. In fp16 the likely values of
 # 1 / K are close to its smallest normal number, 6e-5; times 2^12 they are far from both ends.
