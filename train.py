@@ -29,6 +29,8 @@ from ibeton.command import missing_extra, protect_output, refusal
 from ibeton.distributed import join_processes
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
+from ibeton.model.fused.check import kernel_fault
+from ibeton.model.kernels.launch import switch_off
 from ibeton.model.optim import build_optimizer
 from ibeton.model.steps import Step
 from ibeton.pipeline import Batch, build_loader
@@ -104,6 +106,7 @@ def _prepare(
 
         memory = PhotoSet(config.run.eval_train)
         PhotoSet(config.run.eval_val, classes=memory.classes)
+    kernels = check_kernels(config, device, precision)
     announce(f"building {config.model.arch} on {device}")
     torch.manual_seed(config.pipeline.seed)  # the same weights on every rank
     ibot = build(config.model).to(device)
@@ -114,12 +117,26 @@ def _prepare(
     run = Run(
         config, device, rank, world_size, loader, ibot, optimizer, scaler, precision, watchdog
     )
-    run.notes += config.notes
+    run.notes += [*config.notes, *kernels]
     use_graphs(run)
     resume(run)
     if world_size > 1 and run.graphed_step is None:
         ibot.wrap_ddp(device)
     return run
+
+
+def check_kernels(config: Config, device: torch.device, precision: str) -> list[str]:
+    """Switch the step's kernels off if --kernels says so, or if they do not compute on this GPU
+    what PyTorch computes. Returns notes for the log."""
+    if config.model.kernels == "off":
+        switch_off()
+    elif device.type == "cuda":
+        announce("comparing the kernels of a step with PyTorch's own operations")
+        sizes = config.pipeline.global_crops_size, config.pipeline.local_crops_size
+        if fault := kernel_fault(config.model, sizes, device, DTYPES[precision]):
+            switch_off()
+            return [f"slower: PyTorch's operations replace the kernels of the step, as {fault}"]
+    return []
 
 
 def use_graphs(run: Run) -> None:

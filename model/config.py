@@ -24,12 +24,14 @@ HEAD_NORMS = ("none", "ln", "bn")
 ACTIVATIONS = ("gelu", "relu")
 RECOMPUTE = ("auto", "on", "off")
 GRAPHS = ("auto", "on", "off")
+KERNELS = ("auto", "off")
 CHOICES = {
     "arch": (*ARCHITECTURES, *SWINS),
     "norm_in_head": HEAD_NORMS,
     "act": ACTIVATIONS,
     "recompute": RECOMPUTE,
     "cuda_graphs": GRAPHS,
+    "kernels": KERNELS,
 }
 MOST = 1000  # layers, or views: more would fill any memory
 TEMPERATURES = (
@@ -60,6 +62,12 @@ class ModelConfig:
         "norms and GELUs in the backward: a third less memory, 7 % more time on an H100 (auto: on a"
         " CPU, and on a GPU where the batch needs it)",
         RECOMPUTE,
+    )
+    kernels: str = option(
+        "auto",
+        "Triton kernels of the step on a GPU: auto (if they agree there with PyTorch's own"
+        " operations, which is tested before the run) or off",
+        KERNELS,
     )
     # "auto" becomes the default once the GPU tests have passed on a GPU.
     cuda_graphs: str = option("off", "replay steps as CUDA graphs: auto, on, or off", GRAPHS)

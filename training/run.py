@@ -40,7 +40,7 @@ _FREE = {
     *("save_steps", "keep_every", "keep_last", "log_steps", "profile", "lost_after", "stall_after"),
     *("eval_train", "eval_val", "eval_every", "eval_k"),
     *("data", "loader", "crops_on", "batch_size", "global_batch_size", "workers", "batches_ahead"),
-    *("micro_steps", "checkpoint_blocks", "recompute", "cuda_graphs", "shard_optimizer"),
+    *("micro_steps", "checkpoint_blocks", "recompute", "kernels", "cuda_graphs", "shard_optimizer"),
 }
 
 

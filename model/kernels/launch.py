@@ -33,6 +33,7 @@ class Launch(NamedTuple):
 
 Observer = Callable[[Launch], None]
 _observers: list[tuple[Observer, int]] = []  # each with the capability that it stands for
+_switched_off = False
 MATRIX_UNITS = 80  # sm_80 and later have matrix units that Triton can use
 
 
@@ -47,11 +48,18 @@ def counted() -> bool:
 
 
 def kernels_run_on(x: Tensor) -> bool:
-    """Whether Triton kernels take `x`: it is on CUDA and no float64, and Triton is installed. In
-    the interpreter, or while launches are counted, the device does not matter."""
-    if triton is None or x.dtype is torch.float64:
+    """Whether Triton kernels take `x`: it is on CUDA and no float64, Triton is installed, and the
+    kernels are not switched off. In the interpreter, or while launches are counted, the device does
+    not matter."""
+    if triton is None or _switched_off or x.dtype is torch.float64:
         return False
     return x.is_cuda or counted() or interpreted()
+
+
+def switch_off(off: bool = True) -> None:
+    """From now on PyTorch's own operations run instead of the kernels, in this process."""
+    global _switched_off
+    _switched_off = off
 
 
 def matrix_units(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from paths import ROOT
 
 pytest.importorskip("triton")
-KERNELS = ["tests/model/kernels/test_fused.py", "tests/model/kernels/test_update.py"]
+KERNELS = [f"tests/model/kernels/test_{name}.py" for name in ("fused", "update", "check")]
 BLOCK = "tests/model/backbones/test_vit.py"
 STEP = "tests/model/test_reference.py"
 PATHS = [  # the published backbone; the step against the reference
