@@ -90,7 +90,7 @@ def embed_tokens_backward(
         WIDTH=width,
         ROWS=max(1, TILE // block),
         BLOCK=block,
-        num_warps=4,
+        num_warps=4 if block < 1024 else 8,
     )
 
 

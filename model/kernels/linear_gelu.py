@@ -65,7 +65,7 @@ def linear_gelu_backward(
     grad_hidden = torch.empty_like(hidden)
     active = torch.empty_like(hidden) if with_active else None
     constants = _constants(grad, hidden)
-    if capability(grad) >= HOPPER:
+    if capability(grad) >= HOPPER and not with_active:
         constants |= {"num_warps": 16}
     else:  # fewer registers
         constants |= {"COLUMNS": COLUMNS // 2}
