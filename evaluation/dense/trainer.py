@@ -260,6 +260,8 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             run = Training(prepare(config), config, place)
             seen = identity(out)
             note = run.resume()
+            if place.world_size > 1:
+                dist.barrier()  # rank 0 makes the folder that the others have just looked for
             if place.rank == 0:
                 per_epoch = max(1, len(run.task.photos) // config.batch_size)
                 begins = {"step": run.step, "processes": place.world_size}

@@ -3,12 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from slurm import FIRST_PORT, PORT_STEP, free_job
 
 _PATIENCE_S = 3000
 
@@ -87,8 +88,6 @@ class Forker:
 
 def two_ranks() -> list[dict[str, str]]:
     """The environments of two processes that work together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = FIRST_PORT + PORT_STEP * free_job()  # not one that the system gives to others meanwhile
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
