@@ -146,7 +146,8 @@ class Training:
         sentence for the log. Raises ValueError where that run had other settings or photos."""
         folder = Path(self.config.output_dir)
         if self.config.resume == "no":
-            if identity(folder) or checkpoints.listed(folder):
+            # Rank 0 alone looks: it makes the folder, perhaps before the others come here.
+            if self.place.rank == 0 and (identity(folder) or checkpoints.listed(folder)):
                 raise ValueError(
                     f"{folder} already holds a run: continue it with --resume auto, or give another"
                     " --output-dir"
@@ -260,8 +261,6 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             run = Training(prepare(config), config, place)
             seen = identity(out)
             note = run.resume()
-            if place.world_size > 1:
-                dist.barrier()  # rank 0 makes the folder that the others have just looked for
             if place.rank == 0:
                 per_epoch = max(1, len(run.task.photos) // config.batch_size)
                 begins = {"step": run.step, "processes": place.world_size}
