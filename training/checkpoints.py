@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ibeton.atomic import sync_folder
 from ibeton.model.checkpoint import load_checkpoint, write_through
@@ -72,6 +73,21 @@ def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any]
     if damaged and up_to is None:
         raise ValueError(f"no checkpoint in {folder} can be used; {'; '.join(damaged)}")
     return None
+
+
+def newest_of_rank_0(
+    folder: Path, device: torch.device, up_to: int | None = None
+) -> tuple[Path | None, list[str]]:
+    """The path of the `newest` checkpoint as rank 0 finds it, or None, and on rank 0 the sentences
+    on damaged ones. All ranks must call this."""
+    grouped = dist.is_available() and dist.is_initialized()
+    found = newest(folder, up_to) if not grouped or dist.get_rank() == 0 else None
+    path, _, damaged = found or (None, {}, [])
+    if grouped:
+        box = [path]
+        dist.broadcast_object_list(box, device=device)
+        path = box[0]
+    return path, damaged
 
 
 def resume_advice(folder: Path) -> str:

@@ -31,7 +31,13 @@ from ibeton.training.health.collapse import CollapseAlarm, patience
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.curves import model_facts
-from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
+from ibeton.training.run_folder import (
+    RunFolder,
+    check_unused,
+    identity,
+    new_identity,
+    read_config,
+)
 
 _PROBES = 16  # photos compared when a run resumes
 # Settings that may change between starts without a note: they do not change what is computed.
@@ -217,11 +223,8 @@ def resume(run: Run) -> None:
     """
     options = run.config.run
     run.seen = identity(run.folder) if run.rank == 0 else ""
-    if options.resume == "no" and run.rank == 0 and (run.seen or checkpoints.listed(run.folder)):
-        raise ValueError(
-            f"{run.folder} already holds a run: continue it with --resume auto, or give another"
-            " --output-dir"
-        )
+    if options.resume == "no" and run.rank == 0:
+        check_unused(run.folder)
     path = newest(run) if options.resume == "auto" else Path(options.resume)
     if options.resume == "no" or path is None:
         _check_begun(run)
@@ -254,15 +257,8 @@ def restore(run: Run, path: Path, content: dict[str, Any]) -> None:
 def newest(run: Run, up_to: int | None = None) -> Path | None:
     """The newest sound checkpoint of the run's folder, of step `up_to` at most, as rank 0 finds it.
     All ranks must call this."""
-    found = checkpoints.newest(run.folder, up_to) if run.rank == 0 else None
-    path = None
-    if found is not None:
-        path, _, damaged = found
-        run.notes += damaged
-    if run.world_size > 1:
-        box = [path]
-        dist.broadcast_object_list(box, device=run.device)
-        path = box[0]
+    path, damaged = checkpoints.newest_of_rank_0(run.folder, run.device, up_to)
+    run.notes += damaged
     return path
 
 

@@ -55,6 +55,16 @@ def identity(folder: Path) -> str:
     return str(read_run(folder).get("id", ""))
 
 
+def check_unused(folder: Path) -> None:
+    """Raise ValueError if `folder` holds a run or checkpoints. Only rank 0 may ask: it fills the
+    folder, perhaps before the other ranks come here."""
+    if identity(folder) or checkpoints.listed(folder):
+        raise ValueError(
+            f"{folder} already holds a run: continue it with --resume auto, or give another"
+            " --output-dir"
+        )
+
+
 def new_identity() -> str:
     """A name that no other run has."""
     return uuid.uuid4().hex[:12]

@@ -40,7 +40,7 @@ from ibeton.training.health.stop_signals import (
 )
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.problems import check_output_dir
-from ibeton.training.run_folder import RunFolder, identity, new_identity
+from ibeton.training.run_folder import RunFolder, check_unused, identity, new_identity
 from ibeton.workers import end_with_parent
 
 Settings = TypeVar("Settings", bound=DenseConfig)
@@ -146,12 +146,8 @@ class Training:
         sentence for the log. Raises ValueError where that run had other settings or photos."""
         folder = Path(self.config.output_dir)
         if self.config.resume == "no":
-            # Rank 0 alone looks: it makes the folder, perhaps before the others come here.
-            if self.place.rank == 0 and (identity(folder) or checkpoints.listed(folder)):
-                raise ValueError(
-                    f"{folder} already holds a run: continue it with --resume auto, or give another"
-                    " --output-dir"
-                )
+            if self.place.rank == 0:
+                check_unused(folder)
             return ""
         found = checkpoints.newest(folder)
         if found is None:

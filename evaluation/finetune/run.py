@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +28,13 @@ from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.run import fingerprint
-from ibeton.training.run_folder import RunFolder, identity, new_identity, read_config
+from ibeton.training.run_folder import (
+    RunFolder,
+    check_unused,
+    identity,
+    new_identity,
+    read_config,
+)
 
 BEST = "best.pt"
 # Settings that may change on the way: they do not change what is computed.
@@ -220,12 +225,11 @@ def _resume(run: FinetuneRun) -> None:
     """Start, or continue from the run folder's checkpoint; never mix two runs in a folder."""
     rank, resuming = run.here.rank, run.config.resume == "auto"
     run.seen = identity(run.folder) if rank == 0 else ""
-    if not resuming and rank == 0 and (run.seen or checkpoints.listed(run.folder)):
-        raise ValueError(
-            f"{run.folder} already holds a run: continue with --resume auto, or give another"
-            " --output-dir"
-        )
-    path = _newest(run) if resuming else None
+    if not resuming and rank == 0:
+        check_unused(run.folder)
+    path = None
+    if resuming:
+        path, _ = checkpoints.newest_of_rank_0(run.folder, run.here.device)
     run.name = run.seen or new_identity()
     if path is None:
         if run.seen and (other := _changed(run, read_config(run.folder))):
@@ -244,15 +248,6 @@ def _resume(run: FinetuneRun) -> None:
     run.guard.restore(content["guard"], content["step"])
     run.step, run.scores = content["step"], content["scores"]
     run.notes.append(f"resumed at step {run.step} of {run.steps} from {path}")
-
-
-def _newest(run: FinetuneRun) -> Path | None:
-    """The newest whole checkpoint of the run's folder, as rank 0 finds it; all ranks ask."""
-    found = checkpoints.newest(run.folder) if run.here.rank == 0 else None
-    box = [None if found is None else found[0]]
-    if run.here.world_size > 1:
-        dist.broadcast_object_list(box, device=run.here.device)
-    return box[0]
 
 
 def _check_same(run: FinetuneRun, path: Path, content: dict[str, Any]) -> None:
