@@ -72,6 +72,16 @@ def bias_gelu_backward(
 if triton is not None:
 
     @triton.jit
+    def gelu_share(value):  # type: ignore[no-untyped-def]
+        """gelu(value) / value, float32."""
+        return 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+
+    @triton.jit
+    def gelu_slope(value, share):  # type: ignore[no-untyped-def]
+        """The derivative of the GELU at `value`, whose `gelu_share` is `share`."""
+        return share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+
+    @triton.jit
     def _bias_gelu_kernel(  # type: ignore[no-untyped-def]
         x,  # [T, D]
         bias,  # float32 [D]
@@ -88,7 +98,7 @@ if triton is not None:
         at = row[:, None] * WIDTH + column[None, :]
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         value += tl.load(bias + column, mask=column < WIDTH, other=0.0)[None, :]
-        value *= 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+        value *= gelu_share(value)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -116,11 +126,10 @@ if triton is not None:
             at = row[:, None] * WIDTH + column[None, :]
             value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + shift
             upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-            share = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+            share = gelu_share(value)
             if out is not None:
                 tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=mask)
-            slope = share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
-            result = upstream * slope
+            result = upstream * gelu_slope(value, share)
             total += result
             tl.store(grad + at, result.to(grad.dtype.element_ty), mask=mask)
         partial += tl.program_id(0).to(tl.int64) * partial_stride + column

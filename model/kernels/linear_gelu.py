@@ -88,6 +88,7 @@ def _constants(x: Tensor, hidden: Tensor) -> dict[str, Any]:
 
 
 if triton is not None:
+    from ibeton.model.kernels.bias_gelu import gelu_share, gelu_slope
 
     @triton.jit
     def _tile_product(  # type: ignore[no-untyped-def]
@@ -166,7 +167,7 @@ if triton is not None:
                 tl.store(hidden + at, value, mask=mask)
             shift = tl.load(bias + column, mask=column < WIDTH, other=0.0)
             value = value.to(tl.float32) + shift[None, :]
-            value *= 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+            value *= gelu_share(value)
             tl.store(active + at, value.to(active.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -205,10 +206,10 @@ if triton is not None:
                 at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 value = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
                 value += tl.load(bias + column, mask=inside, other=0.0)[None, :]
-                share = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+                share = gelu_share(value)
                 if active is not None:
                     tl.store(active + at, (value * share).to(active.dtype.element_ty), mask=mask)
-                share += value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+                share = gelu_slope(value, share)
                 # Rounded as the library's product is.
                 result = halves[i].to(grad_hidden.dtype.element_ty).to(tl.float32) * share
                 tl.store(grad_hidden + at, result.to(grad_hidden.dtype.element_ty), mask=mask)
