@@ -139,7 +139,6 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Options of this file, and those of train.py."""
     parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other options are those of train.py, see `ibeton train --help`.",
     )
     parser.add_argument("--gpu", choices=tuple(DEVICES), required=True, help="kind of GPU")

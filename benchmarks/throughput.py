@@ -215,7 +215,6 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Options of this file, and those of train.py."""
     parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other options are those of train.py, see `python train.py --help`.",
         allow_abbrev=False,
     )

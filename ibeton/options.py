@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ibeton.published_names import nearest_option, nearest_value
 
@@ -78,6 +78,34 @@ def whole(text: str) -> int:
     return number
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lists each option by its dashed spelling, with a short name for its value. The usage line
+    leaves out the options if they are many."""
+
+    MANY = 8
+    VALUES: ClassVar[dict[Any, str]] = {int: "N", float: "X", Path: "PATH", expand: "PATH"}
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        needed = [action for action in actions if action.required or not action.option_strings]
+        if usage is not None or len(actions) - len(needed) <= self.MANY:
+            return super()._format_usage(usage, actions, groups, prefix)
+        text = super()._format_usage(usage, needed, [], prefix)
+        return text.replace(self._prog, f"{self._prog} [OPTIONS]", 1)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = action.option_strings
+        dashed = [name for name in spellings if name.replace("_", "-") not in spellings]
+        dashed += [name for name in spellings if "_" not in name]
+        action.option_strings = dashed
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = spellings
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return self.VALUES.get(action.type) or super()._get_default_metavar_for_optional(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports every mistake of a command line at once, one sentence each,
     with exit status 2, and suggests the nearest option or value. Options are not abbreviated, `~`
@@ -85,9 +113,11 @@ class Parser(argparse.ArgumentParser):
     bits. As a subcommand of `ibeton` it goes by that name."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        if sys.argv[0].startswith("ibeton "):
-            settings["prog"] = sys.argv[0]
+        command = sys.argv[0]
+        if command.startswith("ibeton ") and not settings.get("prog", "").startswith(command):
+            settings["prog"] = command
         settings.setdefault("allow_abbrev", False)
+        settings.setdefault("formatter_class", Help)
         super().__init__(*args, **settings)
         self.register("type", Path, lambda text: Path(text).expanduser())
         self.register("type", float, finite)
@@ -172,7 +202,7 @@ def _add_option(group: Any, item: dataclasses.Field, hint: Any) -> None:
     arguments: dict[str, Any] = {
         "dest": item.name,
         "default": argparse.SUPPRESS,
-        "help": f"{item.metadata['help']} (default: {_shown(item.default)})".replace("%", "%%"),
+        "help": _help(item).replace("%", "%%"),
     }
     names = list(dict.fromkeys((flag(item.name), f"--{item.name}")))  # published spelling too
     if hint is bool:
@@ -187,10 +217,13 @@ def _add_option(group: Any, item: dataclasses.Field, hint: Any) -> None:
     group.add_argument(*names, type=expand if item.metadata["path"] else hint, **arguments)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(str(v) for v in value) or "none"
-    return "none" if value == "" else str(value)
+def _help(item: dataclasses.Field) -> str:
+    """The help of a field, with its default unless that is empty or the help says it."""
+    text, default = str(item.metadata["help"]), item.default
+    if default in ("", ()) or "(default:" in text:
+        return text
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f"{text} (default: {shown})"
 
 
 def fill(cls: type[Settings], values: dict[str, Any]) -> Settings:

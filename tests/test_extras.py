@@ -37,10 +37,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("without")
     data = ["--data", str(noise_beton(folder, 16)), "--epochs", "1", "--warmup-epochs", "0"]
     small = [*SMALL_MODEL, "--batch-size", "8", *data, "--output-dir", str(folder / "run")]
-    labelled = ["--eval-train", data[1], "--eval-val", data[1]]
+    labeled = ["--eval-train", data[1], "--eval-val", data[1]]
     commands = {
         "train": ["train", *small],
-        "evaluate": ["train", *data, "--eval-every", "1", *labelled],
+        "evaluate": ["train", *data, "--eval-every", "1", *labeled],
         "swin": ["train", "--arch", "swin_t7", *data, "--batch-size", "2", "--device", "cpu"],
         "compare": ["runs", "compare", str(folder / "run"), str(folder / "run")],
         "show": ["show", "--help"],

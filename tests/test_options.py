@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ibeton.evaluation import show
 from ibeton.evaluation.frozen import knn
 from ibeton.options import check_output_file
 from ibeton.training.config import parse
@@ -61,3 +62,28 @@ def test_integers_beyond_64_bits_are_refused(capsys: pytest.CaptureFixture[str])
     assert said.count("does not fit in 64 bits") == 2
     with pytest.raises(ValueError, match="--depth 1000000000 must be at most 1000"):
         parse(["--data", "x", "--depth", "1000000000"])
+
+
+def test_help_lists_each_option_by_one_spelling_and_names_its_default_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: train.py [OPTIONS]\n")
+    assert "--global-batch-size N" in said
+    assert "--shared-head, --no-shared-head\n" in said
+    assert "_batch" not in said, "underscores are accepted, not listed"
+    assert said.count("(default: none)") == 1, "of --norm-in-head, where none is a value"
+    assert max(map(len, said.splitlines())) <= 120, "only choices are longer than 80"
+
+
+def test_help_of_a_subcommand_goes_by_its_whole_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ibeton show"])
+    with pytest.raises(SystemExit):
+        show.main(["attention", "--help"])
+    usage = capsys.readouterr().out.split("\n\n")[0]
+    assert " ".join(usage.split()).startswith("usage: ibeton show attention [-h] --checkpoint")

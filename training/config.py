@@ -1,7 +1,6 @@
 """Settings of the run itself, and how a recipe, a config.json and a command line become all of
 them."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -87,9 +86,9 @@ class RunConfig:
     log_to: tuple[str, ...] = option((), "also send the records to these trackers", TRACKERS)
     profile: int = option(0, "early steps to trace into trace.json.gz, for Perfetto (0: none)")
     eval_train: str = option(
-        "", "labelled photos for k-NN: training set (.beton or folder)", path=True
+        "", "labeled photos for k-NN: training set (.beton or folder)", path=True
     )
-    eval_val: str = option("", "labelled photos for k-NN: queries (.beton or folder)", path=True)
+    eval_val: str = option("", "labeled photos for k-NN: queries (.beton or folder)", path=True)
     eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
     eval_k: int = option(20, "neighbors in those evaluations")
 
@@ -112,7 +111,7 @@ class RunConfig:
         if not 0 < self.adam_beta2 < 1:
             yield f"--adam-beta2 {self.adam_beta2} must be between 0 and 1"
         if self.eval_every and not (self.eval_train and self.eval_val):
-            yield "--eval-every needs --eval-train and --eval-val, two labelled sets"
+            yield "--eval-every needs --eval-train and --eval-val, two labeled sets"
         if self.eval_every and find_spec("sklearn") is None:
             yield f"--eval-every: {missing_extra('sklearn')}"
         yield from self._start_problems()
@@ -263,7 +262,6 @@ def parse(arguments: list[str] | None = None) -> Config:
     parser = Parser(
         prog="train.py",
         description="Pre-train an iBOT backbone. Values not given are the published recipe's.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", type=expand, help="start from the settings of a run: its config.json or folder"

@@ -4,7 +4,6 @@ Sources: iBOT (arXiv 2111.07832, appendix) and its published scripts; DeiT (arXi
 transfer. Values that are not given come from the recipe; any option overrides one.
 """
 
-import argparse
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +208,6 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = Parser(
         prog="python -m evaluation.finetune",
         description="Train a backbone further with labels. Values not given are the recipe's.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, FinetuneConfig)
     return vars(parser.parse_args(arguments))

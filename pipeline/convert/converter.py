@@ -30,7 +30,7 @@ from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard,
 from ibeton.pipeline.convert.stored import StoredPhoto, checksum, store_photos
 from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
 from ibeton.pipeline.store.beton_writer import BetonWriter
-from ibeton.pipeline.store.sources import UNLABELLED, Photo, Source, open_source
+from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source
 from ibeton.progress import progress
 from ibeton.workers import Job, Result, cores, in_order
 
@@ -61,8 +61,8 @@ class ConversionReport:
         if self.before:
             lines.append(f"resumed after {self.before:,} photos of an unfinished conversion")
         lines += [_printable(note) for note in self.notes]
-        if done.unlabelled:
-            lines.append(f"{done.unlabelled:,} photos are in no class folder: unlabelled (-1)")
+        if done.unlabeled:
+            lines.append(f"{done.unlabeled:,} photos are in no class folder: unlabeled (-1)")
         if done.unreadable:
             lines.append(f"{len(done.unreadable):,} unreadable, all listed in {self.path}.json:")
             lines += [f"  {_printable(name)}: {reason}" for name, reason in done.unreadable[:5]]
@@ -162,7 +162,7 @@ def _append(writer: BetonWriter, photo: Photo, stored: StoredPhoto, done: Done) 
     writer.append(*sample)
     done.checksums[-1] = checksum(done.checksums[-1], *sample)
     done.counts[stored.how] = done.counts.get(stored.how, 0) + 1
-    done.unlabelled += photo.label == UNLABELLED
+    done.unlabeled += photo.label == UNLABELED
 
 
 def _stored(
@@ -215,7 +215,7 @@ def _sidecar(
         "options": options.content(),
         "classes": report.classes,
         "photos": report.photos,
-        "unlabelled": report.done.unlabelled,
+        "unlabelled": report.done.unlabeled,
         "counts": report.done.counts,
         "unreadable": report.done.unreadable,
         "checksums": {"samples": BLOCK, "crc32": report.done.checksums},

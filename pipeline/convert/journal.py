@@ -35,7 +35,7 @@ class Done:
 
     photos: int = 0  # of the source, readable or not
     counts: dict[str, int] = field(default_factory=dict)
-    unlabelled: int = 0
+    unlabeled: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     checksums: list[int] = field(default_factory=list)  # of each block of samples
 
@@ -157,7 +157,7 @@ class Journal:
     def _take(self, mark: dict[str, Any]) -> None:
         done = self.done
         done.photos, done.counts = mark["photos"], mark["counts"]
-        done.unlabelled = mark["unlabelled"]
+        done.unlabeled = mark["unlabelled"]
         done.unreadable += [(name, reason) for name, reason in mark["unreadable"]]
         done.checksums[mark["block"] :] = mark["checksums"]
 
@@ -179,7 +179,7 @@ class Journal:
             "end": writer.end,
             "page": writer.page_size,
             "counts": done.counts,
-            "unlabelled": done.unlabelled,
+            "unlabelled": done.unlabeled,
             "unreadable": done.unreadable[unreadable:],
             "block": first,
             "checksums": done.checksums[first:],

@@ -31,7 +31,7 @@ class ConvertOptions:
     shuffle: bool = option(False, "store in random order")
     seed: int = option(0, "seed of --shuffle")
     subset: int = option(0, "store so many photos, evenly spread or, with --shuffle, random")
-    shard: str = option("", "I/N: store the I-th of N equal parts, for pipeline.convert.merge")
+    shard: str = option("", "I/N: store the I-th of N equal parts, for `ibeton merge`")
     verify: bool = option(
         False, "decode every photo, and read each back before the file gets its name"
     )

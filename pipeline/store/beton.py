@@ -56,7 +56,7 @@ class FileChanged(OSError):
 class BetonReader:
     """A .beton file with the fields `image` and `label`. Photos are read on demand.
 
-    labels: int64 [n], -1 if unlabelled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or RAW.
+    labels: int64 [n], -1 if unlabeled. widths, heights: uint16 [n]. modes: uint8 [n], JPG or RAW.
     pointers, sizes: uint64 [n], place and number of the stored bytes. files: int32 [n], descriptors
     of the file that holds them. classes: names from the JSON beside the file, or [].
 

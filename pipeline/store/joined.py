@@ -28,7 +28,7 @@ def open_all(paths: str | Sequence[str]) -> Photos:
 
 class _Joined:
     """What both kinds have in common. Classes are matched by name. Labels of a part without class
-    names stay as they are if no part has names, else they are -1, unlabelled."""
+    names stay as they are if no part has names, else they are -1, unlabeled."""
 
     labels: np.ndarray  # int64 [n]
     classes: list[str]

@@ -13,7 +13,7 @@ from ibeton.pipeline.store.sources import open_source, read_bytes
 class Photos(Protocol):
     """A data set of photos: a BetonReader or FolderPhotos."""
 
-    labels: np.ndarray  # int64 [n], -1 if unlabelled
+    labels: np.ndarray  # int64 [n], -1 if unlabeled
     classes: list[str]
     notes: list[str]  # what a user should know about the set, such as skipped files
 

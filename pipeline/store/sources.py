@@ -1,7 +1,7 @@
 """Where photos come from: a folder, or a tar read in place.
 
     photos/n01440764/a.JPEG       a folder of class folders, any depth below them
-    photos/a.jpg                  a folder of photos: unlabelled
+    photos/a.jpg                  a folder of photos: unlabeled
     ILSVRC2012_img_train.tar      a tar of class tars, never unpacked: photos are read by offset
     tars/n01440764.tar ...        a folder of class tars
     photos.tar                    a tar of photos, with or without class folders
@@ -19,7 +19,7 @@ from typing import IO, Any
 
 _JPEG = (".jpg", ".jpeg", ".jpe")
 EXTENSIONS = (*_JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-UNLABELLED = -1
+UNLABELED = -1
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _MOST_LINKS = 10  # one after the other
 _KAGGLE = os.path.join("Data", "CLS-LOC", "train")  # ImageNet as Kaggle packs it
@@ -33,7 +33,7 @@ class Photo:
     """One photo of a source; about 200 bytes, as there may be 14 million of them.
 
     name: below the source, with its class: `n01440764/n01440764_10026.JPEG`.
-    label: index into the source's classes, or -1 for unlabelled.
+    label: index into the source's classes, or -1 for unlabeled.
     path: the folder or the tar that holds it.
     offset, size: bytes in the tar; None in a folder, where the photo is the file path/name.
     """
@@ -121,7 +121,7 @@ def open_source(path: str | Path) -> Source:
     listed = []
     for name, holder, *extent in photos:
         first, slash, _ = name.partition("/")
-        listed.append(Photo(name, labels[first] if slash else UNLABELLED, holder, *extent))
+        listed.append(Photo(name, labels[first] if slash else UNLABELED, holder, *extent))
     return Source(root, listed, classes, dict(+skipped))
 
 

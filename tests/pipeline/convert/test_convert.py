@@ -179,13 +179,13 @@ def test_tars_convert_to_what_their_folder_converts_to(
         assert reader.classes == folder.classes
 
 
-def test_a_folder_without_classes_is_unlabelled_and_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_classes_is_unlabeled_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     for i in range(3):
         smooth(seed=i).save(tmp_path / "src" / f"{i}.JPG")
     reader, report = converted(tmp_path / "src", tmp_path / "a.beton")
     assert reader.labels.tolist() == [-1, -1, -1]
-    assert report.done.unlabelled == 3
+    assert report.done.unlabeled == 3
     assert "3 photos are in no class folder" in "\n".join(report.lines())
 
 

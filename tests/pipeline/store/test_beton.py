@@ -50,7 +50,7 @@ def constant_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(path: Path, *photos: bytes) -> BetonReader:
-    """A file of raw photos 100 pixels wide, labelled by their number."""
+    """A file of raw photos 100 pixels wide, labeled by their number."""
     with BetonWriter(path, len(photos)) as writer:
         for label, data in enumerate(photos):
             writer.append(label, RAW, 100, len(data) // 300, data)

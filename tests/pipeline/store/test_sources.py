@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ibeton.pipeline.store.photos import open_photos
-from ibeton.pipeline.store.sources import UNLABELLED, Photo, Source, open_source, read_bytes
+from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source, read_bytes
 
 
 def put(root: Path, *names: str) -> Path:
@@ -38,7 +38,7 @@ def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 def named(source: Source) -> dict[str, str]:
-    """Photo name -> its class, or "" where it is unlabelled."""
+    """Photo name -> its class, or "" where it is unlabeled."""
     return {p.name: "" if p.label < 0 else source.classes[p.label] for p in source.photos}
 
 
@@ -65,11 +65,11 @@ def test_photos_come_in_sorted_order_folder_by_folder(tmp_path: Path) -> None:
     assert names == ["B/1.jpg", "a/10.jpg", "a/2.jpg", "a b/1.jpg", "a-c/1.jpg"]
 
 
-def test_photos_outside_class_folders_are_unlabelled(tmp_path: Path) -> None:
+def test_photos_outside_class_folders_are_unlabeled(tmp_path: Path) -> None:
     flat = open_source(put(tmp_path / "flat", "b.jpg", "a.jpg"))
     assert [(p.name, p.label) for p in flat.photos] == [
-        ("a.jpg", UNLABELLED),
-        ("b.jpg", UNLABELLED),
+        ("a.jpg", UNLABELED),
+        ("b.jpg", UNLABELED),
     ]
     assert flat.classes == []
     mixed = open_source(put(tmp_path / "mixed", "loose.jpg", "cat/a.jpg"))
