@@ -20,7 +20,7 @@ PROTOCOLS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command(PROTOCOLS, "all", "all protocols on frozen features", argv)
+    return command(PROTOCOLS, "all", "All protocols on frozen features.", argv)
 
 
 if __name__ == "__main__":

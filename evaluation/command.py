@@ -68,12 +68,12 @@ def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
     parser = Parser(prog=f"python -m evaluation.{module}", description=about)
     add = parser.add_argument
     add_checkpoint_options(parser)
-    add("--batch-size", type=int, default=128, help="images at a time")
+    add("--batch-size", type=int, default=128, help="images per forward pass (default: 128)")
     add("--train", required=True, help="labeled photos to train on: folder, tar or .beton")
     add("--val", required=True, help="labeled photos to evaluate on: folder, tar or .beton")
-    add("--untrained", action="store_true", help="also the same network before any training")
-    add("--image-size", type=int, help="side of a view (default: as the model was built for)")
-    add("--cache", type=Path, help="folder for features (default: features beside the checkpoint)")
+    add("--untrained", action="store_true", help="also evaluate the same network before training")
+    add("--image-size", type=int, help="side of a view in pixels (default: the model's)")
+    add("--cache", type=Path, help="folder for features (default: features/ beside the checkpoint)")
     for add_options in dict.fromkeys(one for protocol in protocols for one in protocol.options):
         add_options(parser)
     return parser
@@ -82,15 +82,19 @@ def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command on a backbone: which network, how to compute, where to write."""
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="checkpoint that train.py wrote")
-    add("--network", choices=("teacher", "student"), default="teacher")
+    add("--checkpoint", required=True, type=Path, help="checkpoint of train.py, or an imported one")
+    add("--network", choices=("teacher", "student"), default="teacher", help="(default: teacher)")
     add("--workers", type=int, default=0, help="threads that decode (0: one per core)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cuda:N or cpu",
+    )
     add(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the forward pass; auto: fp16 on a GPU, fp32 on a CPU",
+        help="of the forward pass (default: auto, fp16 on a GPU and fp32 on a CPU)",
     )
     add("--json", type=Path, help="file for the scores (default: beside the checkpoint)")
 

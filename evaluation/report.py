@@ -216,9 +216,16 @@ def _explanation() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 2 where there is nothing to report, with a sentence."""
-    parser = Parser(prog="python -m evaluation.report", description="figures on one page")
+    parser = Parser(
+        prog="python -m evaluation.report", description="All figures of a backbone on one page."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files of scores")
-    parser.add_argument("--output", type=Path, default=Path("report.md"), help="Markdown to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.md"),
+        help="Markdown file to write; the HTML page goes beside it (default: report.md)",
+    )
     args = parser.parse_args(argv)
 
     def make() -> int:

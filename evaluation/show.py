@@ -31,7 +31,9 @@ from ibeton.pipeline.store import open_photos
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m evaluation.show", description="pictures of a backbone")
+    parser = Parser(
+        prog="python -m evaluation.show", description="Pictures of what a backbone learned."
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, parser_class=Parser)
     attention = kinds.add_parser("attention", help="where the class token looks")
     patterns = kinds.add_parser("patterns", help="the patches most central to a prototype")
@@ -41,20 +43,37 @@ def make_parser() -> argparse.ArgumentParser:
     )
     learned = kinds.add_parser("learned", help="nearest photos before and after training")
     for kind in (attention, patterns, matches, neighbors, learned):
-        kind.add_argument("--checkpoint", required=True, help="of train.py, or an imported one")
+        kind.add_argument(
+            "--checkpoint", required=True, help="checkpoint of train.py, or an imported one"
+        )
         kind.add_argument("--data", required=True, help="labeled photos: folder, tar or .beton")
-        kind.add_argument("--output", required=True, type=Path, help="PNG to write")
+        kind.add_argument("--output", required=True, type=Path, help="PNG file to write")
         kind.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-        kind.add_argument("--network", choices=("teacher", "student"), default="teacher")
-        kind.add_argument("--image-size", type=int, help="side of a view (as the model was built)")
-        kind.add_argument("--device", default="auto")
+        kind.add_argument(
+            "--network",
+            choices=("teacher", "student"),
+            default="teacher",
+            help="(default: teacher)",
+        )
+        kind.add_argument(
+            "--image-size", type=int, help="side of a view in pixels (default: the model's)"
+        )
+        kind.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto")
     for kind in (attention, matches, neighbors, learned):
-        kind.add_argument("--photos", type=int, nargs="+", help="numbers (default: four, spread)")
-    matches.add_argument("--pairs", action="store_true", help="photos two by two, not two views")
-    patterns.add_argument("--patterns", type=int, default=6, help="how many prototypes")
+        kind.add_argument(
+            "--photos", type=int, nargs="+", help="numbers of the photos (default: four)"
+        )
+    matches.add_argument(
+        "--pairs", action="store_true", help="match the photos two by two, not two views of each"
+    )
+    patterns.add_argument("--patterns", type=int, default=6, help="prototypes to show (default: 6)")
     for kind, count in ((neighbors, 8), (learned, 4)):
         kind.add_argument(
-            "--neighbors", "--neighbours", type=int, default=count, help="how many of each photo"
+            "--neighbors",
+            "--neighbours",
+            type=int,
+            default=count,
+            help=f"neighbors of each photo (default: {count})",
         )
     return parser
 

@@ -57,7 +57,7 @@ def make_parser(task: FrozenTask) -> Parser:
     parser = Parser(prog=f"ibeton {task.name}", description=task.about)
     add_checkpoint_options(parser)
     parser.add_argument(
-        "--untrained", action="store_true", help="also the same network before any training"
+        "--untrained", action="store_true", help="also evaluate the same network before training"
     )
     task.add_options(parser)
     return parser

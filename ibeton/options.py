@@ -114,8 +114,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         command = sys.argv[0]
-        if command.startswith("ibeton ") and not settings.get("prog", "").startswith(command):
-            settings["prog"] = command
+        if command.startswith("ibeton "):
+            below = settings.get("prog", "").removeprefix(command)  # of a subparser: " attention"
+            named = below.startswith(" ") and not command.endswith(below)
+            settings["prog"] = command + below if named else command
         settings.setdefault("allow_abbrev", False)
         settings.setdefault("formatter_class", Help)
         super().__init__(*args, **settings)

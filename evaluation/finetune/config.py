@@ -45,21 +45,25 @@ SWEEP = (8e-4, 9e-4, 1e-3, 2e-3)  # the learning rates that the paper tries on I
 class FinetuneConfig:
     """Fine-tuning. Defaults are the published ImageNet-1K recipe of ViT-S/16."""
 
-    checkpoint: str = option("", "backbone to start from: of train.py, or an imported one")
+    checkpoint: str = option(
+        "", "checkpoint of train.py to start from, or an imported one", path=True
+    )
     network: str = option("teacher", "which of the checkpoint's networks", ("teacher", "student"))
     from_scratch: bool = option(False, "take the checkpoint's architecture with fresh weights")
     recipe: str = option(
         "", "preset to start from (default: imagenet, or transfer with --dataset)", RECIPES
     )
-    train: str = option("", "labeled photos to train on: class folders, tar or .beton")
-    val: str = option("", "labeled photos to evaluate on: class folders, tar or .beton")
+    train: str = option("", "labeled photos to train on: class folders, tar or .beton", path=True)
+    val: str = option("", "labeled photos to evaluate on: class folders, tar or .beton", path=True)
     dataset: str = option("", "a data set in its own layout, instead of two folders", DATASETS)
-    root: str = option("", "folder that holds the files of --dataset")
+    root: str = option("", "folder that holds the files of --dataset", path=True)
     labels: str = option(
-        "", "train on these photos only: a file of names (SimCLR's lists), or a share as 0.1"
+        "",
+        "train on these photos only: a file of names (SimCLR's lists), or a share such as 0.1",
+        path=True,
     )
     label_seed: int = option(0, "seed of the photos that a share draws")
-    output_dir: str = option("", "run folder (default: runs/finetune-ARCH)")
+    output_dir: str = option("", "run folder (default: runs/finetune-ARCH)", path=True)
     resume: str = option(
         "no", "no, or auto (continue if the run folder has a checkpoint)", ("no", "auto")
     )
@@ -94,7 +98,9 @@ class FinetuneConfig:
     mix_images: int = option(128, "images that share a draw of mixup, cutmix and erasing")
     smoothing: float = option(0.1, "label smoothing")
     repeats: int = option(1, "views of a photo in a batch, decoded once (repeated augmentation)")
-    test_interpolation: str = option("bilinear", "of the resize before testing", INTERPOLATIONS)
+    test_interpolation: str = option(
+        "bilinear", "interpolation of the resize before testing", INTERPOLATIONS
+    )
 
     seed: int = option(0, "seed of order, views, mixing, and the classifier's weights")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
@@ -102,7 +108,7 @@ class FinetuneConfig:
     workers: int = option(0, "threads that decode and augment (0: one per core)")
     checkpoint_blocks: bool = option(False, "compute blocks again in the backward: less memory")
     eval_every: int = option(1, "epochs between scores on --val")
-    eval_batch_size: int = option(128, "images at a time when scoring")
+    eval_batch_size: int = option(128, "images per forward pass when scoring")
     save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
     keep_last: int = option(2, "how many of the last checkpoints to keep (at least 2)")
     log_steps: int = option(10, "steps between records in log.jsonl")

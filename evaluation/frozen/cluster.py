@@ -98,7 +98,7 @@ def cluster_scores(task: Task) -> Scores:
 
 PROTOCOL = Protocol(
     "cluster",
-    "unsupervised classification by the head and by k-means",
+    "Unsupervised classification by the head and by k-means.",
     lambda config: ("cls", "prototype"),
     cluster_scores,
     ("kmeans_acc", "kmeans_nmi"),

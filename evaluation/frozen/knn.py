@@ -257,7 +257,7 @@ def _named(prefix: str, by_k: dict[int, Accuracy]) -> Scores:
 
 PROTOCOL = Protocol(
     "knn",
-    "weighted k-NN accuracy in percent",
+    "Accuracy of weighted k-NN, in percent.",
     lambda config: ("cls",),
     knn_scores,
     ("best_top1",),

@@ -173,7 +173,7 @@ def best_scores(accuracies: np.ndarray, settings: LinearSettings) -> Scores:
 
 PROTOCOL = Protocol(
     "linear",
-    "linear probing, all learning rates at once",
+    "Linear probing, all learning rates at once.",
     feature_names,
     linear_scores,
     ("top1",),

@@ -94,7 +94,7 @@ def logistic_scores(task: Task, rows: Tensor | None = None) -> Scores:
 
 PROTOCOL = Protocol(
     "logistic",
-    "multinomial logistic regression",
+    "Multinomial logistic regression.",
     lambda config: ("cls",),
     logistic_scores,
     ("top1",),

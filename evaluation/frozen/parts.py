@@ -47,7 +47,7 @@ def part_scores(task: Task) -> Scores:
 
 PROTOCOL = Protocol(
     "parts",
-    "part-wise linear probing",
+    "Part-wise linear probing.",
     needs,
     part_scores,
     ("k1_top1", "all_top1"),

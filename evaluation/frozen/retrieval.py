@@ -48,7 +48,7 @@ def retrieval_scores(task: Task) -> Scores:
 
 PROTOCOL = Protocol(
     "retrieval",
-    "mean average precision of nearest neighbors",
+    "Mean average precision of nearest neighbors.",
     lambda config: ("cls",),
     retrieval_scores,
     ("map",),

@@ -67,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 PROTOCOL = Protocol(
     "semi",
-    "k-NN, linear probing and logistic regression on 1 % and 10 % of the labels",
+    "k-NN, linear probing and logistic regression on 1 % and 10 % of the labels.",
     needs,
     semi_scores,
     ("1%_linear_top1", "10%_linear_top1"),

@@ -147,7 +147,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 TASK = FrozenTask(
     "copies",
-    "copy detection on Copydays",
+    "Copy detection on Copydays.",
     add_options,
     ("data", "distractors", "whitening", "image_size"),
     read_copydays,

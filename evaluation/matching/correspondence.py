@@ -110,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 TASK = FrozenTask(
     "correspondence",
-    "patches of a photo found again in a second view of it",
+    "Patches of a photo, found again in a second view of it.",
     add_options,
     ("data", "image_size"),
     lambda args, config: open_photos(args.data),

@@ -203,7 +203,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 TASK = FrozenTask(
     "davis",
-    "video object segmentation on DAVIS-2017 by label propagation",
+    "Video object segmentation on DAVIS-2017 by label propagation.",
     add_options,
     ("data", "short_side"),
     read_task,

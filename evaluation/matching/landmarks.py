@@ -227,7 +227,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 TASK = FrozenTask(
     "retrieve",
-    "landmark retrieval on revisited Oxford and Paris",
+    "Landmark retrieval on revisited Oxford and Paris.",
     add_options,
     ("data",),
     lambda args, config: read_landmarks(args.data),

@@ -53,20 +53,28 @@ Job = Callable[[], dict[str, Scores]]
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="ibeton robustness", description="robustness of a classifier")
+    parser = Parser(prog="ibeton robustness", description="Robustness of a classifier.")
     add_checkpoint_options(parser)
     add = parser.add_argument
-    add("--head", type=Path, help="layer that ibeton linear --save-head wrote")
-    add("--batch-size", type=int, default=128, help="images at a time")
+    add("--head", type=Path, help="linear layer that `ibeton linear --save-head` wrote")
+    add("--batch-size", type=int, default=128, help="images per forward pass (default: 128)")
     add("--imagenet-a", type=Path, help="folder of ImageNet-A")
     add("--imagenet-r", type=Path, help="folder of ImageNet-R")
     add("--imagenet-c", type=Path, help="folder of ImageNet-C: CORRUPTION/1-5/CLASS")
     add("--in9", type=Path, help="folder of the backgrounds challenge: VARIANT/val/00_dog")
     add("--in9-map", type=Path, help="in_to_in9.json of the backgrounds challenge")
-    add("--val", type=Path, help="labeled photos to damage: folder, tar or .beton")
-    add("--saliency-weights", type=Path, help="checkpoint whose attention says what is salient")
-    add("--saliency-head", type=int, help="number of its attention head (default: mean of all)")
-    add("--seed", type=int, default=0, help="of dropped patches and shuffled pieces")
+    add("--val", type=Path, help="labeled photos to occlude and shuffle: folder, tar or .beton")
+    add(
+        "--saliency-weights",
+        type=Path,
+        help="checkpoint whose attention decides which patches are salient",
+    )
+    add(
+        "--saliency-head",
+        type=int,
+        help="attention head to take, from 0 (default: the mean of all)",
+    )
+    add("--seed", type=int, default=0, help="seed of dropped patches and shuffled pieces")
     return parser
 
 

@@ -29,22 +29,39 @@ PUBLISHED = {"ibot": export_ibot, "ibot-backbone": export_ibot_backbone}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m model.checkpoint", description="weights in and out")
+    parser = Parser(prog="python -m model.checkpoint", description="Weights in and out.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    take = commands.add_parser("import", help="a checkpoint of iBOT, DINO, timm or others -> ours")
-    take.add_argument("source", type=Path, help="file of another program")
+    take = commands.add_parser("import", help="weights of iBOT, DINO, timm or others -> ours")
+    take.add_argument("source", type=Path, help="checkpoint or weights of another program")
     take.add_argument("target", type=Path, help="checkpoint to write")
     give = commands.add_parser("export", help="a checkpoint of ours -> what others read")
-    give.add_argument("source", type=Path, help="checkpoint of train.py, or an imported one")
-    give.add_argument("target", type=Path, help="file to write; huggingface: folder")
-    give.add_argument("--to", choices=(*SIZED, *PUBLISHED), required=True, help="who reads it")
-    give.add_argument("--image-size", type=int, default=0, help="side in pixels it is exact at")
+    give.add_argument("source", type=Path, help="checkpoint that train.py or an import wrote")
+    give.add_argument("target", type=Path, help="file to write (huggingface: folder)")
+    give.add_argument("--to", choices=(*SIZED, *PUBLISHED), required=True, help="format to write")
+    give.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        help="side in pixels at which the features are exact (0: the checkpoint's)",
+    )
     look = commands.add_parser("inspect", help="what a checkpoint holds")
-    look.add_argument("source", type=Path, help="any checkpoint that can be read")
+    look.add_argument(
+        "source", type=Path, help="checkpoint or weights of any kind that can be imported"
+    )
     for command in (take, give, look):
-        command.add_argument("--network", choices=NETWORKS, default="teacher", help="of the two")
+        command.add_argument(
+            "--network",
+            choices=NETWORKS,
+            default="teacher",
+            help="which network to take (default: teacher)",
+        )
     for command in (take, look):
-        command.add_argument("--num-heads", type=int, default=0, help="of a ViT of odd size")
+        command.add_argument(
+            "--num-heads",
+            type=int,
+            default=0,
+            help="attention heads of a ViT that is no published size",
+        )
     return parser
 
 
