@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from ibeton.model import ModelConfig
-from ibeton.model.backbones.blocks import Block, Kept, among, draw_kept, drop_path
+from ibeton.model.backbones.blocks import (
+    Block,
+    Kept,
+    among,
+    attend,
+    draw_kept,
+    drop_path,
+)
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.reference import vit_reference
 
@@ -291,3 +298,17 @@ def test_any_patch_size(patch, size):
 def test_position_gradient_is_not_lost_in_interpolation(arrays, vit):
     scalar_of(vit(torch.from_numpy(arrays["x96"]))).backward()
     assert np.count_nonzero(vit.pos_embed.grad.abs().sum(-1)) == 197
+
+
+def test_attention_of_bfloat16_on_a_cpu_is_computed_in_float32() -> None:
+    heads = [torch.randn(2, 3, 17, 32).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [head.detach().float().requires_grad_() for head in heads]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(*heads)
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected.bfloat16())
+    out.backward(torch.ones_like(out))
+    expected.backward(torch.ones_like(expected))
+    for head, wide in zip(heads, exact, strict=True):
+        assert torch.equal(head.grad, wide.grad.bfloat16())
