@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ibeton.command import refusal
-from ibeton.distributed import join_processes
+from ibeton.distributed import join_processes, leave_group
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.dense.config import DenseConfig
 from ibeton.evaluation.dense.sync_norm import synchronize
@@ -30,6 +30,7 @@ from ibeton.evaluation.dense.task import (
     parameter_groups,
 )
 from ibeton.evaluation.trainable import changed, precision_on, seed_all
+from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import (
@@ -79,14 +80,14 @@ class Training:
         return self.config.lr * warmup * self.task.factor(step)
 
     def train_step(self, batch: Any) -> dict[str, Tensor]:
-        """One step on this rank's batch; its named losses, on the device."""
+        """One step on this rank's batch and its seeds; the named losses, on the device."""
         seed_all(self.config.seed, self.step, self.place.rank)  # dropout, stochastic depth
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
         device = self.place.device
         self.model.train()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-            losses = self.call(moved(batch, device))
+            losses = self.call(*moved(batch, device))
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -102,10 +103,18 @@ class Training:
 
     def draw(self) -> None:
         """Pictures into --output-dir, on rank 0."""
-        folder, enabled = Path(self.config.output_dir) / "pictures", self.dtype is not None
-        folder.mkdir(exist_ok=True)
-        with torch.inference_mode(), torch.autocast(self.place.device.type, self.dtype, enabled):
-            self.task.draw(self.place, folder)
+        from ibeton.evaluation.pictures.canvas import save as save_picture
+        from ibeton.evaluation.pictures.canvas import spread
+
+        out, device = Path(self.config.output_dir), self.place.device
+        enabled = self.dtype is not None
+        (out / "pictures").mkdir(exist_ok=True)
+        self.model.eval()
+        for index in spread(self.task.val, self.config.pictures):
+            with torch.inference_mode(), torch.autocast(device.type, self.dtype, enabled):
+                figure = self.task.picture(index, device, out)
+            name = Path(self.task.val.names[index])
+            save_picture(figure, out / "pictures" / f"{name.stem}.png", name.name)
 
     def loader(self) -> DataLoader:
         """Batches of this rank from the current step on."""
@@ -149,10 +158,10 @@ class Training:
             if self.place.rank == 0:
                 check_unused(folder)
             return ""
-        found = checkpoints.newest(folder)
-        if found is None:
+        path, damaged = checkpoints.newest_of_rank_0(folder, self.place.device)
+        if path is None:
             return ""
-        path, content, damaged = found
+        content = load_checkpoint(path)
         if "dense" not in content:
             raise ValueError(f"{path} is not of this command: give another --output-dir")
         other = changed(content["dense"], dataclasses.asdict(self.config), _FREE)
@@ -290,12 +299,13 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
         except KeyboardInterrupt:
             state, status = "interrupted", INTERRUPTED
         finally:
-            if log is not None:
-                log.close()
-            if folder is not None:
-                folder.close(state)
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            try:
+                if log is not None:
+                    log.close()
+                if folder is not None:
+                    folder.close(state)
+            finally:
+                leave_group(together=status in (0, STOPPED))
     return status
 
 

@@ -92,8 +92,7 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
     assert scores(folder) == scores(whole)
 
 
-# Not UperNet, whose dropout draws for each process.
-@pytest.mark.parametrize("start", ["segment linear", "detect"], indirect=True)
+@pytest.mark.parametrize("start", list(TASKS), indirect=True)
 def test_two_processes_do_what_one_does(start, whole, tmp_path):
     folder = tmp_path / "two"
     for run in [start(folder, environment=rank) for rank in two_ranks()]:
