@@ -43,10 +43,10 @@ class DetectConfig(DenseConfig):
 
     def check(self) -> None:
         super().check()
-        if self.epochs < 1 or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
-            raise ValueError(
-                "--epochs must be at least 1, --short-sides 32 and --long-side the largest of them"
-            )
+        if min(self.epochs, self.fpn_width) < 1:
+            raise ValueError("--epochs and --fpn-width must be at least 1")
+        if min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
+            raise ValueError("--short-sides must be at least 32, --long-side the largest of them")
 
 
 class Detection(Task):

@@ -71,9 +71,9 @@ class CocoPhotos:
         for name, listed in (("image_id", self.set.imgs), ("category_id", self.set.cats)):
             if one[name] not in listed:
                 raise ValueError(f"{where} has {name} {one[name]}, which is not listed")
-        numbers = [value for value in one["bbox"] if isinstance(value, int | float)]
-        if len(numbers) != 4 or not {"segmentation", "iscrowd", "area"} <= one.keys():
-            raise ValueError(f"{where} lacks bbox (four numbers), segmentation, iscrowd or area")
+        numbers = [isinstance(value, int | float) for value in (*one["bbox"], one["area"])]
+        if numbers != [True] * 5 or not {"segmentation", "iscrowd"} <= one.keys():
+            raise ValueError(f"{where} lacks bbox (four numbers), area, segmentation or iscrowd")
 
     def _objects(self, image: int) -> list[dict[str, Any]]:
         """The objects of a photo, without crowds."""
@@ -103,20 +103,17 @@ class CocoPhotos:
         size, found = self.sizes[index], self._objects(self.ids[index])
         sides = torch.tensor([o["bbox"] for o in found], dtype=torch.float32).view(-1, 4)
         boxes = tv_tensors.BoundingBoxes(sides, format="XYWH", canvas_size=size)  # type: ignore[call-overload]
-        boxes = F.convert_bounding_box_format(boxes, new_format="XYXY")
+        boxes = F.clamp_bounding_boxes(F.convert_bounding_box_format(boxes, new_format="XYXY"))
         labels = [self.category_ids.index(o["category_id"]) + 1 for o in found]
         try:
-            each = [self.set.annToMask(o)[None] for o in found]
-            masks = np.concatenate([np.zeros((0, *size), np.uint8), *each])
+            masks = [self.set.annToMask(o) for o in found]
         except Exception as error:  # of the library's C++, of many kinds
             raise ValueError(f"{self.json}: bad masks of {self.names[index]}: {error}") from error
-        return _LARGE_ENOUGH(
-            {
-                "boxes": F.clamp_bounding_boxes(boxes),
-                "labels": torch.tensor(labels, dtype=torch.int64),
-                "masks": tv_tensors.Mask(masks),
-            }
-        )
+        if any(mask.shape != size for mask in masks):
+            raise ValueError(f"{self.json}: masks of {self.names[index]} differ from it in size")
+        stacked = tv_tensors.Mask(np.array(masks, dtype=np.uint8).reshape(-1, *size))
+        truth = {"labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked}
+        return _LARGE_ENOUGH({"boxes": boxes, **truth})
 
 
 class RandomSizeCrop(nn.Module):

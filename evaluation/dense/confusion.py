@@ -17,8 +17,10 @@ def scores(matrix: np.ndarray, names: list[str]) -> dict[str, float]:
     answering the most frequent class everywhere, and "iou/NAME" of each class.
 
     A class that occurs neither in truth nor in predictions has no IoU, one that does not occur in
-    truth no accuracy; means leave them out.
+    truth no accuracy; means leave them out. Raises ValueError where no pixel counts.
     """
+    if not matrix.any():
+        raise ValueError("no pixel of the photos to evaluate on has a label")
     matrix = matrix.astype(np.float64)
     right, true, said = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     union = true + said - right

@@ -59,7 +59,7 @@ class LabeledPhotos:
         stored, (height, width) = opened(where), image.shape[1:]
         if stored.mode not in ("L", "P", "1"):
             raise ValueError(
-                f"{where} is a {stored.mode} image: a label map is gray or has a palette"
+                f"{where} is of mode {stored.mode}: a label map is gray or has a palette"
             )
         if stored.size != (width, height):
             raise ValueError(
@@ -87,14 +87,17 @@ def class_names(root: str | Path) -> list[str]:
             names = json.loads(listed.read_text())
         except ValueError as error:
             raise ValueError(f"{listed} is not JSON ({error})") from error
-        if not isinstance(names, list) or not 1 <= len(names) < IGNORED:
-            raise ValueError(f"{listed} must hold a list of 1 to {IGNORED - 1} class names")
-        return [str(name) for name in names]
-    if info.is_file():
-        return [line.split("\t")[-1].strip() for line in info.read_text().splitlines()[1:] if line]
-    raise FileNotFoundError(
-        f"--data {root}: neither {listed.name}, a list of class names, nor ADE20K's {info.name}"
-    )
+    elif info.is_file():
+        lines = info.read_text(errors="replace").splitlines()[1:]
+        names = [line.split("\t")[-1].strip() for line in lines if line]
+    else:
+        raise FileNotFoundError(
+            f"--data {root}: neither {listed.name}, a list of class names, nor ADE20K's {info.name}"
+        )
+    if not isinstance(names, list) or not 1 <= len(names) < IGNORED:
+        file = listed if listed.is_file() else info
+        raise ValueError(f"{file} must hold a list of 1 to {IGNORED - 1} class names")
+    return [str(name) for name in names]
 
 
 # The published one adds to brightness where ColorJitter multiplies; 18 of OpenCV's 180 hues: 0.1.
