@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ibeton.evaluation.dense import coco
+from ibeton.evaluation.dense.command import run_task
 from ibeton.evaluation.dense.config import DenseConfig, parse
 from ibeton.evaluation.dense.detector import Batch, Detector
 from ibeton.evaluation.dense.photos import palette, test_view
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
-from ibeton.evaluation.dense.trainer import run_task
 from ibeton.options import option
 
 # architecture -> layer decay; others take ViT-B's (not published)

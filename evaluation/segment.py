@@ -17,13 +17,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ibeton.evaluation.dense.command import run_task
 from ibeton.evaluation.dense.config import DenseConfig, parse
-from ibeton.evaluation.dense.confusion import confusion, scores
 from ibeton.evaluation.dense.photos import palette, test_view
-from ibeton.evaluation.dense.segmentation_data import IGNORED, LabeledPhotos, training_view
+from ibeton.evaluation.dense.segmentation_data import (
+    IGNORED,
+    LabeledPhotos,
+    confusion,
+    scores,
+    training_view,
+)
 from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
-from ibeton.evaluation.dense.trainer import run_task
 from ibeton.options import option
 
 # head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 
-from ibeton.evaluation.dense.confusion import confusion, scores
+from ibeton.evaluation.dense.segmentation_data import confusion, scores
 
 NAMES = ["a", "b", "c"]
 

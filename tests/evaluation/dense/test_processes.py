@@ -2,12 +2,16 @@
 
 import json
 import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_processes import Forker, two_ranks
 
 from ibeton.model.checkpoint import load_checkpoint
+from ibeton.training.health.watchdog import HUNG
 
 COMMON = (
     "--warmup-steps 2 --workers 0 --device cpu --log-steps 1 --pictures 0 --drop-path 0 --lr 1e-3"
@@ -104,3 +108,14 @@ def test_two_processes_do_what_one_does(start, whole, tmp_path):
     for step in range(4):
         assert found[step] == pytest.approx(expected[step], rel=2e-3), (step, found, expected)
     assert scores(folder).keys() == scores(whole).keys()
+
+
+@pytest.mark.parametrize("start", ["segment linear"], indirect=True)
+def test_a_rank_that_fails_ends_the_other_with_its_reason(start, scenes, tmp_path):
+    broken = shutil.copytree(scenes, tmp_path / "scenes")
+    Image.fromarray(np.full((48, 64), 99, np.uint8)).save(broken / "annotations/train/0.png")
+    options = ("--data", broken)
+    runs = [start(tmp_path / "run", *options, environment=rank) for rank in two_ranks()]
+    assert sorted(run.wait() for run in runs) == [1, HUNG]
+    for run in runs:
+        assert "train/0.png holds label 99" in run.said()
