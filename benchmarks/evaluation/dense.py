@@ -162,6 +162,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure: no CUDA device is usable here")
+    if args.images < 2:
+        parser.error(f"--images {args.images}: UperNet normalizes over the batch; give at least 2")
     console = plain_console(width=100)
     work: Callable[[str, str, int], dict[str, float]] = measured if args.measure else counted
     rows: dict[str, dict[str, float | str]] = {}
