@@ -5,7 +5,7 @@ follow mmdetection's `CascadeRoIHead` with GIoU loss on decoded boxes, as iBOT c
 In shapes: n boxes of an image, R boxes of a batch, K classes without background, which is class 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -125,7 +125,8 @@ class Cascade(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(Stage(channels, classes, *settings) for settings in STAGES)
+        stages = [Stage(channels, classes, *settings) for settings in STAGES]
+        self.stages: Any = nn.ModuleList(stages)
 
     def losses(
         self, maps: list[Tensor], proposals: list[Tensor], truth: Truth, sizes: Sizes

@@ -107,7 +107,7 @@ class Task(ABC):
     model: Any
     backbone_config: dict[str, Any]
     photos: Photos
-    val: Photos
+    val: Any  # Photos, with what the task further needs
     view: Callable[[Any, Any], Any]
     steps: int
 
