@@ -11,25 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
-from ibeton.evaluation.dense.coco import (
-    CocoPhotos,
-    Truth,
-    average_precisions,
-    batched,
-    published_views,
-    results,
-    to_photo,
-    training_view,
-)
+from ibeton.evaluation.dense import coco
+from ibeton.evaluation.dense.command import run_task
 from ibeton.evaluation.dense.config import DenseConfig, parse
-from ibeton.evaluation.dense.detector import Detector
-from ibeton.evaluation.dense.photos import fitted, normalized, palette
+from ibeton.evaluation.dense.detector import Batch, Detector
+from ibeton.evaluation.dense.photos import palette, test_view
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
-from ibeton.evaluation.dense.trainer import run_task
 from ibeton.options import option
 
 # architecture -> layer decay; others take ViT-B's (not published)
@@ -54,25 +43,24 @@ class DetectConfig(DenseConfig):
 
     def check(self) -> None:
         super().check()
-        if self.epochs < 1 or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
-            raise ValueError(
-                "--epochs must be at least 1, --short-sides 32 and --long-side the largest of them"
-            )
+        if min(self.epochs, self.fpn_width) < 1:
+            raise ValueError("--epochs and --fpn-width must be at least 1")
+        if min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
+            raise ValueError("--short-sides must be at least 32, --long-side the largest of them")
 
 
 class Detection(Task):
     """The task of a command line. Raises ValueError, FileNotFoundError or ModuleNotFoundError."""
 
     def __init__(self, config: DetectConfig) -> None:
-        import faster_coco_eval  # noqa: F401 - not after hours
-
         self.config = config
-        train = CocoPhotos(config.data, "train", with_objects=True)
-        self.val = CocoPhotos(config.data, "val")
+        train = coco.CocoPhotos(config.data, "train", with_objects=True)
+        self.val = coco.CocoPhotos(config.data, "val")
         if train.classes != self.val.classes:
             raise ValueError(f"{train.json} and {self.val.json} list different categories")
         self.photos = train
-        self.view = partial(training_view, published_views(config.short_sides, config.long_side))
+        views = coco.published_views(config.short_sides, config.long_side)
+        self.view = partial(coco.training_view, views)
         self.steps = max(1, config.epochs * len(train) // config.batch_size)
         backbone, self.backbone_config = load_trunk(config)
         decay = LAYER_DECAY.get(self.backbone_config["arch"], LAYER_DECAY["vit_b"])
@@ -84,50 +72,40 @@ class Detection(Task):
         return 0.1 ** sum(epoch >= drop for drop in self.config.drops)
 
     @staticmethod
-    def collate(samples: list[tuple[Tensor, Truth]]) -> dict[str, Any]:
-        images, sizes = batched([image for image, _ in samples])
-        truth = [of for _, of in samples]
-        draws = [int(of["draw"]) for of in truth]
-        return {"images": images, "sizes": sizes, "truth": truth, "draws": draws}
+    def collate(samples: list[tuple[Tensor, coco.Truth]]) -> Batch:
+        images, truth = zip(*samples, strict=True)
+        return *coco.batched(list(images)), list(truth)
 
     def found(self, index: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """A validation photo uint8 [3, H, W], and what is found in it, in its pixels."""
         photo, config = self.val.photo(index), self.config
-        size = fitted(photo.shape[1], photo.shape[2], max(config.short_sides), config.long_side)
-        image = resize(photo, size, antialias=False)
-        images, sizes = batched([normalized(image)])
+        images, sizes = coco.batched([test_view(photo, max(config.short_sides), config.long_side)])
         found = self.model.detect(images.to(device), sizes)[0]
-        return photo, to_photo(found, sizes[0], self.val.sizes[index])
+        return photo, coco.to_photo(found, sizes[0], self.val.sizes[index])
 
     def evaluate(self, place: Place) -> Scores:
         records: list[dict[str, Any]] = []
         for index in watched(place, len(self.val)):
-            records += results(self.val, index, self.found(index, place.device)[1])
-        if place.world_size > 1:
-            parts: list[Any] = [None] * place.world_size
-            dist.all_gather_object(parts, records)
-            records = [record for part in parts for record in part]
-        return average_precisions(self.val, records)
+            records += coco.results(self.val, index, self.found(index, place.device)[1])
+        records = [one for part in place.gathered(records) for one in part]
+        return coco.average_precisions(self.val, records) if place.rank == 0 else {}
 
-    def draw(self, place: Place, folder: Path) -> None:
+    def picture(self, index: int, device: torch.device, folder: Path) -> Any:
         """Photo, true objects, and those that are found with a score of DRAWN_SCORE or more."""
-        from ibeton.evaluation.pictures.canvas import save, spread
         from ibeton.evaluation.pictures.predictions import SMALL, objects, panels
 
         classes, colors = self.val.classes, palette(len(self.val.classes))
-        for index in spread(self.val, self.config.pictures):
-            photo, found = self.found(index, place.device)
-            sure = (found["scores"].cpu() >= DRAWN_SCORE).nonzero()[:, 0].flip(0)  # best last
-            found = {name: values.cpu()[sure] for name, values in found.items()}
-            figure, axes = panels(photo)
-            for axis, of in zip(axes[1:], (self.val.truth(index), found), strict=True):
-                own = [int(label) - 1 for label in of["labels"]]
-                scores = [f" {score:.2f}" for score in of.get("scores", ())] or [""] * len(own)
-                texts = [classes[i] + score for i, score in zip(own, scores, strict=True)]
-                objects(axis, of["boxes"], of["masks"], texts, [colors[i] for i in own])
-            axes[2].set_xlabel(f"{len(sure)} with a score of {DRAWN_SCORE} or more", size=SMALL)
-            name = Path(self.val.names[index])
-            save(figure, folder / f"{name.stem}.png", name.name)
+        photo, found = self.found(index, device)
+        sure = (found["scores"].cpu() >= DRAWN_SCORE).nonzero()[:, 0].flip(0)  # best last
+        found = {name: values.cpu()[sure] for name, values in found.items()}
+        figure, axes = panels(photo)
+        for axis, of in zip(axes[1:], (self.val.truth(index), found), strict=True):
+            own = [int(label) - 1 for label in of["labels"]]
+            scores = [f" {score:.2f}" for score in of.get("scores", ())] or [""] * len(own)
+            texts = [classes[i] + score for i, score in zip(own, scores, strict=True)]
+            objects(axis, of["boxes"], of["masks"], texts, [colors[i] for i in own])
+        axes[2].set_xlabel(f"{len(sure)} with a score of {DRAWN_SCORE} or more", size=SMALL)
+        return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

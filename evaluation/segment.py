@@ -13,19 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2.functional import resize
 
+from ibeton.evaluation.dense.command import run_task
 from ibeton.evaluation.dense.config import DenseConfig, parse
-from ibeton.evaluation.dense.confusion import confusion, scores
-from ibeton.evaluation.dense.photos import fitted, normalized, palette
-from ibeton.evaluation.dense.segmentation_data import IGNORED, LabeledPhotos, training_view
+from ibeton.evaluation.dense.photos import palette, test_view
+from ibeton.evaluation.dense.segmentation_data import (
+    IGNORED,
+    LabeledPhotos,
+    confusion,
+    scores,
+    training_view,
+)
 from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
-from ibeton.evaluation.dense.trainer import run_task
 from ibeton.options import option
 
 # head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)
@@ -83,10 +86,8 @@ class Segmentation(Task):
     def predicted(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Photo uint8 [3, H, W], true and predicted classes [H, W] of a validation photo."""
         photo, truth = self.val.read(index)
-        short = self.config.short_side
-        size = fitted(photo.shape[1], photo.shape[2], short, 4 * short)
-        image = normalized(resize(photo, size, antialias=False)).to(device)
-        crop = self.config.crop_size
+        short, crop = self.config.short_side, self.config.crop_size
+        image = test_view(photo, short, 4 * short).to(device)
         logits = self.model.slide(image, crop, 2 * crop // 3)
         said = interpolate(logits[None], list(truth.shape), mode="bilinear")[0].argmax(0)
         return photo, truth, said
@@ -97,30 +98,25 @@ class Segmentation(Task):
         for index in watched(place, len(self.val)):
             _, truth, said = self.predicted(index, device)
             matrix += confusion(truth.to(device), said, classes, IGNORED)
-        if place.world_size > 1:
-            dist.all_reduce(matrix)
-        return scores(matrix.cpu().numpy(), self.val.classes)
+        parts = place.gathered(matrix.cpu().numpy())
+        return scores(sum(parts), self.val.classes) if parts else {}
 
-    def draw(self, place: Place, folder: Path) -> None:
+    def picture(self, index: int, device: torch.device, folder: Path) -> Any:
         """Photo, true and predicted classes; and the prediction alone, as a label map in the
-        folder `predictions` beside."""
-        from ibeton.evaluation.pictures.canvas import save, spread
+        folder `predictions`."""
         from ibeton.evaluation.pictures.predictions import legend, panels
 
-        maps_to = folder.parent / "predictions"
-        maps_to.mkdir(exist_ok=True)
         classes, colors = [*self.val.classes, "unlabeled"], palette(len(self.val.classes))
-        for index in spread(self.val, self.config.pictures):
-            photo, *both = self.predicted(index, place.device)
-            maps = [m.cpu().numpy().clip(max=len(classes) - 1) for m in both]
-            figure, axes = panels(photo)
-            for axis, classes_of in zip(axes[1:], maps, strict=True):
-                axis.imshow(colors[classes_of])
-            legend(figure, {classes[i]: colors[i] for i in np.unique(maps)})
-            name = Path(self.val.names[index])
-            save(figure, folder / f"{name.stem}.png", name.name)
-            said = Image.fromarray((maps[1] + (not self.config.zero_is_class)).astype(np.uint8))
-            said.save(maps_to / f"{name.stem}.png")
+        photo, *both = self.predicted(index, device)
+        maps = [m.cpu().numpy().clip(max=len(classes) - 1) for m in both]
+        figure, axes = panels(photo)
+        for axis, classes_of in zip(axes[1:], maps, strict=True):
+            axis.imshow(colors[classes_of])
+        legend(figure, {classes[i]: colors[i] for i in np.unique(maps)})
+        said = Image.fromarray((maps[1] + (not self.config.zero_is_class)).astype(np.uint8))
+        (folder / "predictions").mkdir(exist_ok=True)
+        said.save(folder / "predictions" / f"{Path(self.val.names[index]).stem}.png")
+        return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from ibeton.workers import stop_with_launcher
 
@@ -17,6 +17,7 @@ _TORCHRUN_S = 60  # torchrun's store is there before the processes: otherwise it
 # Collectives may then take this long, as rank 0 saves and evaluates alone. The watchdog checks
 # meanwhile that the others are alive.
 PATIENCE = datetime.timedelta(hours=4)
+_LEAVE_S = 60  # a rank waits so long for the others before it leaves
 VERDICT = "ibeton/verdict"  # why the group ends; empty while it runs
 _PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
 
@@ -60,6 +61,27 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
         ) from error
     _set_pg_timeout(PATIENCE)
     return device, rank, world_size
+
+
+def leave_group(together: bool) -> None:
+    """Leave the group of processes, if there is one; `together`: once all ranks do, or after a
+    minute.
+
+    gloo may fail, or wait forever, in the last collective of a rank while another one closes its
+    connections (pytorch/gloo#155). A barrier does not help, as it would be the last collective: the
+    ranks meet at the store.
+    """
+    if not dist.is_initialized():
+        return
+    if together:
+        left = [f"ibeton/left/{rank}" for rank in range(dist.get_world_size())]
+        try:
+            store = _get_default_store()
+            store.set(left[dist.get_rank()], "")
+            store.wait(left, datetime.timedelta(seconds=_LEAVE_S))
+        except RuntimeError:
+            pass  # another rank, perhaps with the store, is gone
+    dist.destroy_process_group()
 
 
 def checked_device(name: str) -> torch.device:

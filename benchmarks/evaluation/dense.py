@@ -59,24 +59,21 @@ def drawn(task: str, images: int, device: str = "cpu") -> Any:
     boxes = torch.cat([corner, corner + 60 + 300 * torch.rand(OBJECTS, 2)], dim=1)
     truth = {"boxes": boxes, "labels": torch.arange(OBJECTS) + 1}
     truth["masks"] = torch.ones(OBJECTS, height, width, dtype=torch.uint8)
-    return {
-        "images": torch.randn(images, 3, height, width, device=device),
-        "sizes": [SIDES] * images,
-        "truth": [{name: t.to(device) for name, t in truth.items()}] * images,
-        "draws": list(range(images)),
-    }
+    photos = torch.randn(images, 3, height, width, device=device)
+    return photos, [SIDES] * images, [{name: t.to(device) for name, t in truth.items()}] * images
 
 
 def loss_without_matching(model: Detector, batch: Any) -> Tensor:
     """A sum over all heads at ROIS regions per image: what depends on boxes has no fake tensors."""
-    maps = model.fpn({str(i): m for i, m in enumerate(model.pyramid(batch["images"]))})
+    maps = model.fpn({str(i): m for i, m in enumerate(model.pyramid(batch[0]))})
     logits, deltas = model.rpn.head(list(maps.values()))
     terms = [*logits, *deltas]
-    count = ROIS * len(batch["images"])
-    for boxes, masks in zip(model.cascade.boxes, model.cascade.masks, strict=True):
+    count = ROIS * len(batch[0])
+    for stage in model.cascade.stages:
         pooled = maps["0"].mean((0, 2, 3)).view(1, -1, 1, 1)
-        terms += boxes(pooled.expand(count, -1, 7, 7).clone())
-        terms.append(masks(pooled.expand(count // 4, -1, 14, 14).clone()))  # a quarter are objects
+        features = stage.box_head(pooled.expand(count, -1, 7, 7).clone())
+        terms += stage.box_predictor(features)
+        terms.append(stage.masks(pooled.expand(count // 4, -1, 14, 14).clone()))  # objects
     return torch.stack([term.float().mean() for term in terms]).sum()
 
 
@@ -98,7 +95,7 @@ def counted(task: str, arch: str, images: int) -> dict[str, float]:
         flops = FlopCounterMode(display=False)
         with flops, hooks, torch.autocast("cpu", torch.bfloat16):
             if task == "segment":
-                loss = model(batch)["loss"]
+                loss = model(batch, list(range(images)))["loss"]
             else:
                 loss = loss_without_matching(model, batch)  # type: ignore[arg-type]
         loss.backward()
@@ -130,7 +127,7 @@ def measured(task: str, arch: str, images: int, steps: int = 10) -> dict[str, fl
             torch.cuda.synchronize()
             begun = time.perf_counter()
         with torch.autocast("cuda", torch.float16):
-            loss = model(batch)["loss"]
+            loss = model(batch, list(range(images)))["loss"]
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -165,6 +162,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure: no CUDA device is usable here")
+    if args.images < 2:
+        parser.error(f"--images {args.images}: UperNet normalizes over the batch; give at least 2")
     console = plain_console(width=100)
     work: Callable[[str, str, int], dict[str, float]] = measured if args.measure else counted
     rows: dict[str, dict[str, float | str]] = {}

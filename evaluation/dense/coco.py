@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -38,44 +40,44 @@ class CocoPhotos:
     """
 
     def __init__(self, root: str | Path, part: str, with_objects: bool = False) -> None:
+        from faster_coco_eval import COCO
+
         self.folder = Path(root) / f"{part}2017"
         self.json = Path(root) / "annotations" / f"instances_{part}2017.json"
-        for path in (self.folder, self.json):
-            if not path.exists():
-                raise FileNotFoundError(f"--data {root}: {path} is missing")
         try:
-            self.content = json.loads(self.json.read_text())
-            images = self.content["images"]
-            named = {c["id"]: str(c["name"]) for c in self.content["categories"]}
-            self.category_ids = sorted(named)
-            self.objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-            for one in self.content["annotations"]:
-                self._check(one, named)
-                self.objects[one["image_id"]].append(one)
+            self.set = COCO(json.loads(self.json.read_text()))
+            self.category_ids = sorted(self.set.cats)
+            self.classes = [str(self.set.cats[i]["name"]) for i in self.category_ids]
+            for one in self.set.dataset["annotations"]:
+                self._check(one)
+            images = self.set.dataset["images"]
             if with_objects:
-                images = [i for i in images if any(not o["iscrowd"] for o in self.objects[i["id"]])]
-            self.names, self.ids = [i["file_name"] for i in images], [i["id"] for i in images]
+                images = [image for image in images if self._objects(image["id"])]
+            self.names, self.ids = [str(i["file_name"]) for i in images], [i["id"] for i in images]
             self.sizes = [(int(i["height"]), int(i["width"])) for i in images]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.json} is not JSON ({error})") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.json} is not in COCO's format: {error} is missing or of another type"
-            ) from error
+        except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{self.json} is not in COCO's format: {what}") from error
         if not self.names:
-            raise ValueError(
-                f"{self.json} lists no photos{' with objects' if with_objects else ''}"
-            )
-        self.classes = [named[i] for i in self.category_ids]
+            raise ValueError(f"{self.json} lists no usable photos")
+        there = {path.name for path in self.folder.iterdir()}
+        for name in self.names:
+            if name not in there and not (self.folder / name).exists():
+                raise FileNotFoundError(f"{self.json} lists {self.folder / name}, which is missing")
 
-    def _check(self, one: dict[str, Any], named: dict[int, str]) -> None:
-        where = f"{self.json}: object {one['id']}"
-        if one["image_id"] not in self.objects:
-            raise ValueError(f"{where} is of image {one['image_id']}, which is not listed")
-        if one["category_id"] not in named:
-            raise ValueError(f"{where} has category {one['category_id']}, which is not listed")
-        if len(one["bbox"]) != 4 or "segmentation" not in one or "iscrowd" not in one:
-            raise ValueError(f"{where} needs a bbox of four numbers, segmentation and iscrowd")
+    def _check(self, one: dict[str, Any]) -> None:
+        """Raise ValueError for an object that is of no photo or class, or lacks something."""
+        where = f"object {one['id']}"
+        for name, listed in (("image_id", self.set.imgs), ("category_id", self.set.cats)):
+            if one[name] not in listed:
+                raise ValueError(f"{where} has {name} {one[name]}, which is not listed")
+        numbers = [isinstance(value, int | float) for value in (*one["bbox"], one["area"])]
+        if numbers != [True] * 5 or not {"segmentation", "iscrowd"} <= one.keys():
+            raise ValueError(f"{where} lacks bbox (four numbers), area, segmentation or iscrowd")
+
+    def _objects(self, image: int) -> list[dict[str, Any]]:
+        """The objects of a photo, without crowds."""
+        return [one for one in self.set.imgToAnns[image] if not one["iscrowd"]]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,50 +99,33 @@ class CocoPhotos:
 
     def truth(self, index: int) -> Truth:
         """`boxes` float32 [n, 4], `labels` int64 [n] and `masks` uint8 [n, H, W] of the objects,
-        as torchvision's transforms take them; crowds are left out."""
-        size = self.sizes[index]
-        found = [o for o in self.objects[self.ids[index]] if not o["iscrowd"]]
+        as torchvision's transforms take them; crowds are left out. Raises ValueError."""
+        size, found = self.sizes[index], self._objects(self.ids[index])
         sides = torch.tensor([o["bbox"] for o in found], dtype=torch.float32).view(-1, 4)
         boxes = tv_tensors.BoundingBoxes(sides, format="XYWH", canvas_size=size)  # type: ignore[call-overload]
-        boxes = F.convert_bounding_box_format(boxes, new_format="XYXY")
+        boxes = F.clamp_bounding_boxes(F.convert_bounding_box_format(boxes, new_format="XYXY"))
         labels = [self.category_ids.index(o["category_id"]) + 1 for o in found]
-        masks = torch.stack([self._mask(o, size) for o in found] or [torch.zeros(0)])
-        return _LARGE_ENOUGH(
-            {
-                "boxes": F.clamp_bounding_boxes(boxes),
-                "labels": torch.tensor(labels, dtype=torch.int64),
-                "masks": tv_tensors.Mask(masks.view(-1, *size), dtype=torch.uint8),
-            }
-        )
-
-    def _mask(self, one: dict[str, Any], size: tuple[int, int]) -> Tensor:
-        from faster_coco_eval import mask
-
         try:
-            parts = mask.frPyObjects(one["segmentation"], *size)
-            whole = mask.merge(parts) if isinstance(parts, list) else parts
-            return torch.from_numpy(mask.decode(whole))
+            masks = [self.set.annToMask(o) for o in found]
         except Exception as error:  # of the library's C++, of many kinds
-            raise ValueError(f"{self.json}: segmentation of object {one['id']}: {error}") from error
+            raise ValueError(f"{self.json}: bad masks of {self.names[index]}: {error}") from error
+        if any(mask.shape != size for mask in masks):
+            raise ValueError(f"{self.json}: masks of {self.names[index]} differ from it in size")
+        stacked = tv_tensors.Mask(np.array(masks, dtype=np.uint8).reshape(-1, *size))
+        truth = {"labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked}
+        return _LARGE_ENOUGH({"boxes": boxes, **truth})
 
 
-class RandomSizeCrop(v2.Transform):
+class RandomSizeCrop(nn.Module):
     """A crop with sides of `least` to `most` pixels, less where the image has less."""
 
     def __init__(self, least: int, most: int) -> None:
         super().__init__()
         self.least, self.most = least, most
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
-        place = []
-        for side in v2.query_size(flat_inputs):
-            length = int(torch.randint(min(side, self.least), min(side, self.most) + 1, ()))
-            place.append((int(torch.randint(side - length + 1, ())), length))
-        (top, height), (left, width) = place
-        return {"top": top, "left": left, "height": height, "width": width}
-
-    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
-        return F.crop(inpt, **params)
+    def forward(self, image: Tensor, truth: Truth) -> tuple[Tensor, Truth]:
+        ranges = [(min(side, self.least), min(side, self.most) + 1) for side in image.shape[1:]]
+        return v2.RandomCrop([int(torch.randint(*both, ())) for both in ranges])(image, truth)
 
 
 def published_views(sides: tuple[int, ...], long: int) -> v2.Transform:
@@ -155,11 +140,10 @@ def published_views(sides: tuple[int, ...], long: int) -> v2.Transform:
 
 
 def training_view(views: v2.Transform, photo: Tensor, truth: Truth) -> tuple[Tensor, Truth]:
-    """A view, normalized, and the objects in it. Draws from torch's generator; "draw" is one for
-    the model to use."""
+    """A view, normalized, and the objects in it. Draws from torch's generator."""
     image, truth = views(tv_tensors.Image(photo), truth)
     truth = {name: values.as_subclass(Tensor) for name, values in truth.items()}
-    return normalized(image.as_subclass(Tensor)), {**truth, "draw": torch.randint(2**31, ())}
+    return normalized(image.as_subclass(Tensor)), truth
 
 
 def batched(images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -174,34 +158,26 @@ def results(photos: CocoPhotos, index: int, found: dict[str, Tensor]) -> list[di
     """COCO's records of what was found in a photo, boxes and bool masks [n, H, W] in its pixels."""
     from faster_coco_eval import mask
 
-    records = []
-    for box, label, score, shape in zip(
-        *(found[name].cpu() for name in ("boxes", "labels", "scores", "masks")), strict=True
-    ):
-        left, top, right, bottom = box.tolist()
-        records.append(
-            {
-                "image_id": photos.ids[index],
-                "category_id": photos.category_ids[int(label) - 1],
-                "bbox": [left, top, right - left, bottom - top],
-                "score": float(score),
-                "segmentation": mask.encode(np.asfortranarray(shape.numpy().astype(np.uint8))),
-            }
-        )
-    return records
+    found = {name: values.cpu() for name, values in found.items()}
+    shapes = found["masks"].to(torch.uint8).permute(1, 2, 0).numpy()
+    values = {
+        "bbox": box_convert(found["boxes"], "xyxy", "xywh").tolist(),
+        "category_id": [photos.category_ids[label - 1] for label in found["labels"].tolist()],
+        "score": found["scores"].tolist(),
+        "segmentation": mask.encode(np.asfortranarray(shapes)),
+    }
+    each = zip(*values.values(), strict=True)
+    return [{"image_id": photos.ids[index], **dict(zip(values, one, strict=True))} for one in each]
 
 
 def average_precisions(photos: CocoPhotos, records: list[dict[str, Any]]) -> dict[str, float]:
     """ "box_ap", "box_ap50", "mask_ap" and so on in percent, NaN where the set has no object of a
-    size; all 0 without records."""
-    from faster_coco_eval import COCO, COCOeval_faster
+    size."""
+    from faster_coco_eval import COCOeval_faster
 
-    if not records:
-        return {f"{kind}_{name}": 0.0 for kind in KINDS.values() for name in NAMES}
-    truth = COCO(photos.content)
     scores: dict[str, float] = {}
     for iou_type, kind in KINDS.items():
-        evaluation = COCOeval_faster(truth, truth.loadRes(records), iou_type)
+        evaluation = COCOeval_faster(photos.set, photos.set.loadRes(records), iou_type)
         evaluation.params.imgIds = photos.ids
         evaluation.run()
         values = 100 * np.asarray(evaluation.stats[: len(NAMES)])
@@ -214,7 +190,6 @@ def to_photo(
     found: dict[str, Tensor], scaled: tuple[int, int], size: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Detections in an image of size `scaled`, in the photo's own pixels and with whole masks."""
-    ratio = torch.tensor([size[1] / scaled[1], size[0] / scaled[0]]).repeat(2)
-    boxes = found["boxes"].cpu() * ratio
-    masks = paste_masks_in_image(found["masks"].cpu()[:, None].float(), boxes.float(), size)[:, 0]
+    boxes = resize_boxes(found["boxes"].cpu(), list(scaled), list(size))
+    masks = paste_masks_in_image(found["masks"].cpu(), boxes, size)[:, 0]
     return {**found, "boxes": boxes, "masks": masks >= 0.5}

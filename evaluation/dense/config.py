@@ -44,7 +44,8 @@ class DenseConfig:
         for name in ("batch_size", "save_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1")
-        for name in ("lr", "weight_decay", "warmup_steps", "workers", "eval_every", "pictures"):
+        numbers = ("lr", "weight_decay", "warmup_steps", "workers", "eval_every", "pictures")
+        for name in (*numbers, "max_hours"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag(name)} must be at least 0")
         if not 0 <= self.drop_path < 1 or not 0 <= self.layer_decay <= 1:

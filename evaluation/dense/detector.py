@@ -1,7 +1,5 @@
 """Cascade Mask R-CNN on a pyramid: torchvision's FPN and region proposals, our cascade."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -10,12 +8,14 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ibeton.evaluation.dense.cascade import Cascade, Sampler
+from ibeton.evaluation.dense.cascade import Cascade, Sampler, Sizes, Truth
 from ibeton.evaluation.dense.pyramid import STRIDES, Pyramid
 
 RPN_STRIDES = (*STRIDES, 64)
 ANCHOR = 8  # side of an anchor in strides
 RATIOS = (0.5, 1.0, 2.0)
+# Images [B, 3, H, W], their sizes within it, and of each image `boxes`, `labels` and `masks`
+Batch = tuple[Tensor, Sizes, Truth]
 
 
 class Anchors(AnchorGenerator):
@@ -61,23 +61,23 @@ class Detector(nn.Module):
         self.cascade = Cascade(width, classes)
 
     def _proposals(
-        self, images: Tensor, sizes: list[tuple[int, int]], truth: list[dict[str, Tensor]] | None
+        self, images: Tensor, sizes: Sizes, truth: Truth | None
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         levels = self.pyramid(images)
         maps = self.fpn({str(i): level for i, level in enumerate(levels)})
         proposals, losses = self.rpn(ImageList(images, sizes), maps, truth)
         return list(maps.values())[: len(STRIDES)], proposals, losses
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Losses of a batch: `images` [B, 3, H, W], `sizes` within it, and of each image `truth`
-        with `boxes`, `labels`, `masks` and `draw`. "loss" is the sum of the others."""
-        truth = batch["truth"]
-        self.cascade.sampler.draws = self.rpn.fg_bg_sampler.draws = batch["draws"]
-        maps, proposals, losses = self._proposals(batch["images"], batch["sizes"], truth)
-        losses |= self.cascade.losses(maps, proposals, truth, batch["sizes"])
+    def forward(self, batch: Batch, draws: list[int]) -> dict[str, Tensor]:
+        """Losses of a batch; "loss" is the sum of the others. `draws` has a seed for each image."""
+        images, sizes, truth = batch
+        for i, heads in enumerate((self.rpn, *self.cascade.stages)):
+            heads.fg_bg_sampler.draws = [draw + i for draw in draws]
+        maps, proposals, losses = self._proposals(images, sizes, truth)
+        losses |= self.cascade.losses(maps, proposals, truth, sizes)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def detect(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def detect(self, images: Tensor, sizes: Sizes) -> list[dict[str, Tensor]]:
         """What is found in each image, see `Cascade.detect`; in eval mode."""
         maps, proposals, _ = self._proposals(images, sizes, None)
         return self.cascade.detect(maps, proposals, sizes)

@@ -38,6 +38,12 @@ def normalized(image: Tensor) -> Tensor:
     return F.normalize(image.float() / 255, list(MEAN), list(STD))
 
 
+def test_view(photo: Tensor, short: int, long: int) -> Tensor:
+    """A photo uint8 [3, H, W], resized to fit both sides and normalized."""
+    size = fitted(photo.shape[1], photo.shape[2], short, long)
+    return normalized(F.resize(photo, size, antialias=False))
+
+
 def palette(count: int) -> np.ndarray:
     """A color for each class, uint8 [count + 1, 3], the last one black for unlabeled pixels:
     hues a golden section apart, in three strengths."""

@@ -1,4 +1,5 @@
-"""Photos with a label per pixel, in ADE20K's layout or a plain one, and the published views.
+"""Photos with a label per pixel, in ADE20K's layout or a plain one, the published views of them,
+and scores from one confusion matrix over the whole set.
 
     DIR/images/{training,validation}/*.jpg     DIR/annotations/{training,validation}/*.png
     DIR/images/{train,val}/...                 DIR/annotations/{train,val}/...
@@ -59,7 +60,7 @@ class LabeledPhotos:
         stored, (height, width) = opened(where), image.shape[1:]
         if stored.mode not in ("L", "P", "1"):
             raise ValueError(
-                f"{where} is a {stored.mode} image: a label map is gray or has a palette"
+                f"{where} is of mode {stored.mode}: a label map is gray or has a palette"
             )
         if stored.size != (width, height):
             raise ValueError(
@@ -87,14 +88,17 @@ def class_names(root: str | Path) -> list[str]:
             names = json.loads(listed.read_text())
         except ValueError as error:
             raise ValueError(f"{listed} is not JSON ({error})") from error
-        if not isinstance(names, list) or not 1 <= len(names) < IGNORED:
-            raise ValueError(f"{listed} must hold a list of 1 to {IGNORED - 1} class names")
-        return [str(name) for name in names]
-    if info.is_file():
-        return [line.split("\t")[-1].strip() for line in info.read_text().splitlines()[1:] if line]
-    raise FileNotFoundError(
-        f"--data {root}: neither {listed.name}, a list of class names, nor ADE20K's {info.name}"
-    )
+    elif info.is_file():
+        lines = info.read_text(errors="replace").splitlines()[1:]
+        names = [line.split("\t")[-1].strip() for line in lines if line]
+    else:
+        raise FileNotFoundError(
+            f"--data {root}: neither {listed.name}, a list of class names, nor ADE20K's {info.name}"
+        )
+    if not isinstance(names, list) or not 1 <= len(names) < IGNORED:
+        file = listed if listed.is_file() else info
+        raise ValueError(f"{file} must hold a list of 1 to {IGNORED - 1} class names")
+    return [str(name) for name in names]
 
 
 # The published one adds to brightness where ColorJitter multiplies; 18 of OpenCV's 180 hues: 0.1.
@@ -134,3 +138,34 @@ def training_view(crop: int, short: int, image: Tensor, labels: Tensor) -> tuple
     padding = [0, 0, right, below]
     image = F.pad(normalized(DISTORT(image)), padding)
     return image, F.pad(labels[None], padding, fill=IGNORED)[0].long()
+
+
+def confusion(truth: Tensor, predicted: Tensor, classes: int, ignored: int) -> Tensor:
+    """int64 [K, K], rows are true classes. Pixels whose truth is `ignored` do not count."""
+    counted = truth != ignored
+    pairs = truth[counted].long() * classes + predicted[counted].long()
+    return torch.bincount(pairs.flatten(), minlength=classes**2).view(classes, classes)
+
+
+def scores(matrix: np.ndarray, names: list[str]) -> dict[str, float]:
+    """mIoU, mAcc (means over classes) and aAcc (over pixels) in percent, "majority_miou" of
+    answering the most frequent class everywhere, and "iou/NAME" of each class.
+
+    A class that occurs neither in truth nor in predictions has no IoU, one that does not occur in
+    truth no accuracy; means leave them out. Raises ValueError where no pixel counts.
+    """
+    if not matrix.any():
+        raise ValueError("no pixel of the photos to evaluate on has a label")
+    matrix = matrix.astype(np.float64)
+    right, true, said = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    union = true + said - right
+    iou = np.divide(100 * right, union, out=np.full_like(right, np.nan), where=union > 0)
+    accuracy = np.divide(100 * right, true, out=np.full_like(right, np.nan), where=true > 0)
+    result = {
+        "miou": np.nanmean(iou),
+        "macc": np.nanmean(accuracy),
+        "aacc": 100 * right.sum() / matrix.sum(),
+        "majority_miou": 100 * true.max() / true.sum() / (true > 0).sum(),
+    }
+    result |= {f"iou/{n}": v for n, v in zip(names, iou, strict=True) if not np.isnan(v)}
+    return {name: float(value) for name, value in result.items()}

@@ -4,6 +4,7 @@ UperNet (arXiv 1807.10221) and its auxiliary head are transformers' modules with
 initial weights that the published training has. In shapes: B images, K classes, H x W pixels.
 """
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,19 @@ from ibeton.evaluation.dense.segmentation_data import IGNORED
 
 DROPOUT, AUXILIARY_WEIGHT, AUXILIARY_WIDTH = 0.1, 0.4, 256
 HEADS = ("upernet", "linear")
+
+
+class Dropout(nn.Module):
+    """Dropout of whole channels of [B, C, H, W], drawn for each image from its own generator, so
+    that draws do not depend on how processes share a batch."""
+
+    draws: list[torch.Generator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = [torch.rand(x.shape[1], 1, 1, generator=own) >= DROPOUT for own in self.draws]
+        return x * (torch.stack(kept).to(x) / (1 - DROPOUT))
 
 
 def upernet_heads(channels: list[int], width: int, classes: int) -> tuple[nn.Module, nn.Module]:
@@ -39,15 +53,15 @@ def upernet_heads(channels: list[int], width: int, classes: int) -> tuple[nn.Mod
         for module in head.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        head.classifier = _classifier(head.classifier)
+        head.classifier = nn.Sequential(Dropout(), _classifier(head.classifier))
     return heads
 
 
-def _classifier(layer: nn.Conv2d, dropout: float = DROPOUT) -> nn.Module:
+def _classifier(layer: nn.Conv2d) -> nn.Module:
     nn.init.normal_(layer.weight, std=0.01)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Dropout2d(dropout), layer)
+    return layer
 
 
 class LinearHead(nn.Module):
@@ -55,7 +69,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, channels: list[int], classes: int) -> None:
         super().__init__()
-        self.classifier = _classifier(nn.Conv2d(sum(channels), classes, 1), dropout=0.0)
+        self.classifier = _classifier(nn.Conv2d(sum(channels), classes, 1))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         size = maps[0].shape[2:]
@@ -82,9 +96,14 @@ class Segmenter(nn.Module):
         else:
             self.head, self.auxiliary = upernet_heads(channels, width or max(channels), classes)
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Losses of images [B, 3, H, W] with classes int64 [B, H, W]; "loss" is the sum."""
+    def forward(self, batch: tuple[Tensor, Tensor], draws: list[int]) -> dict[str, Tensor]:
+        """Losses of images [B, 3, H, W] with classes int64 [B, H, W]; "loss" is the sum. `draws`
+        has a seed for each image."""
         images, labels = batch
+        generators = [torch.Generator().manual_seed(draw) for draw in draws]
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.draws = generators
         maps = self.pyramid(images)
         losses = {"head": pixel_loss(self.head(maps), labels)}
         if self.auxiliary is not None:
@@ -100,11 +119,7 @@ class Segmenter(nn.Module):
         `stride` apart, the last ones flush with the edges (published test)."""
         height, width = image.shape[1:]
         image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
-        corners = [
-            (top, left)
-            for top in starts(image.shape[1], crop, stride)
-            for left in starts(image.shape[2], crop, stride)
-        ]
+        corners = product(*(starts(side, crop, stride) for side in image.shape[1:]))
         total, count = image.new_zeros(()), image.new_zeros(image.shape[1:])
         for top, left in corners:
             place = (..., slice(top, top + crop), slice(left, left + crop))

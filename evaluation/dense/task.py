@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.data import Dataset
@@ -38,6 +39,14 @@ class Place:
         """This rank's part of `items`."""
         return items[self.rank :: self.world_size]
 
+    def gathered(self, own: Any) -> list[Any]:
+        """What the ranks give, each its own, on rank 0, and [] on others. All ranks must call."""
+        if self.world_size == 1:
+            return [own]
+        parts: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        dist.gather_object(own, parts or None)
+        return parts
+
 
 class BadSample(str):
     """Why a sample cannot be used, in a sentence that names its file."""
@@ -55,19 +64,20 @@ class Photos(Protocol):
 
 
 class Samples(Dataset):
-    """Views of photos as a data set for workers: the random state of a sample is its own, and what
-    is wrong with a file arrives as a `BadSample`, without the worker's traceback."""
+    """Views of photos as a data set for workers, each with a seed for what the model draws. The
+    random state of a sample is its own, and what is wrong with a file arrives as a `BadSample`,
+    without the worker's traceback."""
 
     def __init__(self, photos: Photos, view: Callable[[Any, Any], Any], seed: int) -> None:
         self.photos, self.view, self.seed = photos, view, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, draw = key
-        entropy = np.random.SeedSequence([self.seed, draw]).generate_state(1, np.uint64)[0]
+        state = int(np.random.SeedSequence([self.seed, draw]).generate_state(1, np.uint64)[0])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(entropy))
+            torch.manual_seed(state)
             try:
-                return self.view(*self.photos.read(index))
+                return self.view(*self.photos.read(index)), state // 2
             except (ValueError, OSError) as error:
                 return BadSample(error)
 
@@ -89,13 +99,15 @@ def keys(
 
 
 class Task(ABC):
-    """A dense task to train. `model(batch)` gives named losses, of which "loss" is minimized, and
-    `model.pyramid.backbone` is the backbone; `view(photo, truth)` gives a sample, in worker
-    processes, drawing from torch's generator; `steps` is the length."""
+    """A dense task to train. `model(batch, draws)` gives named losses, of which "loss" is
+    minimized, with a seed for each sample in `draws`, and `model.pyramid.backbone` is the backbone;
+    `view(photo, truth)` gives a sample, in worker processes, drawing from torch's generator;
+    `steps` is the length. `photos` are trained on, and `val` evaluated."""
 
     model: Any
     backbone_config: dict[str, Any]
     photos: Photos
+    val: Any  # Photos, with what the task further needs
     view: Callable[[Any, Any], Any]
     steps: int
 
@@ -110,11 +122,12 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, place: Place) -> Scores:
-        """Scores in percent, on all ranks, which must all call."""
+        """Scores in percent, on rank 0, and {} on others. All ranks must call."""
 
     @abstractmethod
-    def draw(self, place: Place, folder: Path) -> None:
-        """Write pictures of predictions beside the truth into `folder`."""
+    def picture(self, index: int, device: torch.device, folder: Path) -> Any:
+        """A figure of a photo of `val`, its truth and the prediction beside each other; a task may
+        write more into `folder`."""
 
 
 def watched(place: Place, photos: int) -> Iterator[int]:
@@ -162,11 +175,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: float) -> lis
 
 
 class Collate:
-    """`collate` unless a sample is bad, which then is the batch."""
+    """A batch by `collate` and its seeds, unless a sample is bad: then that one."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
     def __call__(self, samples: list[Any]) -> Any:
         bad = [sample for sample in samples if isinstance(sample, BadSample)]
-        return bad[0] if bad else self.collate(samples)
+        if bad:
+            return bad[0]
+        views, draws = zip(*samples, strict=True)
+        return self.collate(list(views)), list(draws)

@@ -1,12 +1,10 @@
-"""Training of a dense task: the loop, its checkpoints and how a run resumes."""
+"""Training of a dense task: steps, evaluations, checkpoints and how a run resumes."""
 
 import dataclasses
 import hashlib
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,9 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ibeton.command import refusal
-from ibeton.distributed import join_processes
-from ibeton.evaluation.command import write_json
 from ibeton.evaluation.dense.config import DenseConfig
 from ibeton.evaluation.dense.sync_norm import synchronize
 from ibeton.evaluation.dense.task import (
@@ -30,20 +25,14 @@ from ibeton.evaluation.dense.task import (
     parameter_groups,
 )
 from ibeton.evaluation.trainable import changed, precision_on, seed_all
+from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import RunError
-from ibeton.training.health.stop_signals import (
-    INTERRUPTED,
-    STOPPED,
-    StopSignals,
-    block_signals_in_workers,
-)
+from ibeton.training.health.stop_signals import StopSignals
 from ibeton.training.log.run_log import RunLog
-from ibeton.training.problems import check_output_dir
-from ibeton.training.run_folder import RunFolder, check_unused, identity, new_identity
+from ibeton.training.run_folder import check_unused
 from ibeton.workers import end_with_parent
 
-Settings = TypeVar("Settings", bound=DenseConfig)
 # Settings that may change when a run resumes: they do not change what is computed.
 _FREE = {
     *("output_dir", "resume", "device", "workers", "save_steps", "log_steps", "eval_every"),
@@ -79,14 +68,13 @@ class Training:
         return self.config.lr * warmup * self.task.factor(step)
 
     def train_step(self, batch: Any) -> dict[str, Tensor]:
-        """One step on this rank's batch; its named losses, on the device."""
+        """One step on this rank's batch and its seeds; the named losses, on the device."""
         seed_all(self.config.seed, self.step, self.place.rank)  # dropout, stochastic depth
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
-        device = self.place.device
         self.model.train()
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-            losses = self.call(moved(batch, device))
+        with self.autocast():
+            losses = self.call(*moved(batch, self.place.device))
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -94,18 +82,27 @@ class Training:
         self.step += 1
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.place.device.type, self.dtype, enabled=self.dtype is not None)
+
     def evaluate(self) -> Scores:
+        """The task's scores, on rank 0. All ranks must call."""
         self.model.eval()
-        enabled = self.dtype is not None
-        with torch.inference_mode(), torch.autocast(self.place.device.type, self.dtype, enabled):
+        with torch.inference_mode(), self.autocast():
             return self.task.evaluate(self.place)
 
     def draw(self) -> None:
         """Pictures into --output-dir, on rank 0."""
-        folder, enabled = Path(self.config.output_dir) / "pictures", self.dtype is not None
-        folder.mkdir(exist_ok=True)
-        with torch.inference_mode(), torch.autocast(self.place.device.type, self.dtype, enabled):
-            self.task.draw(self.place, folder)
+        from ibeton.evaluation.pictures import canvas
+
+        out = Path(self.config.output_dir)
+        (out / "pictures").mkdir(exist_ok=True)
+        self.model.eval()
+        for index in canvas.spread(self.task.val, self.config.pictures):
+            with torch.inference_mode(), self.autocast():
+                figure = self.task.picture(index, self.place.device, out)
+            name = Path(self.task.val.names[index])
+            canvas.save(figure, out / "pictures" / f"{name.stem}.png", name.name)
 
     def loader(self) -> DataLoader:
         """Batches of this rank from the current step on."""
@@ -149,10 +146,10 @@ class Training:
             if self.place.rank == 0:
                 check_unused(folder)
             return ""
-        found = checkpoints.newest(folder)
-        if found is None:
+        path, damaged = checkpoints.newest_of_rank_0(folder, self.place.device)
+        if path is None:
             return ""
-        path, content, damaged = found
+        content = load_checkpoint(path)
         if "dense" not in content:
             raise ValueError(f"{path} is not of this command: give another --output-dir")
         other = changed(content["dense"], dataclasses.asdict(self.config), _FREE)
@@ -205,6 +202,14 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
     return True
 
 
+def report(scores: Scores, step: int, log: RunLog | None) -> None:
+    """Scores into the log and on the terminal, on rank 0."""
+    if log is not None:
+        log.record({"step": step, **scores})
+        shown = [f"{k} {v:.2f}" for k, v in scores.items() if "/" not in k]  # not of each class
+        log.say(f"step {step}: " + "  ".join(shown))
+
+
 def over_ranks(losses: dict[str, Tensor], world_size: int) -> dict[str, float]:
     """Means over all ranks, which must all call."""
     values = torch.stack(list(losses.values()))
@@ -228,84 +233,3 @@ def save(run: Training) -> None:
             raise RunError(
                 f"no checkpoint could be written at step {run.step} ({error})"
             ) from error
-
-
-def report(scores: Scores, step: int, log: RunLog | None) -> None:
-    if log is not None:
-        log.record({"step": step, **scores})
-        shown = [f"{k} {v:.2f}" for k, v in scores.items() if "/" not in k]  # not of each class
-        log.say(f"step {step}: " + "  ".join(shown))
-
-
-def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
-    """Train and evaluate. 0 when done, 85 when asked to stop and saved, 1 when it failed on the
-    way, 2 for bad input, 130 for a second Ctrl-C. Leaves checkpoint.pt, log.jsonl, scores.json and
-    pictures/ in --output-dir."""
-    log, folder, state, status, begun = None, None, "failed", 1, False
-    out = Path(config.output_dir)
-    with StopSignals() as stops:
-        stops.limit(config.max_hours)
-        try:
-            place = Place(*join_processes(config.device))
-            if place.rank == 0:
-                check_output_dir(out)
-            if config.workers:
-                block_signals_in_workers()
-            torch.manual_seed(config.seed)  # the same heads on every rank
-            if config.pictures:
-                import matplotlib  # noqa: F401 - not after hours
-            run = Training(prepare(config), config, place)
-            seen = identity(out)
-            note = run.resume()
-            if place.rank == 0:
-                per_epoch = max(1, len(run.task.photos) // config.batch_size)
-                begins = {"step": run.step, "processes": place.world_size}
-                begins["steps_per_epoch"] = per_epoch
-                settings = dataclasses.asdict(config)
-                folder = RunFolder(out, seen or new_identity(), seen, settings, begins)
-                log = RunLog(out, run.step, run.task.steps, per_epoch)
-                log.say(describe(run) + (f"\n{note}" if note else ""))
-            begun = True
-            if not train(run, log, stops):
-                state, status = "stopped", STOPPED
-                if log is not None:
-                    log.say(f"stopped at step {run.step}, saved: --resume auto continues")
-                return status
-            scores = run.evaluate()
-            report(scores, run.step, log)
-            if place.rank == 0:
-                settings = dataclasses.asdict(config)
-                write_json({"settings": settings, "scores": scores}, out / "scores.json")
-                run.draw()
-            state, status = "finished", 0
-        except Exception as error:
-            message = refusal(error)
-            if not message:
-                raise
-            print(f"error: {message}", file=sys.stderr)
-            status = 1 if begun else 2
-            if log is not None:
-                state = f"failed: {message.splitlines()[0]}"
-                print(checkpoints.resume_advice(out), file=sys.stderr)
-        except KeyboardInterrupt:
-            state, status = "interrupted", INTERRUPTED
-        finally:
-            if log is not None:
-                log.close()
-            if folder is not None:
-                folder.close(state)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-    return status
-
-
-def describe(run: Training) -> str:
-    """The run in a few words, with the settings that it resolved."""
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    config = run.config
-    return (
-        f"{len(run.task.photos):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
-        f" {run.place.world_size} process(es) on {run.place.device}, {run.dtype or 'fp32'};"
-        f" {trained / 1e6:.1f} M parameters train, lr {config.lr:g}, layer decay"
-        f" {config.layer_decay:g}"
-    )

@@ -5,6 +5,7 @@ the file for what it says, beside which the exit status is written at its end. A
 process id.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ if __name__ == "__main__":
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ.update(job["environment"])
+            faulthandler.dump_traceback_later(2400)  # where a run hangs
             status = 1
             try:
                 status = command.main(job["arguments"])

@@ -46,11 +46,10 @@ class Process:
 
     def wait(self) -> int:
         """The exit status; -1 where it was killed."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while self._alive():
-            assert time.monotonic() < deadline, self.said()[-3000:]
+        deadline, status = time.monotonic() + _PATIENCE_S, Path(f"{self._output}.status")
+        while not status.exists() and self._alive():  # another process may get its number later
+            assert time.monotonic() < deadline, self.said()[-9000:]
             time.sleep(0.01)
-        status = Path(f"{self._output}.status")
         return int(status.read_text()) if status.exists() else -1
 
 

@@ -65,7 +65,10 @@ def test_boxes_stay_around_their_masks_in_every_view(coco):
         assert truth["masks"].shape[1:] == image.shape[1:]
         crops += len(truth["boxes"]) < 2
         for box, mask in zip(truth["boxes"], truth["masks"], strict=True):
-            assert (box - enclosing(mask)).abs().max() <= 4  # two resizes to the nearest
+            if mask.any():
+                assert (box - enclosing(mask)).abs().max() <= 4  # two resizes to the nearest
+            else:
+                assert (box[2:] - box[:2]).min() < 3  # a sliver that such a resize loses
     assert crops  # some lost an object
 
 
@@ -89,9 +92,9 @@ def test_a_resize_and_a_crop_move_boxes_as_they_should():
         assert moved["masks"].shape[1:] == large.shape[1:]
     assert whole
     assert cut
-    part = RandomSizeCrop(20, 30)(image)
+    part, _ = RandomSizeCrop(20, 30)(image, truth)
     assert all(20 <= side <= 30 for side in part.shape[1:])
-    assert RandomSizeCrop(90, 100)(image).shape == image.shape
+    assert RandomSizeCrop(90, 100)(image, truth)[0].shape == image.shape
 
 
 def test_images_of_several_sizes_share_a_batch_of_whole_cells():
@@ -103,7 +106,7 @@ def test_images_of_several_sizes_share_a_batch_of_whole_cells():
 
 
 def test_detections_return_to_the_photos_own_pixels():
-    found = {"boxes": torch.tensor([[10.0, 10, 30, 50]]), "masks": torch.ones(1, 28, 28)}
+    found = {"boxes": torch.tensor([[10.0, 10, 30, 50]]), "masks": torch.ones(1, 1, 28, 28)}
     back = to_photo(found, (100, 100), (50, 200))
     assert back["boxes"].tolist() == [[20, 5, 60, 25]]
     mask = back["masks"][0]
@@ -121,11 +124,17 @@ def edit(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("categories"), "is not in COCO's format: .*categories"),
-        (lambda c: c["annotations"][0].update(image_id=77), "object 1 is of image 77"),
-        (lambda c: c["annotations"][1].update(category_id=3), "object 2 has category 3"),
-        (lambda c: c["annotations"][1].update(bbox=[1, 2]), "object 2 needs a bbox"),
-        (lambda c: c.update(images=[], annotations=[]), "lists no photos"),
+        (lambda c: c.pop("images"), "object 1 has image_id 0, which is not listed"),
+        (lambda c: c.pop("categories"), "object 1 has category_id 10, which is not listed"),
+        (lambda c: c.pop("annotations"), "is not in COCO's format: 'annotations' is missing"),
+        (lambda c: c["images"][0].pop("height"), "is not in COCO's format: 'height' is missing"),
+        (lambda c: c["images"][0].update(width="wide"), "is not in COCO's format: .*wide"),
+        (lambda c: c["annotations"][0].update(bbox=None), "is not in COCO's format"),
+        (lambda c: c["annotations"][0].pop("area"), "object 1 lacks .*area"),
+        (lambda c: c["annotations"][0].update(image_id=77), "object 1 has image_id 77"),
+        (lambda c: c["annotations"][1].update(category_id=3), "object 2 has category_id 3"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2]), "object 2 lacks bbox"),
+        (lambda c: c.update(images=[], annotations=[]), "lists no usable photos"),
     ],
 )
 def test_a_bad_json_is_named_with_its_object(broken, change, message):
@@ -144,10 +153,10 @@ def test_a_bad_photo_a_wrong_size_and_what_is_no_json_are_named(broken):
     with pytest.raises(ValueError, match=r"000000000001\.jpg cannot be read"):
         CocoPhotos(broken, "train").photo(1)
     path.write_text("{]")
-    with pytest.raises(ValueError, match=r"instances_train2017\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is not .* format: Expecting"):
         CocoPhotos(broken, "train")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"No such file.*instances_train2017\.json"):
         CocoPhotos(broken, "train")
 
 

@@ -1,10 +1,11 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 
-from ibeton.evaluation.dense.confusion import confusion, scores
+from ibeton.evaluation.dense.segmentation_data import confusion, scores
 
 NAMES = ["a", "b", "c"]
 
@@ -29,6 +30,11 @@ def test_a_class_that_is_only_predicted_counts_against_the_mean():
     assert found["iou/c"] == 0
     assert math.isclose(found["miou"], 100 * (2 / 3 + 1 + 0) / 3)
     assert math.isclose(found["macc"], 100 * (2 / 3 + 1) / 2)
+
+
+def test_a_set_without_a_labeled_pixel_is_refused():
+    with pytest.raises(ValueError, match="no pixel"):
+        scores(np.zeros((3, 3), np.int64), NAMES)
 
 
 def test_scores_equal_scikit_learns_on_random_labels():

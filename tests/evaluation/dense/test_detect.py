@@ -78,7 +78,7 @@ def test_layer_decay_gives_earlier_blocks_lower_rates(checkpoint, coco, tmp_path
     assert rates[backbone.blocks[0].attn.qkv.weight] == (0.25, 0.05)
     assert rates[backbone.blocks[1].attn.qkv.weight] == (0.5, 0.05)
     assert rates[backbone.blocks[1].attn.qkv.bias] == (0.5, 0.0)
-    assert rates[model.cascade.boxes[0].predictor.cls_score.weight] == (1.0, 0.05)
+    assert rates[model.cascade.stages[0].box_predictor.cls_score.weight] == (1.0, 0.05)
     assert {p for p in model.parameters() if p.requires_grad} == set(rates)
 
 
@@ -88,7 +88,7 @@ def test_bad_settings_are_one_sentence(checkpoint, coco, tmp_path, capsys):
     assert ended.value.code == 2
     assert "--long-side" in capsys.readouterr().err
     assert detect(checkpoint, tmp_path, tmp_path / "run") == 2
-    assert "train2017 is missing" in capsys.readouterr().err
+    assert "train2017.json: No such file" in capsys.readouterr().err
     broken = shutil.copytree(coco, tmp_path / "coco")
     (broken / "annotations/instances_val2017.json").write_text('{"images": []}')
     assert detect(checkpoint, broken, tmp_path / "run") == 2

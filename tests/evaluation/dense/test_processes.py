@@ -2,9 +2,12 @@
 
 import json
 import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_processes import Forker, two_ranks
 
 from ibeton.model.checkpoint import load_checkpoint
@@ -92,8 +95,7 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
     assert scores(folder) == scores(whole)
 
 
-# Not UperNet, whose dropout draws for each process.
-@pytest.mark.parametrize("start", ["segment linear", "detect"], indirect=True)
+@pytest.mark.parametrize("start", list(TASKS), indirect=True)
 def test_two_processes_do_what_one_does(start, whole, tmp_path):
     folder = tmp_path / "two"
     for run in [start(folder, environment=rank) for rank in two_ranks()]:
@@ -105,3 +107,14 @@ def test_two_processes_do_what_one_does(start, whole, tmp_path):
     for step in range(4):
         assert found[step] == pytest.approx(expected[step], rel=2e-3), (step, found, expected)
     assert scores(folder).keys() == scores(whole).keys()
+
+
+@pytest.mark.parametrize("start", ["segment linear"], indirect=True)
+def test_a_rank_that_fails_ends_the_other_with_its_reason(start, scenes, tmp_path):
+    broken = shutil.copytree(scenes, tmp_path / "scenes")
+    Image.fromarray(np.full((48, 64), 99, np.uint8)).save(broken / "annotations/train/0.png")
+    options = ("--data", broken)
+    runs = [start(tmp_path / "run", *options, environment=rank) for rank in two_ranks()]
+    assert sorted(run.wait() for run in runs) == [-1, 1]  # the watchdog ends the other at once
+    for run in runs:
+        assert "train/0.png holds label 99" in run.said()

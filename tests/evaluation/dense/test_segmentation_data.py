@@ -52,7 +52,7 @@ def replace(path, array):
     [
         (lambda p: replace(p, np.full((48, 64), 9, np.uint8)), r"0\.png holds label 9.* 1 to 4"),
         (lambda p: replace(p, np.ones((48, 60), np.uint8)), r"0\.png has 60 x 48 .* 64 x 48"),
-        (lambda p: replace(p, np.ones((48, 64, 3), np.uint8)), r"0\.png is a RGB image"),
+        (lambda p: replace(p, np.ones((48, 64, 3), np.uint8)), r"0\.png is of mode RGB"),
         (lambda p: p.write_bytes(b"no picture"), r"0\.png cannot be read"),
         (lambda p: p.unlink(), r"0\.jpg has no label map .*0\.png"),
     ],
@@ -74,6 +74,10 @@ def test_a_bad_photo_a_bad_list_of_names_and_a_missing_folder_are_named(broken):
     with pytest.raises(ValueError, match=r"classes\.json must hold a list"):
         LabeledPhotos(broken, "train")
     (broken / "classes.json").unlink()
+    (broken / "objectInfo150.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"objectInfo150\.txt must hold a list"):
+        LabeledPhotos(broken, "train")
+    (broken / "objectInfo150.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither classes\.json"):
         LabeledPhotos(broken, "train")
     (broken / "classes.json").write_text("[1, 2, 3, 4]")

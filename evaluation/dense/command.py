@@ -1,0 +1,128 @@
+"""The command of a dense task: a run in a folder, from its begin to an exit status."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ibeton.command import refusal
+from ibeton.distributed import join_processes, leave_group
+from ibeton.evaluation.command import write_json
+from ibeton.evaluation.dense.config import DenseConfig
+from ibeton.evaluation.dense.task import Place, Task
+from ibeton.evaluation.dense.trainer import Training, report, train
+from ibeton.training import checkpoints
+from ibeton.training.health.stop_signals import (
+    INTERRUPTED,
+    STOPPED,
+    StopSignals,
+    block_signals_in_workers,
+)
+from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.log.run_log import RunLog
+from ibeton.training.problems import check_output_dir
+from ibeton.training.run_folder import RunFolder, identity, new_identity
+
+Settings = TypeVar("Settings", bound=DenseConfig)
+LOST_AFTER_S = 600  # a rank may not send heartbeats while it reads COCO's JSON or scores
+
+
+def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
+    """Train and evaluate. 0 when done, 85 when asked to stop and saved, 1 when it failed on the
+    way, 2 for bad input, 130 for a second Ctrl-C. Leaves checkpoint.pt, log.jsonl, scores.json and
+    pictures/ in --output-dir."""
+    log, folder, watchdog, state, status, begun = None, None, None, "failed", 1, False
+    with StopSignals() as stops:
+        stops.limit(config.max_hours)
+        try:
+            place = Place(*join_processes(config.device))
+            watchdog = Watchdog(place.rank, place.world_size, LOST_AFTER_S, math.inf)
+            with watchdog.report_errors():
+                run, seen, note = begin(config, prepare, place)
+                if place.rank == 0:
+                    folder, log = open_folder(run, seen)
+                    log.say(describe(run) + note)
+                begun = True
+                state, status = complete(run, log, stops)
+        except Exception as error:
+            message = refusal(error)
+            if not message:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            status = 1 if begun else 2
+            if log is not None:
+                state = f"failed: {message.splitlines()[0]}"
+                print(checkpoints.resume_advice(Path(config.output_dir)), file=sys.stderr)
+        except KeyboardInterrupt:
+            state, status = "interrupted", INTERRUPTED
+        finally:
+            try:
+                if log is not None:
+                    log.close()
+                if folder is not None:
+                    folder.close(state)
+            finally:
+                if watchdog is not None:
+                    watchdog.close()
+                leave_group(together=status in (0, STOPPED))
+    return status
+
+
+def begin(
+    config: Settings, prepare: Callable[[Settings], Task], place: Place
+) -> tuple[Training, str, str]:
+    """The run, new or resumed; on rank 0 the name of the run that is in its folder; and a line for
+    the log, or "". Writes nothing. Raises ValueError or OSError for bad input."""
+    out = Path(config.output_dir)
+    if place.rank == 0:
+        check_output_dir(out)
+    if config.workers:
+        block_signals_in_workers()
+    torch.manual_seed(config.seed)  # the same heads on every rank
+    if config.pictures:
+        import matplotlib  # noqa: F401 - not after hours
+    run = Training(prepare(config), config, place)
+    seen = identity(out) if place.rank == 0 else ""
+    note = run.resume()
+    return run, seen, f"\n{note}" if note else ""
+
+
+def open_folder(run: Training, seen: str) -> tuple[RunFolder, RunLog]:
+    """The folder, held from now on, and its log. Raises as `RunFolder`."""
+    out, per_epoch = Path(run.config.output_dir), len(run.task.photos) // run.config.batch_size
+    begins = {"step": run.step, "processes": run.place.world_size}
+    begins["steps_per_epoch"] = max(1, per_epoch)
+    settings = dataclasses.asdict(run.config)
+    folder = RunFolder(out, seen or new_identity(), seen, settings, begins)
+    return folder, RunLog(out, run.step, run.task.steps, max(1, per_epoch))
+
+
+def complete(run: Training, log: RunLog | None, stops: StopSignals) -> tuple[str, int]:
+    """All that is left of the run. The state for run.json and the exit status."""
+    if not train(run, log, stops):
+        if log is not None:
+            log.say(f"stopped at step {run.step}, saved: --resume auto continues")
+        return "stopped", STOPPED
+    scores = run.evaluate()
+    report(scores, run.step, log)
+    if run.place.rank == 0:
+        content = {"settings": dataclasses.asdict(run.config), "scores": scores}
+        write_json(content, Path(run.config.output_dir) / "scores.json")
+        run.draw()
+    return "finished", 0
+
+
+def describe(run: Training) -> str:
+    """The run in a few words, with the settings that it resolved."""
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    config = run.config
+    return (
+        f"{len(run.task.photos):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
+        f" {run.place.world_size} process(es) on {run.place.device}, {run.dtype or 'fp32'};"
+        f" {trained / 1e6:.1f} M parameters train, lr {config.lr:g}, layer decay"
+        f" {config.layer_decay:g}"
+    )
