@@ -2,7 +2,7 @@
 
     ibeton plan --arch vit_s --epochs 800 --gpu v100 --gpus 16 --cores-per-gpu 5
     ibeton plan --arch vit_b --gpu a100 --gpus 8 --batch-size 128 --images 14000000
-    ibeton plan --arch vit_s --gpu v100 --gpus 16 --measured h100=960  # after a few steps on an H100
+    ibeton plan --arch vit_s --gpu v100 --gpus 16 --measured h100=960  # after some steps on one
     ibeton plan --published --gpu v100 --gpus 16 --cores-per-gpu 5   # the published trainer
 
 Any option of train.py that changes the work (crops, batch, precision, loader) may be given too. The
