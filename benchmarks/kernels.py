@@ -160,8 +160,11 @@ def loss_cases(sizes: Sizes, x: Any) -> list[Case]:
 def update_case(sizes: Sizes, x: Any) -> Case:
     """Clipping, AdamW, the teacher's average and copies of a network of two blocks."""
     config = ModelConfig(
-        **{"embed_dim": sizes.width, "depth": 2, "num_heads": sizes.heads()},
-        **{"out_dim": sizes.prototypes, "hidden_dim": sizes.hidden},
+        embed_dim=sizes.width,
+        depth=2,
+        num_heads=sizes.heads(),
+        out_dim=sizes.prototypes,
+        hidden_dim=sizes.hidden,
         bottleneck_dim=sizes.bottleneck,
     )
     ibot = build(config).to(x["device"])
