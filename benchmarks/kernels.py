@@ -7,6 +7,11 @@ same rounds, as the limit: 100 % would be a kernel that does nothing but move it
 layers and attention are bound by their products instead; their reference is PyTorch's. Of those
 that recompute norm or GELU the bytes count that they keep for the backward: the last column.
 
+    TRITON_INTERPRET=1 python benchmarks/kernels.py --device cpu --rounds 1
+
+runs all kernels in Triton's interpreter, at the smallest sizes: it shows that this file works, its
+times mean nothing.
+
 With --compile nothing is timed: it compiles all kernels of a training step for sm_70, sm_80 and
 sm_90, without a GPU, and lists their registers, shared memory and spills.
 """
@@ -50,6 +55,34 @@ from ibeton.model.steps import Step, StepInputs
 from ibeton.progress import plain_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Sizes(NamedTuple):
+    """Sizes of a step of 2 + 10 views; by default of ViT-S/16."""
+
+    images: int
+    patches: tuple[int, int] = (196, 36)  # of a global and a local view
+    width: int = 384  # channels
+    hidden: int = 2048  # of the head, as the two below
+    bottleneck: int = 256
+    prototypes: int = 8192
+    many_prototypes: int = 65_536  # a row takes two sweeps
+
+    def shapes(self) -> Shapes:
+        return [(2 * self.images, self.patches[0] + 1), (10 * self.images, self.patches[1] + 1)]
+
+    def tokens(self) -> int:
+        return sum(images * tokens for images, tokens in self.shapes())
+
+    def heads(self) -> int:
+        return max(1, self.width // 64)
+
+    def masked(self) -> int:
+        """Masked patches, at their mean share."""
+        return max(1, 2 * self.images * self.patches[0] * 15 // 100)
+
+
+SMALLEST = Sizes(1, (4, 1), 32, 32, 16, 64, 16_384)
 
 
 class Case(NamedTuple):
@@ -114,11 +147,27 @@ def library_attention(qkv: Tensor, shapes: Shapes, heads: int) -> Tensor:
     return torch.cat(outs)
 
 
-def update_case(width: int, x: Any) -> Case:
+def loss_cases(sizes: Sizes, x: Any) -> list[Case]:
+    images, masked = sizes.images, sizes.masked()
+    few = max(1, masked // 8)
+    return [
+        loss_case("class loss", 12 * images, 2 * images, sizes.prototypes, 2, x),
+        loss_case("patch loss", masked, masked, sizes.prototypes, 1, x),
+        loss_case("patch loss", few, few, sizes.many_prototypes, 1, x),
+    ]
+
+
+def update_case(sizes: Sizes, x: Any) -> Case:
     """Clipping, AdamW, the teacher's average and copies of a network of two blocks."""
-    ibot = build(ModelConfig(embed_dim=width, depth=2, num_heads=max(1, width // 64))).to(
-        x["device"]
+    config = ModelConfig(
+        embed_dim=sizes.width,
+        depth=2,
+        num_heads=sizes.heads(),
+        out_dim=sizes.prototypes,
+        hidden_dim=sizes.hidden,
+        bottleneck_dim=sizes.bottleneck,
     )
+    ibot = build(config).to(x["device"])
     optimizer = build_optimizer(ibot.student)
     step = Step(ibot, optimizer, None)
     if x["dtype"] is not torch.float32:
@@ -140,23 +189,24 @@ def update_case(width: int, x: Any) -> Case:
     return Case("update", fused, plain, torch.zeros((), device=x["device"]), (40 + copies) * values)
 
 
-def fused_cases(images: int, width: int, sizes: tuple[int, int], x: Any) -> list[Case]:
-    """The kernels of a step of 2 + 10 views with `sizes` patches, on CUDA alone. The stream is
-    float32 in any precision."""
+def fused_cases(sizes: Sizes, x: Any) -> list[Case]:
+    """The Triton kernels of a step. The stream is float32 in any precision."""
     device, dtype = x["device"], x["dtype"]
-    shapes = [(2 * images, sizes[0] + 1), (10 * images, sizes[1] + 1)]
-    tokens, heads = sum(n * t for n, t in shapes), max(1, width // 64)
+    images, width, grid = sizes.images, sizes.width, sizes.patches[0]
+    shapes, tokens, heads = sizes.shapes(), sizes.tokens(), sizes.heads()
     stream = torch.randn(tokens, width, device=device)
     out, hidden = torch.randn(tokens, width, **x), torch.randn(tokens, 4 * width, **x)
     gamma, beta, bias = torch.randn(3, width, device=device).unbind()
     hidden_bias = torch.randn(4 * width, device=device)
     up, down = torch.randn(4 * width, width, **x), torch.randn(width, 4 * width, **x)
     qkv, branch = torch.randn(tokens, 3 * width, **x), Branch(out, bias)
-    patches, grid = torch.randn(2 * images, 1, sizes[0], 3, 16, 16, device=device), sizes[0]
-    weight, table = torch.randn(width, 3, 16, 16, device=device), torch.randn(1, 1 + grid, width)
-    cls, table = torch.randn(1, 1, width, device=device), table.to(device)
-    units, length = torch.randn(16, 256, **x), torch.ones(8192, 1, device=device)
-    direction = torch.randn(8192, 256, device=device)
+    patches = torch.randn(2 * images, 1, grid, 3, 16, 16, device=device)
+    weight = torch.randn(width, 3, 16, 16, device=device)
+    table = torch.randn(1, 1 + grid, width, device=device)
+    cls = torch.randn(1, 1, width, device=device)
+    units = torch.randn(16, sizes.bottleneck, **x)
+    direction = torch.randn(sizes.prototypes, sizes.bottleneck, device=device)
+    length = torch.ones(sizes.prototypes, 1, device=device)
     small, wide = out.numel() * out.element_size(), hidden.numel() * hidden.element_size()
     embedded = 2 * images * (1 + grid) * width * (8 + 2 * out.element_size())
 
@@ -206,11 +256,12 @@ def fused_cases(images: int, width: int, sizes: tuple[int, int], x: Any) -> list
         ),
         Case("embedding with its linear layer", embed, embed_reference, bias, embedded),
         Case("prototypes, a linear layer", prototypes, prototypes_reference, direction, 0),
-        update_case(width, x),
+        update_case(sizes, x),
     ]
 
 
-def linear_cases(tokens: int, width: int, x: Any) -> list[Case]:
+def linear_cases(sizes: Sizes, x: Any) -> list[Case]:
+    tokens, width = sizes.tokens(), sizes.width
     norm = nn.LayerNorm(width).to(**x)
     up, down = nn.Linear(width, 4 * width).to(**x), nn.Linear(4 * width, width).to(**x)
     small, large = torch.randn(tokens, width, **x), torch.randn(tokens, 4 * width, **x)
@@ -321,18 +372,13 @@ def main() -> None:
         show_resources(args.compile, DTYPES[args.precision] if half else None, console)
         return
     x = {"device": args.device, "dtype": DTYPES[args.precision]}
-    masked = args.images * 2 * 196 * 15 // 100  # the mean share of masked patches
-    cases = [
-        loss_case("class loss", 12 * args.images, 2 * args.images, 8192, 2, x),
-        loss_case("patch loss", masked, masked, 8192, 1, x),
-        loss_case("patch loss", max(1, masked // 8), max(1, masked // 8), 65_536, 1, x),
-        *linear_cases(args.images * (2 * 197 + 10 * 37), 384, x),
-    ]
-    if args.device == "cuda":
-        cases += fused_cases(args.images, 384, (196, 36), x)
-    elif interpreted():  # shows that they run
+    sizes = Sizes(args.images)
+    if interpreted():
         adapt_interpreter()
-        cases = fused_cases(1, 32, (4, 1), x)
+        sizes = SMALLEST
+    cases = loss_cases(sizes, x) + linear_cases(sizes, x)
+    if args.device == "cuda" or interpreted():
+        cases += fused_cases(sizes, x)
     table = Table(title=f"forward and backward, ms, {args.precision} on {args.device}")
     for heading in ("kernel", "fused", "reference", "reference / fused", "of copy", "kept"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
@@ -357,6 +403,8 @@ def main() -> None:
         f"{in_words(about)}, {torch.get_num_threads()} threads; medians (quartiles) of"
         f" {args.rounds} rounds, the sides in turns"
     )
+    if interpreted():
+        console.print("by Triton's interpreter: these times say nothing about a GPU")
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "kernels": results}, indent=1))
 

@@ -2,11 +2,13 @@
 
     ibeton plan --arch vit_s --epochs 800 --gpu v100 --gpus 16 --cores-per-gpu 5
     ibeton plan --arch vit_b --gpu a100 --gpus 8 --batch-size 128 --images 14000000
+    ibeton plan --arch vit_s --gpu v100 --gpus 16 --measured h100=960  # after some steps on one
     ibeton plan --published --gpu v100 --gpus 16 --cores-per-gpu 5   # the published trainer
 
 Any option of train.py that changes the work (crops, batch, precision, loader) may be given too. The
 step is the one that `benchmarks/budget.py` counts on tensors without memory; seconds follow from
-rates that were fitted to one H100. A run's own forecast, from its first steps, is better.
+rates that were fitted to one H100. With --measured the prediction for that GPU is compared with
+what a run reached there, and the plan corrected by the ratio.
 """
 
 import argparse
@@ -65,6 +67,22 @@ def step_cost(config: Config, gpu: str, precision: str, kernels: bool) -> tuple[
     return seconds, float(sum(kept.values()))
 
 
+def step_seconds(
+    own: argparse.Namespace, config: Config, precision: str
+) -> tuple[tuple[float, float], float]:
+    """Seconds of a step, slow and fast, and the bytes that it keeps for its backward."""
+    plain, activations = step_cost(config, own.gpu, precision, kernels=False)
+    if own.published:
+        return (SLOWER * PUBLISHED * plain, PUBLISHED * plain / SLOWER), activations
+    fused = step_cost(config, own.gpu, precision, kernels=True)[0]
+    if own.measured is None:
+        return (SLOWER * plain, fused), activations
+    kind, images_per_s = own.measured
+    predicted = step_cost(config, kind, precision, kernels=True)[0]
+    fused *= config.pipeline.batch_size / images_per_s / predicted
+    return (fused if kind == own.gpu else SLOWER * fused, fused), activations
+
+
 def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, Any]:
     """All figures, as they go into the JSON file: pairs from slow to fast, rates of all GPUs."""
     with torch.device("meta"):
@@ -74,15 +92,14 @@ def plan(own: argparse.Namespace, config: Config, precision: str) -> dict[str, A
     )
     checkpoint = checkpoint_bytes(ibot, config.run.optimizer)
     shards = own.gpus if config.run.shard_optimizer else 1
-    plain, activations = step_cost(config, own.gpu, precision, kernels=False)
-    fused = plain / SLOWER if own.published else step_cost(config, own.gpu, precision, True)[0]
-    times = PUBLISHED if own.published else 1.0
-    model = [own.gpus * config.pipeline.batch_size / (s * times) for s in (SLOWER * plain, fused)]
+    seconds, activations = step_seconds(own, config, precision)
+    model = [own.gpus * config.pipeline.batch_size / s for s in seconds]
     rates = PUBLISHED_LOADER if own.published else loader_rates(config)
     loader = [own.gpus * own.cores_per_gpu * rate for rate in rates]
     speed = [min(pair) for pair in zip(model, loader, strict=True)]
     return {
         **{"gpu": own.gpu, "gpus": own.gpus, "epochs": config.run.epochs},
+        "measured": own.measured,
         **{"batch_size": config.pipeline.batch_size, "checkpoint": checkpoint},
         **{"model_images_per_s": model, "loader_images_per_s": loader, "images_per_s": speed},
         "hours": [own.images * config.run.epochs / rate / 3600 for rate in speed],
@@ -129,10 +146,32 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"Page cache for all photos: {gib(result['page_cache'])} per node. A checkpoint:"
         f" {gib(result['checkpoint'])}.",
         "Predicted from the step's launches and rates fitted to one H100; rates of other GPUs are"
-        f" data sheets'. Slow: without the Triton kernels, and {SLOWER:.0%} of that time. Fast:"
-        " with them. The exchange between GPUs is not looked at.",
+        f" data sheets'. {ends(result)} The exchange between GPUs is not looked at.",
     ):
         console.print(line, soft_wrap=True)
+
+
+def ends(result: dict[str, Any]) -> str:
+    """What slow and fast stand for."""
+    if result["measured"] is None:
+        return f"Slow: without the Triton kernels, and {SLOWER:.0%} of that time. Fast: with them."
+    kind, images_per_s = result["measured"]
+    said = f"Corrected by the {number(images_per_s)} images/s measured on one {kind}."
+    return said if kind == result["gpu"] else f"{said} Slow: {SLOWER:.0%} of the time."
+
+
+def measured(text: str) -> tuple[str, float]:
+    """ "h100=960" -> the kind of GPU and images/s."""
+    kind, _, rate = text.partition("=")
+    try:
+        images_per_s = float(rate)
+    except ValueError:
+        images_per_s = 0.0
+    if kind not in DEVICES or not 0 < images_per_s < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a GPU and its images/s, such as h100=960"
+        )
+    return kind, images_per_s
 
 
 def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -146,7 +185,14 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--cores-per-gpu", type=float, default=5, help="CPU cores of each")
     parser.add_argument("--images", type=int, default=1281167, help="photos of an epoch")
     parser.add_argument("--photo-kb", type=float, default=108, help="stored size of a photo")
-    parser.add_argument("--published", action="store_true", help="the published trainer instead")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--published", action="store_true", help="the published trainer instead")
+    model.add_argument(
+        "--measured",
+        type=measured,
+        metavar="GPU=IMAGES/S",
+        help="what a run with the same options reached on one GPU without waiting for data",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     own, rest = parser.parse_known_args(given)
     for name in ("gpus", "cores_per_gpu", "images", "photo_kb"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ibeton.model.config import ModelConfig
 from ibeton.model.host_inputs import from_host
 from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
+from ibeton.model.kernels.library_attention import split_heads
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 
 LAYERNORM_EPS = 1e-6
@@ -157,8 +158,7 @@ class Attention(nn.Module):
 
     def split_heads(self, qkv: Tensor, images: int, tokens: int) -> tuple[Tensor, ...]:
         """Output of `qkv` [images * tokens, 3C] -> query, key, value [images, H, tokens, D]."""
-        heads = qkv.view(images, tokens, 3, self.num_heads, -1)
-        return heads.permute(2, 0, 3, 1, 4).unbind()
+        return split_heads(qkv, images, tokens, self.num_heads)
 
     def forward(self, qkv: Tensor, shapes: Shapes) -> Tensor:
         """Output of `qkv` [T, 3C] -> [T, C]. One attention and one projection per crop

@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
-from ibeton.model.kernels.launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
+from ibeton.model.kernels.launch import jit, launch, tl, triton
 
 ROWS, COLUMNS = 4, 256  # of a tile
 
@@ -69,71 +63,72 @@ def bias_gelu_backward(
     return grad, out
 
 
-if triton is not None:
+@jit
+def gelu_share(value):  # type: ignore[no-untyped-def]
+    """gelu(value) / value, float32."""
+    return 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
 
-    @triton.jit
-    def gelu_share(value):  # type: ignore[no-untyped-def]
-        """gelu(value) / value, float32."""
-        return 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
 
-    @triton.jit
-    def gelu_slope(value, share):  # type: ignore[no-untyped-def]
-        """The derivative of the GELU at `value`, whose `gelu_share` is `share`."""
-        return share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+@jit
+def gelu_slope(value, share):  # type: ignore[no-untyped-def]
+    """The derivative of the GELU at `value`, whose `gelu_share` is `share`."""
+    return share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
 
-    @triton.jit
-    def _bias_gelu_kernel(  # type: ignore[no-untyped-def]
-        x,  # [T, D]
-        bias,  # float32 [D]
-        out,  # [T, D], out
-        tokens,  # T
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        """One tile."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        mask = (row < tokens)[:, None] & (column < WIDTH)[None, :]
+
+@jit
+def _bias_gelu_kernel(  # type: ignore[no-untyped-def]
+    x,  # [T, D]
+    bias,  # float32 [D]
+    out,  # [T, D], out
+    tokens,  # T
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One tile."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < tokens)[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(bias + column, mask=column < WIDTH, other=0.0)[None, :]
+    value *= gelu_share(value)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _bias_gelu_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_out,  # [T, D]
+    x,  # [T, D]
+    bias,  # float32 [D]
+    grad,  # [T, D], out
+    out,  # [T, D] or None, out
+    partial,  # float32 [P, stride], out
+    partial_stride,
+    tokens,  # T
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Every P-th tile of a strip of columns, and the sums over them."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row < tokens)[:, None] & inside[None, :]
         at = row[:, None] * WIDTH + column[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        value += tl.load(bias + column, mask=column < WIDTH, other=0.0)[None, :]
-        value *= gelu_share(value)
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _bias_gelu_backward_kernel(  # type: ignore[no-untyped-def]
-        grad_out,  # [T, D]
-        x,  # [T, D]
-        bias,  # float32 [D]
-        grad,  # [T, D], out
-        out,  # [T, D] or None, out
-        partial,  # float32 [P, stride], out
-        partial_stride,
-        tokens,  # T
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        """Every P-th tile of a strip of columns, and the sums over them."""
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = column < WIDTH
-        shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
-            row = start + tl.arange(0, ROWS).to(tl.int64)
-            mask = (row < tokens)[:, None] & inside[None, :]
-            at = row[:, None] * WIDTH + column[None, :]
-            value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + shift
-            upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-            share = gelu_share(value)
-            if out is not None:
-                tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=mask)
-            result = upstream * gelu_slope(value, share)
-            total += result
-            tl.store(grad + at, result.to(grad.dtype.element_ty), mask=mask)
-        partial += tl.program_id(0).to(tl.int64) * partial_stride + column
-        tl.store(partial, tl.sum(total, axis=0), mask=inside)
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + shift
+        upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+        share = gelu_share(value)
+        if out is not None:
+            tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=mask)
+        result = upstream * gelu_slope(value, share)
+        total += result
+        tl.store(grad + at, result.to(grad.dtype.element_ty), mask=mask)
+    partial += tl.program_id(0).to(tl.int64) * partial_stride + column
+    tl.store(partial, tl.sum(total, axis=0), mask=inside)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

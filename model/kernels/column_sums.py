@@ -4,13 +4,7 @@ up the programs. The order is fixed, so the same step gives the same bits."""
 import torch
 from torch import Tensor
 
-from ibeton.model.kernels.launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
+from ibeton.model.kernels.launch import jit, launch, tl, triton
 
 PROGRAMS = 512  # of a backward with sums: several for each multiprocessor
 TOKENS = 32  # at least so many rows for each program, where there are few
@@ -47,23 +41,21 @@ def column_sums(partial: Tensor) -> Tensor:
     return sums
 
 
-if triton is not None:
-
-    @triton.jit
-    def _column_sums_kernel(  # type: ignore[no-untyped-def]
-        partial,  # float32 [P, W]
-        sums,  # float32 [W], out
-        programs,  # P
-        width,  # W
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-    ):
-        """The sums of a strip of columns."""
-        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, programs, ROWS):
-            row = start + tl.arange(0, ROWS)
-            mask = (row < programs)[:, None] & (column < width)[None, :]
-            at = row.to(tl.int64)[:, None] * width + column[None, :]
-            total += tl.load(partial + at, mask=mask, other=0.0)
-        tl.store(sums + column, tl.sum(total, axis=0), mask=column < width)
+@jit
+def _column_sums_kernel(  # type: ignore[no-untyped-def]
+    partial,  # float32 [P, W]
+    sums,  # float32 [W], out
+    programs,  # P
+    width,  # W
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sums of a strip of columns."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < programs)[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        total += tl.load(partial + at, mask=mask, other=0.0)
+    tl.store(sums + column, tl.sum(total, axis=0), mask=column < width)

@@ -12,16 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ibeton.model.kernels.launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
+from ibeton.model.kernels.launch import jit, launch, row_tile, tl, triton
 
 PROGRAMS = 8  # for each token of an image
-TILE = 1024  # values that a program holds, where a row is shorter
 
 
 class Added(NamedTuple):
@@ -45,11 +38,10 @@ def embed_tokens_reference(product: Tensor, masks: Tensor | None, added: Added) 
 def embed_tokens(product: Tensor, masks: Tensor | None, added: Added, out: Tensor) -> None:
     """`embed_tokens_reference` by the kernel, into `out` float32 [B * (1 + N), C]."""
     rows, width = out.shape
-    block = triton.next_power_of_2(width)
-    tile = max(1, TILE // block)
+    tile = row_tile(width)
     launch(
         _embed_kernel,
-        (triton.cdiv(rows, tile),),
+        (triton.cdiv(rows, tile["ROWS"]),),
         product,
         masks,
         added.bias,
@@ -59,10 +51,7 @@ def embed_tokens(product: Tensor, masks: Tensor | None, added: Added, out: Tenso
         out,
         rows,
         added.table.shape[1],
-        WIDTH=width,
-        ROWS=tile,
-        BLOCK=block,
-        num_warps=4,
+        **tile,
     )
 
 
@@ -76,7 +65,9 @@ def embed_tokens_backward(
     of all, then of those that are not masked. The class token is never masked."""
     width = grad.shape[1]
     tokens = partial.shape[1] // (2 * width)
-    block = triton.next_power_of_2(width)
+    tile = row_tile(width)
+    if tile["BLOCK"] >= 1024:
+        tile["num_warps"] = 8
     launch(
         _embed_backward_kernel,
         (tokens, len(partial)),
@@ -87,84 +78,80 @@ def embed_tokens_backward(
         partial.stride(0),
         len(grad) // tokens,
         tokens,
-        WIDTH=width,
-        ROWS=max(1, TILE // block),
-        BLOCK=block,
-        num_warps=4 if block < 1024 else 8,
+        **tile,
     )
 
 
-if triton is not None:
+@jit
+def _embed_kernel(  # type: ignore[no-untyped-def]
+    product,  # [B * N, C]
+    masks,  # bool [B * N] or None
+    bias,  # float32 [C]
+    cls_token,  # float32 [C]
+    table,  # float32 [1 + N, C]
+    masked_embed,  # float32 [C] or None
+    out,  # float32 [B * (1 + N), C], out
+    rows,  # B * (1 + N)
+    tokens,  # 1 + N
+    WIDTH: tl.constexpr,  # C
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, C at least
+):
+    """One tile of whole rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    mask = (row < rows)[:, None] & inside[None, :]
+    place = row % tokens
+    patch = row - row // tokens - 1
+    is_patch = (row < rows) & (place > 0)
+    source = product + patch[:, None] * WIDTH + column[None, :]
+    value = tl.load(source, mask=is_patch[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    value += tl.load(bias + column, mask=inside, other=0.0)[None, :]
+    if masks is not None:
+        masked = tl.load(masks + patch, mask=is_patch, other=0) != 0
+        token = tl.load(masked_embed + column, mask=inside, other=0.0)
+        value = tl.where(masked[:, None], token[None, :], value)
+    cls = tl.load(cls_token + column, mask=inside, other=0.0)
+    value = tl.where(is_patch[:, None], value, cls[None, :])
+    value += tl.load(table + place[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    tl.store(out + row[:, None] * WIDTH + column[None, :], value, mask=mask)
 
-    @triton.jit
-    def _embed_kernel(  # type: ignore[no-untyped-def]
-        product,  # [B * N, C]
-        masks,  # bool [B * N] or None
-        bias,  # float32 [C]
-        cls_token,  # float32 [C]
-        table,  # float32 [1 + N, C]
-        masked_embed,  # float32 [C] or None
-        out,  # float32 [B * (1 + N), C], out
-        rows,  # B * (1 + N)
-        tokens,  # 1 + N
-        WIDTH: tl.constexpr,  # C
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,  # a power of two, C at least
-    ):
-        """One tile of whole rows."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        mask = (row < rows)[:, None] & inside[None, :]
-        place = row % tokens
-        patch = row - row // tokens - 1
-        is_patch = (row < rows) & (place > 0)
-        source = product + patch[:, None] * WIDTH + column[None, :]
-        value = tl.load(source, mask=is_patch[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        value += tl.load(bias + column, mask=inside, other=0.0)[None, :]
+
+@jit
+def _embed_backward_kernel(  # type: ignore[no-untyped-def]
+    grad,  # float32 [B * (1 + N), C]
+    masks,  # bool [B * N] or None
+    grad_product,  # [B * N, C], out
+    partial,  # float32 [P, stride], out
+    partial_stride,
+    images,  # B
+    tokens,  # 1 + N
+    WIDTH: tl.constexpr,  # C
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token of every P-th tile of images, and the sums over them."""
+    place = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    seen = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(1) * ROWS, images, tl.num_programs(1) * ROWS):
+        image = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (image < images)[:, None] & inside[None, :]
+        row = image * tokens + place
+        value = tl.load(grad + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+        total += value
+        patch = row - image - 1
+        is_patch = (image < images) & (place > 0)
         if masks is not None:
             masked = tl.load(masks + patch, mask=is_patch, other=0) != 0
-            token = tl.load(masked_embed + column, mask=inside, other=0.0)
-            value = tl.where(masked[:, None], token[None, :], value)
-        cls = tl.load(cls_token + column, mask=inside, other=0.0)
-        value = tl.where(is_patch[:, None], value, cls[None, :])
-        value += tl.load(table + place[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-        tl.store(out + row[:, None] * WIDTH + column[None, :], value, mask=mask)
-
-    @triton.jit
-    def _embed_backward_kernel(  # type: ignore[no-untyped-def]
-        grad,  # float32 [B * (1 + N), C]
-        masks,  # bool [B * N] or None
-        grad_product,  # [B * N, C], out
-        partial,  # float32 [P, stride], out
-        partial_stride,
-        images,  # B
-        tokens,  # 1 + N
-        WIDTH: tl.constexpr,  # C
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One token of every P-th tile of images, and the sums over them."""
-        place = tl.program_id(0)
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        total = tl.zeros([ROWS, BLOCK], tl.float32)
-        seen = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(tl.program_id(1) * ROWS, images, tl.num_programs(1) * ROWS):
-            image = start + tl.arange(0, ROWS).to(tl.int64)
-            mask = (image < images)[:, None] & inside[None, :]
-            row = image * tokens + place
-            value = tl.load(grad + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-            total += value
-            patch = row - image - 1
-            is_patch = (image < images) & (place > 0)
-            if masks is not None:
-                masked = tl.load(masks + patch, mask=is_patch, other=0) != 0
-                value = tl.where(masked[:, None], 0.0, value)
-            seen += value
-            target = grad_product + patch[:, None] * WIDTH + column[None, :]
-            value = value.to(grad_product.dtype.element_ty)
-            tl.store(target, value, mask=is_patch[:, None] & inside[None, :])
-        partial += tl.program_id(1).to(tl.int64) * partial_stride + place * WIDTH + column
-        tl.store(partial, tl.sum(total, axis=0), mask=inside)
-        tl.store(partial + tokens * WIDTH, tl.sum(seen, axis=0), mask=inside)
+            value = tl.where(masked[:, None], 0.0, value)
+        seen += value
+        target = grad_product + patch[:, None] * WIDTH + column[None, :]
+        value = value.to(grad_product.dtype.element_ty)
+        tl.store(target, value, mask=is_patch[:, None] & inside[None, :])
+    partial += tl.program_id(1).to(tl.int64) * partial_stride + place * WIDTH + column
+    tl.store(partial, tl.sum(total, axis=0), mask=inside)
+    tl.store(partial + tokens * WIDTH, tl.sum(seen, axis=0), mask=inside)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,14 @@ from torch import Tensor
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:  # builds of PyTorch without CUDA come without it
     triton = None
+    tl = SimpleNamespace(constexpr=None)  # for the signatures of kernels, which nothing calls
+
+
+jit = (lambda kernel: kernel) if triton is None else triton.jit
+ROW_TILE = 1024  # values of each tensor that a program holds, unless a row is longer
 
 
 class Launch(NamedTuple):
@@ -93,6 +100,12 @@ def launch(
         _observers[-1][0](Launch(kernel, arguments, constants, touches or []))
     elif all(grid):
         kernel[grid](*arguments, **constants)
+
+
+def row_tile(width: int) -> dict[str, Any]:
+    """Constants of a kernel whose programs take ROWS whole rows of WIDTH values at a time."""
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": width, "ROWS": max(1, ROW_TILE // block), "BLOCK": block, "num_warps": 4}
 
 
 @contextmanager

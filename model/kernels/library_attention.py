@@ -12,15 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibeton.model.kernels.column_sums import shares
-from ibeton.model.kernels.launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
-
-TILE = 1024  # values that a program holds of each tensor, where a row is shorter
+from ibeton.model.kernels.launch import jit, launch, row_tile, tl
 
 
 class LibraryCall(NamedTuple):
@@ -89,8 +81,6 @@ def pack_gradients(grads: list[Tensor], out: Tensor, partial: Tensor) -> None:
     if len({grad.stride() for grad in grads}) > 1 or grads[0].stride(3) != 1:
         grads = [grad.contiguous() for grad in grads]
     _, heads, tokens, channels = grads[0].shape
-    width = heads * channels
-    block = triton.next_power_of_2(width)
     launch(
         _pack_gradients_kernel,
         (len(partial),),
@@ -101,57 +91,52 @@ def pack_gradients(grads: list[Tensor], out: Tensor, partial: Tensor) -> None:
         partial.stride(0),
         len(out),
         tokens,
-        WIDTH=width,
         CHANNELS=channels,
-        ROWS=max(1, TILE // block),
-        BLOCK=block,
-        num_warps=4,
+        **row_tile(heads * channels),
     )
 
 
-if triton is not None:
-
-    @triton.jit
-    def _pack_gradients_kernel(  # type: ignore[no-untyped-def]
-        query,  # [B, H, N, D], as key and value with the strides below
-        key,
-        value,
-        out,  # [B * N, 3C], out
-        partial,  # float32 [P, stride], out
-        image_stride,
-        head_stride,
-        token_stride,
-        partial_stride,
-        rows,  # B * N
-        tokens,  # N
-        WIDTH: tl.constexpr,  # C
-        CHANNELS: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,  # a power of two, C at least
-    ):
-        """Every P-th tile of rows, and the sums over them."""
-        program = tl.program_id(0)
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        query_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        key_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        value_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-            row = start + tl.arange(0, ROWS).to(tl.int64)
-            mask = (row < rows)[:, None] & inside[None, :]
-            source = (row // tokens * image_stride + row % tokens * token_stride)[:, None]
-            source += (column // CHANNELS * head_stride + column % CHANNELS)[None, :]
-            target = out + row[:, None] * (3 * WIDTH) + column[None, :]
-            q = tl.load(query + source, mask=mask, other=0.0)
-            tl.store(target, q, mask=mask)
-            query_sum += q.to(tl.float32)
-            k = tl.load(key + source, mask=mask, other=0.0)
-            tl.store(target + WIDTH, k, mask=mask)
-            key_sum += k.to(tl.float32)
-            v = tl.load(value + source, mask=mask, other=0.0)
-            tl.store(target + 2 * WIDTH, v, mask=mask)
-            value_sum += v.to(tl.float32)
-        partial += program.to(tl.int64) * partial_stride + column
-        tl.store(partial, tl.sum(query_sum, axis=0), mask=inside)
-        tl.store(partial + WIDTH, tl.sum(key_sum, axis=0), mask=inside)
-        tl.store(partial + 2 * WIDTH, tl.sum(value_sum, axis=0), mask=inside)
+@jit
+def _pack_gradients_kernel(  # type: ignore[no-untyped-def]
+    query,  # [B, H, N, D], as key and value with the strides below
+    key,
+    value,
+    out,  # [B * N, 3C], out
+    partial,  # float32 [P, stride], out
+    image_stride,
+    head_stride,
+    token_stride,
+    partial_stride,
+    rows,  # B * N
+    tokens,  # N
+    WIDTH: tl.constexpr,  # C
+    CHANNELS: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, C at least
+):
+    """Every P-th tile of rows, and the sums over them."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    query_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    key_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    value_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        source = (row // tokens * image_stride + row % tokens * token_stride)[:, None]
+        source += (column // CHANNELS * head_stride + column % CHANNELS)[None, :]
+        target = out + row[:, None] * (3 * WIDTH) + column[None, :]
+        q = tl.load(query + source, mask=mask, other=0.0)
+        tl.store(target, q, mask=mask)
+        query_sum += q.to(tl.float32)
+        k = tl.load(key + source, mask=mask, other=0.0)
+        tl.store(target + WIDTH, k, mask=mask)
+        key_sum += k.to(tl.float32)
+        v = tl.load(value + source, mask=mask, other=0.0)
+        tl.store(target + 2 * WIDTH, v, mask=mask)
+        value_sum += v.to(tl.float32)
+    partial += program.to(tl.int64) * partial_stride + column
+    tl.store(partial, tl.sum(query_sum, axis=0), mask=inside)
+    tl.store(partial + WIDTH, tl.sum(key_sum, axis=0), mask=inside)
+    tl.store(partial + 2 * WIDTH, tl.sum(value_sum, axis=0), mask=inside)

@@ -16,14 +16,18 @@ from ibeton.model.kernels.bias_gelu import (
     bias_gelu_backward,
     bias_gelu_forward,
     bias_gelu_reference,
+    gelu_share,
+    gelu_slope,
 )
-from ibeton.model.kernels.launch import capability, interpreted, launch, matrix_units
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
+from ibeton.model.kernels.launch import (
+    capability,
+    interpreted,
+    jit,
+    launch,
+    matrix_units,
+    tl,
+    triton,
+)
 
 ROWS, COLUMNS, INNER = 128, 128, 64  # of a tile of the product
 HOPPER = 90
@@ -87,138 +91,138 @@ def _constants(x: Tensor, hidden: Tensor) -> dict[str, Any]:
     }
 
 
-if triton is not None:
-    from ibeton.model.kernels.bias_gelu import gelu_share, gelu_slope
+@jit
+def _tile_product(  # type: ignore[no-untyped-def]
+    a,  # [T, K]
+    b,  # [D, K] if B_BY_ROW, else [K, D]
+    row,
+    column,
+    rows,  # T
+    B_BY_ROW: tl.constexpr,
+    INNER_WIDTH: tl.constexpr,  # K
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Rows and columns of a @ b or a @ b.T, float32 [ROWS, COLUMNS]."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    inner = tl.arange(0, INNER)
+    for start in range(0, INNER_WIDTH, INNER):
+        k = start + inner
+        near = (row < rows)[:, None]
+        across = (column < WIDTH)[None, :]
+        if INNER_WIDTH % INNER:
+            near &= (k < INNER_WIDTH)[None, :]
+            across &= (k < INNER_WIDTH)[:, None]
+        one = tl.load(
+            a + row.to(tl.int64)[:, None] * INNER_WIDTH + k[None, :], mask=near, other=0.0
+        )
+        if B_BY_ROW:
+            source = b + column[None, :] * INNER_WIDTH + k[:, None]
+        else:
+            source = b + k[:, None] * WIDTH + column[None, :]
+        other = tl.load(source, mask=across, other=0.0)
+        if WIDE:
+            one, other = one.to(tl.float32), other.to(tl.float32)
+        total = tl.dot(one, other, total, input_precision="ieee")
+    return total
 
-    @triton.jit
-    def _tile_product(  # type: ignore[no-untyped-def]
-        a,  # [T, K]
-        b,  # [D, K] if B_BY_ROW, else [K, D]
-        row,
-        column,
-        rows,  # T
-        B_BY_ROW: tl.constexpr,
-        INNER_WIDTH: tl.constexpr,  # K
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        INNER: tl.constexpr,
-        WIDE: tl.constexpr,
-    ):
-        """Rows and columns of a @ b or a @ b.T, float32 [ROWS, COLUMNS]."""
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        inner = tl.arange(0, INNER)
-        for start in range(0, INNER_WIDTH, INNER):
-            k = start + inner
-            near = (row < rows)[:, None]
-            across = (column < WIDTH)[None, :]
-            if INNER_WIDTH % INNER:
-                near &= (k < INNER_WIDTH)[None, :]
-                across &= (k < INNER_WIDTH)[:, None]
-            one = tl.load(
-                a + row.to(tl.int64)[:, None] * INNER_WIDTH + k[None, :], mask=near, other=0.0
-            )
-            if B_BY_ROW:
-                source = b + column[None, :] * INNER_WIDTH + k[:, None]
-            else:
-                source = b + k[:, None] * WIDTH + column[None, :]
-            other = tl.load(source, mask=across, other=0.0)
-            if WIDE:
-                one, other = one.to(tl.float32), other.to(tl.float32)
-            total = tl.dot(one, other, total, input_precision="ieee")
-        return total
 
-    @triton.jit
-    def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The left and the right half of a tile: what follows takes them one after the other, with
-        half of the registers."""
-        return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+@jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The left and the right half of a tile: what follows takes them one after the other, with
+    half of the registers."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
 
-    @triton.jit
-    def _linear_gelu_kernel(  # type: ignore[no-untyped-def]
-        x,  # [T, K]
-        weight,  # [D, K]
-        bias,  # float32 [D]
-        hidden,  # [T, D] or None, out
-        active,  # [T, D], out
-        rows,  # T
-        INNER_WIDTH: tl.constexpr,  # K
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        INNER: tl.constexpr,
-        WIDE: tl.constexpr,
-    ):
-        """One tile. Programs that follow each other take the same rows: they read them together,
-        and the weights stay in the cache."""
-        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        first = tl.program_id(0) * COLUMNS
+
+@jit
+def _linear_gelu_kernel(  # type: ignore[no-untyped-def]
+    x,  # [T, K]
+    weight,  # [D, K]
+    bias,  # float32 [D]
+    hidden,  # [T, D] or None, out
+    active,  # [T, D], out
+    rows,  # T
+    INNER_WIDTH: tl.constexpr,  # K
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile. Programs that follow each other take the same rows: they read them together,
+    and the weights stay in the cache."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * COLUMNS
+    product = _tile_product(
+        *(x, weight, row, first + tl.arange(0, COLUMNS), rows),
+        *(True, INNER_WIDTH, WIDTH, ROWS, COLUMNS, INNER, WIDE),
+    )
+    halves = _halves(product, ROWS, COLUMNS)
+    for i in tl.static_range(2):
+        column = first + i * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+        at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        value = halves[i].to(active.dtype.element_ty)
+        if hidden is not None:
+            tl.store(hidden + at, value, mask=mask)
+        shift = tl.load(bias + column, mask=column < WIDTH, other=0.0)
+        value = value.to(tl.float32) + shift[None, :]
+        value *= gelu_share(value)
+        tl.store(active + at, value.to(active.dtype.element_ty), mask=mask)
+
+
+@jit
+def _linear_gelu_backward_kernel(  # type: ignore[no-untyped-def]
+    grad,  # [T, K]
+    weight,  # [K, D]
+    hidden,  # [T, D]
+    bias,  # float32 [D]
+    grad_hidden,  # [T, D], out
+    active,  # [T, D] or None, out
+    partial,  # float32 [P, stride], out
+    partial_stride,
+    rows,  # T
+    INNER_WIDTH: tl.constexpr,  # K
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Every P-th tile of a strip of columns, and the sums over their rows."""
+    first = tl.program_id(0) * COLUMNS
+    left_sum = tl.zeros([COLUMNS // 2], tl.float32)
+    right_sum = tl.zeros([COLUMNS // 2], tl.float32)
+    for start in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = start + tl.arange(0, ROWS)
         product = _tile_product(
-            *(x, weight, row, first + tl.arange(0, COLUMNS), rows),
-            *(True, INNER_WIDTH, WIDTH, ROWS, COLUMNS, INNER, WIDE),
+            *(grad, weight, row, first + tl.arange(0, COLUMNS), rows),
+            *(False, INNER_WIDTH, WIDTH, ROWS, COLUMNS, INNER, WIDE),
         )
         halves = _halves(product, ROWS, COLUMNS)
         for i in tl.static_range(2):
             column = first + i * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-            mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+            inside = column < WIDTH
+            mask = (row < rows)[:, None] & inside[None, :]
             at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            value = halves[i].to(active.dtype.element_ty)
-            if hidden is not None:
-                tl.store(hidden + at, value, mask=mask)
-            shift = tl.load(bias + column, mask=column < WIDTH, other=0.0)
-            value = value.to(tl.float32) + shift[None, :]
-            value *= gelu_share(value)
-            tl.store(active + at, value.to(active.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _linear_gelu_backward_kernel(  # type: ignore[no-untyped-def]
-        grad,  # [T, K]
-        weight,  # [K, D]
-        hidden,  # [T, D]
-        bias,  # float32 [D]
-        grad_hidden,  # [T, D], out
-        active,  # [T, D] or None, out
-        partial,  # float32 [P, stride], out
-        partial_stride,
-        rows,  # T
-        INNER_WIDTH: tl.constexpr,  # K
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        INNER: tl.constexpr,
-        WIDE: tl.constexpr,
-    ):
-        """Every P-th tile of a strip of columns, and the sums over their rows."""
-        first = tl.program_id(0) * COLUMNS
-        left_sum = tl.zeros([COLUMNS // 2], tl.float32)
-        right_sum = tl.zeros([COLUMNS // 2], tl.float32)
-        for start in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-            row = start + tl.arange(0, ROWS)
-            product = _tile_product(
-                *(grad, weight, row, first + tl.arange(0, COLUMNS), rows),
-                *(False, INNER_WIDTH, WIDTH, ROWS, COLUMNS, INNER, WIDE),
-            )
-            halves = _halves(product, ROWS, COLUMNS)
-            for i in tl.static_range(2):
-                column = first + i * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-                inside = column < WIDTH
-                mask = (row < rows)[:, None] & inside[None, :]
-                at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                value = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
-                value += tl.load(bias + column, mask=inside, other=0.0)[None, :]
-                share = gelu_share(value)
-                if active is not None:
-                    tl.store(active + at, (value * share).to(active.dtype.element_ty), mask=mask)
-                share = gelu_slope(value, share)
-                # Rounded as the library's product is.
-                result = halves[i].to(grad_hidden.dtype.element_ty).to(tl.float32) * share
-                tl.store(grad_hidden + at, result.to(grad_hidden.dtype.element_ty), mask=mask)
-                if i == 0:
-                    left_sum += tl.sum(result, axis=0)
-                else:
-                    right_sum += tl.sum(result, axis=0)
-        column = first + tl.arange(0, COLUMNS // 2)
-        partial += tl.program_id(1).to(tl.int64) * partial_stride
-        tl.store(partial + column, left_sum, mask=column < WIDTH)
-        column += COLUMNS // 2
-        tl.store(partial + column, right_sum, mask=column < WIDTH)
+            value = tl.load(hidden + at, mask=mask, other=0.0).to(tl.float32)
+            value += tl.load(bias + column, mask=inside, other=0.0)[None, :]
+            share = gelu_share(value)
+            if active is not None:
+                tl.store(active + at, (value * share).to(active.dtype.element_ty), mask=mask)
+            share = gelu_slope(value, share)
+            # Rounded as the library's product is.
+            result = halves[i].to(grad_hidden.dtype.element_ty).to(tl.float32) * share
+            tl.store(grad_hidden + at, result.to(grad_hidden.dtype.element_ty), mask=mask)
+            if i == 0:
+                left_sum += tl.sum(result, axis=0)
+            else:
+                right_sum += tl.sum(result, axis=0)
+    column = first + tl.arange(0, COLUMNS // 2)
+    partial += tl.program_id(1).to(tl.int64) * partial_stride
+    tl.store(partial + column, left_sum, mask=column < WIDTH)
+    column += COLUMNS // 2
+    tl.store(partial + column, right_sum, mask=column < WIDTH)

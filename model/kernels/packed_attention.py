@@ -15,19 +15,13 @@ import torch
 from torch import Tensor
 
 from ibeton.model.kernels.column_sums import shares
-from ibeton.model.kernels.launch import interpreted, launch, matrix_units
+from ibeton.model.kernels.launch import interpreted, jit, launch, matrix_units, tl, triton
 from ibeton.model.kernels.library_attention import (
     LibraryCall,
     library_attention,
     library_attention_backward,
     split_heads,
 )
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
 
 TOKENS = 64  # of a tile of queries or keys
 STEP = 32  # of those that a backward takes at a time; more would not fit into registers
@@ -131,228 +125,229 @@ def _constants(qkv: Tensor, num_heads: int) -> dict[str, Any]:
     }
 
 
-if triton is not None:
+@jit
+def _place(index, start, images, tokens, more_images, more_tokens, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First row of the image of a tile, its tokens, and the tile's number within the image."""
+    tiles = (tokens + TOKENS - 1) // TOKENS
+    more_tiles = (more_tokens + TOKENS - 1) // TOKENS
+    first = images * tiles
+    is_first = index < first
+    index = tl.where(is_first, index, index - first)
+    tiles = tl.where(is_first, tiles, more_tiles)
+    length = tl.where(is_first, tokens, more_tokens)
+    row = start + tl.where(is_first, 0, images * tokens)
+    return (row + index // tiles * length).to(tl.int64), length, index % tiles
 
-    @triton.jit
-    def _place(index, start, images, tokens, more_images, more_tokens, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """First row of the image of a tile, its tokens, and the tile's number within the image."""
-        tiles = (tokens + TOKENS - 1) // TOKENS
-        more_tiles = (more_tokens + TOKENS - 1) // TOKENS
-        first = images * tiles
-        is_first = index < first
-        index = tl.where(is_first, index, index - first)
-        tiles = tl.where(is_first, tiles, more_tiles)
-        length = tl.where(is_first, tokens, more_tokens)
-        row = start + tl.where(is_first, 0, images * tokens)
-        return (row + index // tiles * length).to(tl.int64), length, index % tiles
 
-    @triton.jit
-    def _product(a, b, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """a @ b in float32."""
-        if WIDE:
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-        return tl.dot(a, b, input_precision="ieee")
+@jit
+def _product(a, b, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a @ b in float32."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")
 
-    @triton.jit
-    def _attention_kernel(  # type: ignore[no-untyped-def]
-        qkv,  # [T, 3C]
-        out,  # [T, C], out
-        log_sum,  # float32 [H, T], out
-        all_tokens,  # T
-        start,  # as `_Pair`
-        images,
-        tokens,
-        more_images,
-        more_tokens,
-        WIDTH: tl.constexpr,  # C
-        CHANNELS: tl.constexpr,  # D
-        SCALE: tl.constexpr,
-        TOKENS: tl.constexpr,
-        BLOCK: tl.constexpr,  # a power of two, D at least
-        WIDE: tl.constexpr,
-    ):
-        """A tile of queries of one image and head against all its keys, with an online softmax."""
-        head = tl.program_id(1)
-        row, length, tile = _place(
-            tl.program_id(0), start, images, tokens, more_images, more_tokens, TOKENS
-        )
-        channel = tl.arange(0, BLOCK)
-        inside = channel < CHANNELS
-        qkv += row * (3 * WIDTH) + head * CHANNELS
-        query = tile * TOKENS + tl.arange(0, TOKENS)
-        valid = query < length
-        mask = valid[:, None] & inside[None, :]
+
+@jit
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    qkv,  # [T, 3C]
+    out,  # [T, C], out
+    log_sum,  # float32 [H, T], out
+    all_tokens,  # T
+    start,  # as `_Pair`
+    images,
+    tokens,
+    more_images,
+    more_tokens,
+    WIDTH: tl.constexpr,  # C
+    CHANNELS: tl.constexpr,  # D
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, D at least
+    WIDE: tl.constexpr,
+):
+    """A tile of queries of one image and head against all its keys, with an online softmax."""
+    head = tl.program_id(1)
+    row, length, tile = _place(
+        tl.program_id(0), start, images, tokens, more_images, more_tokens, TOKENS
+    )
+    channel = tl.arange(0, BLOCK)
+    inside = channel < CHANNELS
+    qkv += row * (3 * WIDTH) + head * CHANNELS
+    query = tile * TOKENS + tl.arange(0, TOKENS)
+    valid = query < length
+    mask = valid[:, None] & inside[None, :]
+    q = tl.load(qkv + query[:, None] * (3 * WIDTH) + channel[None, :], mask=mask, other=0.0)
+    top = tl.full([TOKENS], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS], tl.float32)
+    result = tl.zeros([TOKENS, BLOCK], tl.float32)
+    for at in range(0, length, TOKENS):
+        key = at + tl.arange(0, TOKENS)
+        seen = key < length
+        source = qkv + WIDTH + key[:, None] * (3 * WIDTH) + channel[None, :]
+        mask = seen[:, None] & inside[None, :]
+        k = tl.load(source, mask=mask, other=0.0)
+        v = tl.load(source + WIDTH, mask=mask, other=0.0)
+        score = _product(q, tl.trans(k), WIDE) * (SCALE * 1.4426950408889634)
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp2(score - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weight, axis=1)
+        result = result * shrink[:, None] + _product(weight.to(v.dtype), v, WIDE)
+        top = higher
+    result /= total[:, None]
+    target = out + (row + query)[:, None] * WIDTH + head * CHANNELS + channel[None, :]
+    mask = valid[:, None] & inside[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+    log_sum += head.to(tl.int64) * all_tokens + row + query
+    tl.store(log_sum, top + tl.log2(total), mask=valid)
+
+
+@jit
+def _key_gradients(  # type: ignore[no-untyped-def]
+    k,  # [TOKENS, BLOCK], a tile
+    v,
+    qkv,  # of the image and head, as the pointers below
+    out,
+    grad_out,
+    log_sum,
+    length,  # tokens of the image
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Gradients of the tile's keys and values, float32, from all queries of the image."""
+    channel = tl.arange(0, BLOCK)
+    grad_k = tl.zeros([TOKENS, BLOCK], tl.float32)
+    grad_v = tl.zeros([TOKENS, BLOCK], tl.float32)
+    for start in range(0, length, STEP):
+        query = start + tl.arange(0, STEP)
+        seen = query < length
+        mask = seen[:, None] & (channel < CHANNELS)[None, :]
         q = tl.load(qkv + query[:, None] * (3 * WIDTH) + channel[None, :], mask=mask, other=0.0)
-        top = tl.full([TOKENS], float("-inf"), tl.float32)
-        total = tl.zeros([TOKENS], tl.float32)
-        result = tl.zeros([TOKENS, BLOCK], tl.float32)
-        for at in range(0, length, TOKENS):
-            key = at + tl.arange(0, TOKENS)
-            seen = key < length
-            source = qkv + WIDTH + key[:, None] * (3 * WIDTH) + channel[None, :]
-            mask = seen[:, None] & inside[None, :]
-            k = tl.load(source, mask=mask, other=0.0)
-            v = tl.load(source + WIDTH, mask=mask, other=0.0)
-            score = _product(q, tl.trans(k), WIDE) * (SCALE * 1.4426950408889634)
-            score = tl.where(seen[None, :], score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, axis=1))
-            weight = tl.exp2(score - higher[:, None])
-            shrink = tl.exp2(top - higher)
-            total = total * shrink + tl.sum(weight, axis=1)
-            result = result * shrink[:, None] + _product(weight.to(v.dtype), v, WIDE)
-            top = higher
-        result /= total[:, None]
-        target = out + (row + query)[:, None] * WIDTH + head * CHANNELS + channel[None, :]
-        mask = valid[:, None] & inside[None, :]
-        tl.store(target, result.to(out.dtype.element_ty), mask=mask)
-        log_sum += head.to(tl.int64) * all_tokens + row + query
-        tl.store(log_sum, top + tl.log2(total), mask=valid)
-
-    @triton.jit
-    def _key_gradients(  # type: ignore[no-untyped-def]
-        k,  # [TOKENS, BLOCK], a tile
-        v,
-        qkv,  # of the image and head, as the pointers below
-        out,
-        grad_out,
-        log_sum,
-        length,  # tokens of the image
-        WIDTH: tl.constexpr,
-        CHANNELS: tl.constexpr,
-        SCALE: tl.constexpr,
-        TOKENS: tl.constexpr,
-        STEP: tl.constexpr,
-        BLOCK: tl.constexpr,
-        WIDE: tl.constexpr,
-    ):
-        """Gradients of the tile's keys and values, float32, from all queries of the image."""
-        channel = tl.arange(0, BLOCK)
-        grad_k = tl.zeros([TOKENS, BLOCK], tl.float32)
-        grad_v = tl.zeros([TOKENS, BLOCK], tl.float32)
-        for start in range(0, length, STEP):
-            query = start + tl.arange(0, STEP)
-            seen = query < length
-            mask = seen[:, None] & (channel < CHANNELS)[None, :]
-            q = tl.load(qkv + query[:, None] * (3 * WIDTH) + channel[None, :], mask=mask, other=0.0)
-            at = query[:, None] * WIDTH + channel[None, :]
-            upstream = tl.load(grad_out + at, mask=mask, other=0.0)
-            o = tl.load(out + at, mask=mask, other=0.0)
-            along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
-            below = tl.load(log_sum + query, mask=seen, other=0.0)
-            score = _product(k, tl.trans(q), WIDE) * (SCALE * 1.4426950408889634)
-            weight = tl.where(seen[None, :], tl.exp2(score - below[None, :]), 0.0)
-            grad_v += _product(weight.to(v.dtype), upstream, WIDE)
-            slope = weight * (_product(v, tl.trans(upstream), WIDE) - along[None, :])
-            grad_k += _product(slope.to(k.dtype), q, WIDE)
-        return grad_k * SCALE, grad_v
-
-    @triton.jit
-    def _query_gradients(  # type: ignore[no-untyped-def]
-        q,  # [TOKENS, BLOCK], a tile
-        query,  # [TOKENS], its tokens
-        mask,  # [TOKENS, BLOCK]
-        qkv,  # as in `_key_gradients`
-        out,
-        grad_out,
-        log_sum,
-        length,
-        WIDTH: tl.constexpr,
-        CHANNELS: tl.constexpr,
-        SCALE: tl.constexpr,
-        TOKENS: tl.constexpr,
-        STEP: tl.constexpr,
-        BLOCK: tl.constexpr,
-        WIDE: tl.constexpr,
-    ):
-        """Gradient of the tile's queries, float32, from all keys of the image."""
-        channel = tl.arange(0, BLOCK)
         at = query[:, None] * WIDTH + channel[None, :]
         upstream = tl.load(grad_out + at, mask=mask, other=0.0)
         o = tl.load(out + at, mask=mask, other=0.0)
         along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
-        below = tl.load(log_sum + query, mask=query < length, other=0.0)
-        grad_q = tl.zeros([TOKENS, BLOCK], tl.float32)
-        for start in range(0, length, STEP):
-            key = start + tl.arange(0, STEP)
-            seen = key < length
-            near = seen[:, None] & (channel < CHANNELS)[None, :]
-            source = qkv + WIDTH + key[:, None] * (3 * WIDTH) + channel[None, :]
-            k = tl.load(source, mask=near, other=0.0)
-            v = tl.load(source + WIDTH, mask=near, other=0.0)
-            score = _product(q, tl.trans(k), WIDE) * (SCALE * 1.4426950408889634)
-            weight = tl.where(seen[None, :], tl.exp2(score - below[:, None]), 0.0)
-            slope = weight * (_product(upstream, tl.trans(v), WIDE) - along[:, None])
-            grad_q += _product(slope.to(k.dtype), k, WIDE)
-        return grad_q * SCALE
+        below = tl.load(log_sum + query, mask=seen, other=0.0)
+        score = _product(k, tl.trans(q), WIDE) * (SCALE * 1.4426950408889634)
+        weight = tl.where(seen[None, :], tl.exp2(score - below[None, :]), 0.0)
+        grad_v += _product(weight.to(v.dtype), upstream, WIDE)
+        slope = weight * (_product(v, tl.trans(upstream), WIDE) - along[None, :])
+        grad_k += _product(slope.to(k.dtype), q, WIDE)
+    return grad_k * SCALE, grad_v
 
-    @triton.jit
-    def _attention_backward_kernel(  # type: ignore[no-untyped-def]
-        qkv,  # [T, 3C]
-        out,  # [T, C]
-        grad_out,  # [T, C]
-        log_sum,  # float32 [H, T]
-        grad,  # [T, 3C], out
-        partial,  # float32 [P, stride], out
-        partial_stride,
-        all_tokens,  # T
-        start,  # as `_Pair`
-        images,
-        tokens,
-        more_images,
-        more_tokens,
-        WIDTH: tl.constexpr,  # C
-        CHANNELS: tl.constexpr,  # D
-        SCALE: tl.constexpr,
-        TOKENS: tl.constexpr,
-        STEP: tl.constexpr,  # tokens of a turn of the inner loops
-        BLOCK: tl.constexpr,
-        WIDE: tl.constexpr,
-    ):
-        """Every P-th tile, for one head. Half of the programs compute the gradients of its keys and
-        values from all queries of the image, the other half that of its queries from all keys. Both
-        compute the weights again."""
-        head, of_keys = tl.program_id(1), tl.program_id(2) == 0
-        channel = tl.arange(0, BLOCK)
-        inside = channel < CHANNELS
-        query_sum = tl.zeros([BLOCK], tl.float32)
-        key_sum = tl.zeros([BLOCK], tl.float32)
-        value_sum = tl.zeros([BLOCK], tl.float32)
-        log_sum += head.to(tl.int64) * all_tokens
-        tiles = images * ((tokens + TOKENS - 1) // TOKENS)
-        tiles += more_images * ((more_tokens + TOKENS - 1) // TOKENS)
-        for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-            row, length, tile = _place(
-                index, start, images, tokens, more_images, more_tokens, TOKENS
-            )
-            qkv_of = qkv + row * (3 * WIDTH) + head * CHANNELS
-            out_of = out + row * WIDTH + head * CHANNELS
-            grad_of = grad_out + row * WIDTH + head * CHANNELS
-            own = tile * TOKENS + tl.arange(0, TOKENS)
-            mask = (own < length)[:, None] & inside[None, :]
-            at = own[:, None] * (3 * WIDTH) + channel[None, :]
-            target = grad + row * (3 * WIDTH) + head * CHANNELS + at
-            if of_keys:
-                grad_k, grad_v = _key_gradients(
-                    tl.load(qkv_of + WIDTH + at, mask=mask, other=0.0),
-                    tl.load(qkv_of + 2 * WIDTH + at, mask=mask, other=0.0),
-                    *(qkv_of, out_of, grad_of, log_sum + row, length),
-                    *(WIDTH, CHANNELS, SCALE, TOKENS, STEP, BLOCK, WIDE),
-                )
-                tl.store(target + WIDTH, grad_k.to(grad.dtype.element_ty), mask=mask)
-                tl.store(target + 2 * WIDTH, grad_v.to(grad.dtype.element_ty), mask=mask)
-                key_sum += tl.sum(tl.where(mask, grad_k, 0.0), axis=0)
-                value_sum += tl.sum(tl.where(mask, grad_v, 0.0), axis=0)
-            else:
-                grad_q = _query_gradients(
-                    tl.load(qkv_of + at, mask=mask, other=0.0),
-                    *(own, mask, qkv_of, out_of, grad_of, log_sum + row, length),
-                    *(WIDTH, CHANNELS, SCALE, TOKENS, STEP, BLOCK, WIDE),
-                )
-                tl.store(target, grad_q.to(grad.dtype.element_ty), mask=mask)
-                query_sum += tl.sum(tl.where(mask, grad_q, 0.0), axis=0)
-        partial += tl.program_id(0).to(tl.int64) * partial_stride + head * CHANNELS + channel
+
+@jit
+def _query_gradients(  # type: ignore[no-untyped-def]
+    q,  # [TOKENS, BLOCK], a tile
+    query,  # [TOKENS], its tokens
+    mask,  # [TOKENS, BLOCK]
+    qkv,  # as in `_key_gradients`
+    out,
+    grad_out,
+    log_sum,
+    length,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Gradient of the tile's queries, float32, from all keys of the image."""
+    channel = tl.arange(0, BLOCK)
+    at = query[:, None] * WIDTH + channel[None, :]
+    upstream = tl.load(grad_out + at, mask=mask, other=0.0)
+    o = tl.load(out + at, mask=mask, other=0.0)
+    along = tl.sum(o.to(tl.float32) * upstream.to(tl.float32), axis=1)
+    below = tl.load(log_sum + query, mask=query < length, other=0.0)
+    grad_q = tl.zeros([TOKENS, BLOCK], tl.float32)
+    for start in range(0, length, STEP):
+        key = start + tl.arange(0, STEP)
+        seen = key < length
+        near = seen[:, None] & (channel < CHANNELS)[None, :]
+        source = qkv + WIDTH + key[:, None] * (3 * WIDTH) + channel[None, :]
+        k = tl.load(source, mask=near, other=0.0)
+        v = tl.load(source + WIDTH, mask=near, other=0.0)
+        score = _product(q, tl.trans(k), WIDE) * (SCALE * 1.4426950408889634)
+        weight = tl.where(seen[None, :], tl.exp2(score - below[:, None]), 0.0)
+        slope = weight * (_product(upstream, tl.trans(v), WIDE) - along[:, None])
+        grad_q += _product(slope.to(k.dtype), k, WIDE)
+    return grad_q * SCALE
+
+
+@jit
+def _attention_backward_kernel(  # type: ignore[no-untyped-def]
+    qkv,  # [T, 3C]
+    out,  # [T, C]
+    grad_out,  # [T, C]
+    log_sum,  # float32 [H, T]
+    grad,  # [T, 3C], out
+    partial,  # float32 [P, stride], out
+    partial_stride,
+    all_tokens,  # T
+    start,  # as `_Pair`
+    images,
+    tokens,
+    more_images,
+    more_tokens,
+    WIDTH: tl.constexpr,  # C
+    CHANNELS: tl.constexpr,  # D
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,  # tokens of a turn of the inner loops
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Every P-th tile, for one head. Half of the programs compute the gradients of its keys and
+    values from all queries of the image, the other half that of its queries from all keys. Both
+    compute the weights again."""
+    head, of_keys = tl.program_id(1), tl.program_id(2) == 0
+    channel = tl.arange(0, BLOCK)
+    inside = channel < CHANNELS
+    query_sum = tl.zeros([BLOCK], tl.float32)
+    key_sum = tl.zeros([BLOCK], tl.float32)
+    value_sum = tl.zeros([BLOCK], tl.float32)
+    log_sum += head.to(tl.int64) * all_tokens
+    tiles = images * ((tokens + TOKENS - 1) // TOKENS)
+    tiles += more_images * ((more_tokens + TOKENS - 1) // TOKENS)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row, length, tile = _place(index, start, images, tokens, more_images, more_tokens, TOKENS)
+        qkv_of = qkv + row * (3 * WIDTH) + head * CHANNELS
+        out_of = out + row * WIDTH + head * CHANNELS
+        grad_of = grad_out + row * WIDTH + head * CHANNELS
+        own = tile * TOKENS + tl.arange(0, TOKENS)
+        mask = (own < length)[:, None] & inside[None, :]
+        at = own[:, None] * (3 * WIDTH) + channel[None, :]
+        target = grad + row * (3 * WIDTH) + head * CHANNELS + at
         if of_keys:
-            tl.store(partial + WIDTH, key_sum, mask=inside)
-            tl.store(partial + 2 * WIDTH, value_sum, mask=inside)
+            grad_k, grad_v = _key_gradients(
+                tl.load(qkv_of + WIDTH + at, mask=mask, other=0.0),
+                tl.load(qkv_of + 2 * WIDTH + at, mask=mask, other=0.0),
+                *(qkv_of, out_of, grad_of, log_sum + row, length),
+                *(WIDTH, CHANNELS, SCALE, TOKENS, STEP, BLOCK, WIDE),
+            )
+            tl.store(target + WIDTH, grad_k.to(grad.dtype.element_ty), mask=mask)
+            tl.store(target + 2 * WIDTH, grad_v.to(grad.dtype.element_ty), mask=mask)
+            key_sum += tl.sum(tl.where(mask, grad_k, 0.0), axis=0)
+            value_sum += tl.sum(tl.where(mask, grad_v, 0.0), axis=0)
         else:
-            tl.store(partial, query_sum, mask=inside)
+            grad_q = _query_gradients(
+                tl.load(qkv_of + at, mask=mask, other=0.0),
+                *(own, mask, qkv_of, out_of, grad_of, log_sum + row, length),
+                *(WIDTH, CHANNELS, SCALE, TOKENS, STEP, BLOCK, WIDE),
+            )
+            tl.store(target, grad_q.to(grad.dtype.element_ty), mask=mask)
+            query_sum += tl.sum(tl.where(mask, grad_q, 0.0), axis=0)
+    partial += tl.program_id(0).to(tl.int64) * partial_stride + head * CHANNELS + channel
+    if of_keys:
+        tl.store(partial + WIDTH, key_sum, mask=inside)
+        tl.store(partial + 2 * WIDTH, value_sum, mask=inside)
+    else:
+        tl.store(partial, query_sum, mask=inside)

@@ -12,15 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
-from ibeton.model.kernels.launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
-
-TILE = 1024  # values that a program holds of each tensor, where a row is shorter
+from ibeton.model.kernels.launch import jit, launch, row_tile, tl, triton
 
 
 class Branch(NamedTuple):
@@ -65,10 +57,10 @@ def residual_norm_forward(
     summed = x if branch is None else torch.empty_like(x)
     out = torch.empty(tokens, width, dtype=dtype, device=x.device)
     mean, rstd = x.new_empty(tokens), x.new_empty(tokens)
-    rows, block = _tile(width)
+    tile = row_tile(width)
     launch(
         _residual_norm_kernel,
-        (triton.cdiv(tokens, rows),),
+        (triton.cdiv(tokens, tile["ROWS"]),),
         x,
         branch and branch.out,
         branch and branch.bias,
@@ -82,10 +74,7 @@ def residual_norm_forward(
         rstd,
         tokens,
         EPS=eps,
-        WIDTH=width,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=4,
+        **tile,
     )
     return Normed(summed, out, mean, rstd)
 
@@ -101,11 +90,8 @@ def residual_norm_backward(
     """Gradients of the stream before the addition, float32, and of `branch.out` in its dtype. The
     columns of `partial` are those of gamma, beta, bias and scale, C each, as far as there are
     any."""
-    tokens, width = normed.x.shape
     grad = torch.empty_like(normed.x)
-    has_branch = branch is not None
     grad_branch = torch.empty_like(branch.out) if branch is not None else None
-    rows, block = _tile(width)
     launch(
         _residual_norm_backward_kernel,
         (len(partial),),
@@ -123,12 +109,9 @@ def residual_norm_backward(
         grad_branch,
         partial,
         partial.stride(0),
-        tokens,
-        HAS_BRANCH=has_branch,
-        WIDTH=width,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=4,
+        len(grad),
+        HAS_BRANCH=branch is not None,
+        **row_tile(grad.shape[1]),
     )
     return grad, grad_branch
 
@@ -140,132 +123,123 @@ def partial_columns(branch: Branch | None) -> int:
     return 2 + (branch.bias is not None) + (branch.scale is not None)
 
 
-def _tile(width: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile."""
-    block = triton.next_power_of_2(width)
-    return max(1, TILE // block), block
-
-
-if triton is not None:
-
-    @triton.jit
-    def _residual_norm_kernel(  # type: ignore[no-untyped-def]
-        x,  # float32 [T, C]
-        branch,  # [T, C] or None, as all that belongs to the branch
-        bias,  # float32 [C] or None
-        scale,  # float32 [C] or None
-        factor,  # float32 [T] or None
-        gamma,  # float32 [C]
-        beta,  # float32 [C]
-        summed,  # float32 [T, C], out
-        out,  # [T, C], out
-        mean,  # float32 [T], out
-        rstd,  # float32 [T], out
-        tokens,  # T
-        EPS: tl.constexpr,
-        WIDTH: tl.constexpr,  # C
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,  # a power of two, C at least
-    ):
-        """One tile of whole rows: the sum, its mean and variance, and the normed row."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        mask = (row < tokens)[:, None] & inside[None, :]
-        at = row[:, None] * WIDTH + column[None, :]
-        value = tl.load(x + at, mask=mask, other=0.0)
-        if branch is not None:
-            added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-            if bias is not None:
-                added += tl.load(bias + column, mask=inside, other=0.0)[None, :]
-            if scale is not None:
-                added *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
-            if factor is not None:
-                added *= tl.load(factor + row, mask=row < tokens, other=0.0)[:, None]
-            value += added
-            tl.store(summed + at, value, mask=mask)
-        middle = tl.sum(tl.where(mask, value, 0.0), axis=1) / WIDTH
-        centered = tl.where(mask, value - middle[:, None], 0.0)
-        inverse = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / WIDTH + EPS)
-        tl.store(mean + row, middle, mask=row < tokens)
-        tl.store(rstd + row, inverse, mask=row < tokens)
-        weight = tl.load(gamma + column, mask=inside, other=0.0)[None, :]
-        shift = tl.load(beta + column, mask=inside, other=0.0)[None, :]
-        normed = centered * inverse[:, None] * weight + shift
-        tl.store(out + at, normed.to(out.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
-        grad_out,  # [T, C]
-        grad_x,  # float32 [T, C] or None
-        x,  # float32 [T, C], the stream after the addition
-        mean,  # float32 [T]
-        rstd,  # float32 [T]
-        gamma,  # float32 [C]
-        branch,  # [T, C], for the gradient of `scale`; None without
-        bias,  # float32 [C] or None
-        scale,  # float32 [C] or None
-        factor,  # float32 [T] or None
-        grad,  # float32 [T, C], out
-        grad_branch,  # [T, C] or None, out
-        partial,  # float32 [P, stride], out
-        partial_stride,
-        tokens,  # T
-        HAS_BRANCH: tl.constexpr,
-        WIDTH: tl.constexpr,  # C
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """Every P-th tile of rows, and the sums over them."""
-        program = tl.program_id(0)
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        weight = tl.load(gamma + column, mask=inside, other=0.0)[None, :]
-        gamma_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        beta_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(program * ROWS, tokens, tl.num_programs(0) * ROWS):
-            row = start + tl.arange(0, ROWS).to(tl.int64)
-            valid = row < tokens
-            mask = valid[:, None] & inside[None, :]
-            at = row[:, None] * WIDTH + column[None, :]
-            upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-            middle = tl.load(mean + row, mask=valid, other=0.0)[:, None]
-            inverse = tl.load(rstd + row, mask=valid, other=0.0)[:, None]
-            normed = tl.load(x + at, mask=mask, other=0.0)
-            normed = tl.where(mask, (normed - middle) * inverse, 0.0)
-            gamma_sum += upstream * normed
-            beta_sum += upstream
-            upstream *= weight
-            along = tl.sum(upstream * normed, axis=1)[:, None] / WIDTH
-            total = (
-                upstream - tl.sum(upstream, axis=1)[:, None] / WIDTH - normed * along
-            ) * inverse
-            if grad_x is not None:
-                total += tl.load(grad_x + at, mask=mask, other=0.0)
-            tl.store(grad + at, total, mask=mask)
-            if HAS_BRANCH:
-                total = tl.where(mask, total, 0.0)
-                if factor is not None:
-                    total *= tl.load(factor + row, mask=valid, other=0.0)[:, None]
-                if scale is not None:
-                    added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-                    if bias is not None:
-                        added += tl.load(bias + column, mask=inside, other=0.0)[None, :]
-                    scale_sum += total * added
-                    total *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
-                bias_sum += total
-                tl.store(grad_branch + at, total.to(grad_branch.dtype.element_ty), mask=mask)
-        partial += program.to(tl.int64) * partial_stride + column
-        tl.store(partial, tl.sum(gamma_sum, axis=0), mask=inside)
-        tl.store(partial + WIDTH, tl.sum(beta_sum, axis=0), mask=inside)
-        offset = 2 * WIDTH
+@jit
+def _residual_norm_kernel(  # type: ignore[no-untyped-def]
+    x,  # float32 [T, C]
+    branch,  # [T, C] or None, as all that belongs to the branch
+    bias,  # float32 [C] or None
+    scale,  # float32 [C] or None
+    factor,  # float32 [T] or None
+    gamma,  # float32 [C]
+    beta,  # float32 [C]
+    summed,  # float32 [T, C], out
+    out,  # [T, C], out
+    mean,  # float32 [T], out
+    rstd,  # float32 [T], out
+    tokens,  # T
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,  # C
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, C at least
+):
+    """One tile of whole rows: the sum, its mean and variance, and the normed row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    mask = (row < tokens)[:, None] & inside[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    value = tl.load(x + at, mask=mask, other=0.0)
+    if branch is not None:
+        added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
         if bias is not None:
-            tl.store(partial + offset, tl.sum(bias_sum, axis=0), mask=inside)
-            offset += WIDTH
+            added += tl.load(bias + column, mask=inside, other=0.0)[None, :]
         if scale is not None:
-            tl.store(partial + offset, tl.sum(scale_sum, axis=0), mask=inside)
+            added *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
+        if factor is not None:
+            added *= tl.load(factor + row, mask=row < tokens, other=0.0)[:, None]
+        value += added
+        tl.store(summed + at, value, mask=mask)
+    middle = tl.sum(tl.where(mask, value, 0.0), axis=1) / WIDTH
+    centered = tl.where(mask, value - middle[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / WIDTH + EPS)
+    tl.store(mean + row, middle, mask=row < tokens)
+    tl.store(rstd + row, inverse, mask=row < tokens)
+    weight = tl.load(gamma + column, mask=inside, other=0.0)[None, :]
+    shift = tl.load(beta + column, mask=inside, other=0.0)[None, :]
+    normed = centered * inverse[:, None] * weight + shift
+    tl.store(out + at, normed.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_out,  # [T, C]
+    grad_x,  # float32 [T, C] or None
+    x,  # float32 [T, C], the stream after the addition
+    mean,  # float32 [T]
+    rstd,  # float32 [T]
+    gamma,  # float32 [C]
+    branch,  # [T, C], for the gradient of `scale`; None without
+    bias,  # float32 [C] or None
+    scale,  # float32 [C] or None
+    factor,  # float32 [T] or None
+    grad,  # float32 [T, C], out
+    grad_branch,  # [T, C] or None, out
+    partial,  # float32 [P, stride], out
+    partial_stride,
+    tokens,  # T
+    HAS_BRANCH: tl.constexpr,
+    WIDTH: tl.constexpr,  # C
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every P-th tile of rows, and the sums over them."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    weight = tl.load(gamma + column, mask=inside, other=0.0)[None, :]
+    gamma_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    beta_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(program * ROWS, tokens, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        valid = row < tokens
+        mask = valid[:, None] & inside[None, :]
+        at = row[:, None] * WIDTH + column[None, :]
+        upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+        middle = tl.load(mean + row, mask=valid, other=0.0)[:, None]
+        inverse = tl.load(rstd + row, mask=valid, other=0.0)[:, None]
+        normed = tl.load(x + at, mask=mask, other=0.0)
+        normed = tl.where(mask, (normed - middle) * inverse, 0.0)
+        gamma_sum += upstream * normed
+        beta_sum += upstream
+        upstream *= weight
+        along = tl.sum(upstream * normed, axis=1)[:, None] / WIDTH
+        total = (upstream - tl.sum(upstream, axis=1)[:, None] / WIDTH - normed * along) * inverse
+        if grad_x is not None:
+            total += tl.load(grad_x + at, mask=mask, other=0.0)
+        tl.store(grad + at, total, mask=mask)
+        if HAS_BRANCH:
+            total = tl.where(mask, total, 0.0)
+            if factor is not None:
+                total *= tl.load(factor + row, mask=valid, other=0.0)[:, None]
+            if scale is not None:
+                added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+                if bias is not None:
+                    added += tl.load(bias + column, mask=inside, other=0.0)[None, :]
+                scale_sum += total * added
+                total *= tl.load(scale + column, mask=inside, other=0.0)[None, :]
+            bias_sum += total
+            tl.store(grad_branch + at, total.to(grad_branch.dtype.element_ty), mask=mask)
+    partial += program.to(tl.int64) * partial_stride + column
+    tl.store(partial, tl.sum(gamma_sum, axis=0), mask=inside)
+    tl.store(partial + WIDTH, tl.sum(beta_sum, axis=0), mask=inside)
+    offset = 2 * WIDTH
+    if bias is not None:
+        tl.store(partial + offset, tl.sum(bias_sum, axis=0), mask=inside)
+        offset += WIDTH
+    if scale is not None:
+        tl.store(partial + offset, tl.sum(scale_sum, axis=0), mask=inside)
 
 
 def residual_norm(

@@ -14,13 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ibeton.model.kernels.launch import counted, launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
+from ibeton.model.kernels.launch import counted, jit, launch, tl, triton
 
 CHUNK, BLOCK = 8192, 1024  # values of a program, and of those that it holds at a time
 ALIGNED = 16  # bytes; loads are wide where all addresses are multiples
@@ -123,168 +117,170 @@ def fused_update(
     return found[0], found[1]
 
 
-if triton is not None:
+@jit
+def _address(table, column: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    address = tl.load(table + column)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
 
-    @triton.jit
-    def _address(table, column: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-        address = tl.load(table + column)
-        if ALIGNED:
-            address = tl.multiple_of(address, 16)
-        return address
 
-    @triton.jit
-    def _squares_kernel(  # type: ignore[no-untyped-def]
-        table,  # int64 [P, COLUMNS]
-        chunks,  # int32 [N, 2]
-        squares,  # float32 [N], out
-        COLUMNS: tl.constexpr,
-        CHUNK: tl.constexpr,
-        BLOCK: tl.constexpr,
-        ALIGNED: tl.constexpr,
-    ):
-        """Sum of the squares of a chunk of a gradient."""
-        program = tl.program_id(0)
-        row = table + tl.load(chunks + 2 * program) * COLUMNS
-        first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-        address = _address(row, 1, ALIGNED)
-        size = tl.where(address == 0, 0, tl.load(row + 8))
-        grad = address.to(tl.pointer_type(tl.float32))
-        total = tl.zeros([BLOCK], tl.float32)
+@jit
+def _squares_kernel(  # type: ignore[no-untyped-def]
+    table,  # int64 [P, COLUMNS]
+    chunks,  # int32 [N, 2]
+    squares,  # float32 [N], out
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Sum of the squares of a chunk of a gradient."""
+    program = tl.program_id(0)
+    row = table + tl.load(chunks + 2 * program) * COLUMNS
+    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    address = _address(row, 1, ALIGNED)
+    size = tl.where(address == 0, 0, tl.load(row + 8))
+    grad = address.to(tl.pointer_type(tl.float32))
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
+        at = first + start + tl.arange(0, BLOCK)
+        value = tl.load(grad + at, mask=at < size, other=0.0)
+        total += value * value
+    tl.store(squares + program, tl.sum(total, axis=0))
+
+
+@jit
+def _norms_kernel(  # type: ignore[no-untyped-def]
+    squares,  # float32 [N]
+    table,  # int64 [P, COLUMNS]
+    chunks,  # int32 [N, 2]
+    norms,  # float32 [P], out
+    count,  # N
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The norm of one gradient, from its chunks."""
+    program = tl.program_id(0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        owner = tl.load(chunks + 2 * at, mask=at < count, other=-1)
+        total += tl.load(squares + at, mask=owner == program, other=0.0)
+    tl.store(norms + program, tl.sqrt(tl.sum(total, axis=0)))
+
+
+@jit
+def _decide_kernel(  # type: ignore[no-untyped-def]
+    table,  # int64 [P, COLUMNS]
+    norms,  # float32 [P], of gradients that are still scaled
+    rates,  # float64 [3]
+    scale,  # float32 [] or None
+    factors,  # float32 [3, P], out: of the gradient, of the step, of the second moment's root
+    found,  # float32 [2], out: norm of all gradients; 1 if it is not finite
+    count,  # P
+    log_beta1,  # float32 near the logarithm is closer than near beta itself
+    log_beta2,
+    clip,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, P at least
+):
+    """What becomes of the step, and what each parameter needs for it."""
+    i = tl.arange(0, BLOCK)
+    inside = i < count
+    unscale = 1.0
+    if scale is not None:
+        unscale = 1.0 / tl.load(scale)
+    norm = tl.load(norms + i, mask=inside, other=0.0) * unscale
+    total = tl.sqrt(tl.sum(norm * norm, axis=0))
+    finite = total < float("inf")  # NaN is not
+    tl.store(found, total)
+    tl.store(found + 1, tl.where(finite, 0.0, 1.0))
+    factor = unscale + tl.zeros([BLOCK], tl.float32)
+    if clip > 0:
+        factor *= tl.minimum(clip / (norm + 1e-6), 1.0)
+    flags = tl.load(table + i * COLUMNS + 9, mask=inside, other=0)
+    learns = inside & (flags % 2 == 1)
+    steps = tl.load(table + i * COLUMNS + 4, mask=learns, other=0)
+    steps = steps.to(tl.pointer_type(tl.float32))
+    step = tl.load(steps, mask=learns, other=1.0) + tl.where(finite, 1.0, 0.0)
+    tl.store(steps, step, mask=learns)
+    wide = tl.maximum(step, 1.0).to(tl.float64)
+    first = 1.0 - tl.exp(wide * log_beta1)
+    second = 1.0 - tl.exp(wide * log_beta2)
+    tl.store(factors + i, factor, mask=inside)
+    tl.store(factors + count + i, (tl.load(rates) / first).to(tl.float32), mask=inside)
+    root = (1.0 / tl.sqrt(second)).to(tl.float32)
+    tl.store(factors + 2 * count + i, root, mask=inside)
+
+
+@jit
+def _update_kernel(  # type: ignore[no-untyped-def]
+    table,  # int64 [P, COLUMNS]
+    chunks,  # int32 [N, 2]
+    rates,  # float64 [3]
+    factors,  # float32 [3, P]
+    found,  # float32 [2]
+    count,  # P
+    beta2,
+    new1,  # 1 - beta1
+    new2,  # 1 - beta2
+    eps,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HALF: tl.constexpr,  # float16; else bfloat16
+):
+    """A chunk of a parameter: AdamW, then the teacher's average, then the copies of both."""
+    program = tl.program_id(0)
+    parameter = tl.load(chunks + 2 * program)
+    row = table + parameter * COLUMNS
+    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    size = tl.load(row + 8)
+    flags = tl.load(row + 9)
+    learns = flags % 2 == 1
+    weights = _address(row, 0, ALIGNED).to(tl.pointer_type(tl.float32))
+    grads = _address(row, 1, ALIGNED).to(tl.pointer_type(tl.float32))
+    averages = _address(row, 2, ALIGNED).to(tl.pointer_type(tl.float32))
+    squares = _address(row, 3, ALIGNED).to(tl.pointer_type(tl.float32))
+    teacher_address = _address(row, 5, ALIGNED)
+    teachers = teacher_address.to(tl.pointer_type(tl.float32))
+    half_address = _address(row, 6, ALIGNED)
+    teacher_half_address = _address(row, 7, ALIGNED)
+    if HALF:
+        halves = half_address.to(tl.pointer_type(tl.float16))
+        teacher_halves = teacher_half_address.to(tl.pointer_type(tl.float16))
+    else:
+        halves = half_address.to(tl.pointer_type(tl.bfloat16))
+        teacher_halves = teacher_half_address.to(tl.pointer_type(tl.bfloat16))
+    rate = tl.load(rates)
+    keep = (1.0 - tl.where(flags >= 2, rate * tl.load(rates + 1), 0.0)).to(tl.float32)
+    new = (1.0 - tl.load(rates + 2)).to(tl.float32)
+    factor = tl.load(factors + parameter)
+    step = tl.load(factors + count + parameter)
+    root = tl.load(factors + 2 * count + parameter)
+    if tl.load(found + 1) == 0.0:
         for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
             at = first + start + tl.arange(0, BLOCK)
-            value = tl.load(grad + at, mask=at < size, other=0.0)
-            total += value * value
-        tl.store(squares + program, tl.sum(total, axis=0))
-
-    @triton.jit
-    def _norms_kernel(  # type: ignore[no-untyped-def]
-        squares,  # float32 [N]
-        table,  # int64 [P, COLUMNS]
-        chunks,  # int32 [N, 2]
-        norms,  # float32 [P], out
-        count,  # N
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """The norm of one gradient, from its chunks."""
-        program = tl.program_id(0)
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, count, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            owner = tl.load(chunks + 2 * at, mask=at < count, other=-1)
-            total += tl.load(squares + at, mask=owner == program, other=0.0)
-        tl.store(norms + program, tl.sqrt(tl.sum(total, axis=0)))
-
-    @triton.jit
-    def _decide_kernel(  # type: ignore[no-untyped-def]
-        table,  # int64 [P, COLUMNS]
-        norms,  # float32 [P], of gradients that are still scaled
-        rates,  # float64 [3]
-        scale,  # float32 [] or None
-        factors,  # float32 [3, P], out: of the gradient, of the step, of the second moment's root
-        found,  # float32 [2], out: norm of all gradients; 1 if it is not finite
-        count,  # P
-        log_beta1,  # float32 near the logarithm is closer than near beta itself
-        log_beta2,
-        clip,
-        COLUMNS: tl.constexpr,
-        BLOCK: tl.constexpr,  # a power of two, P at least
-    ):
-        """What becomes of the step, and what each parameter needs for it."""
-        i = tl.arange(0, BLOCK)
-        inside = i < count
-        unscale = 1.0
-        if scale is not None:
-            unscale = 1.0 / tl.load(scale)
-        norm = tl.load(norms + i, mask=inside, other=0.0) * unscale
-        total = tl.sqrt(tl.sum(norm * norm, axis=0))
-        finite = total < float("inf")  # NaN is not
-        tl.store(found, total)
-        tl.store(found + 1, tl.where(finite, 0.0, 1.0))
-        factor = unscale + tl.zeros([BLOCK], tl.float32)
-        if clip > 0:
-            factor *= tl.minimum(clip / (norm + 1e-6), 1.0)
-        flags = tl.load(table + i * COLUMNS + 9, mask=inside, other=0)
-        learns = inside & (flags % 2 == 1)
-        steps = tl.load(table + i * COLUMNS + 4, mask=learns, other=0)
-        steps = steps.to(tl.pointer_type(tl.float32))
-        step = tl.load(steps, mask=learns, other=1.0) + tl.where(finite, 1.0, 0.0)
-        tl.store(steps, step, mask=learns)
-        wide = tl.maximum(step, 1.0).to(tl.float64)
-        first = 1.0 - tl.exp(wide * log_beta1)
-        second = 1.0 - tl.exp(wide * log_beta2)
-        tl.store(factors + i, factor, mask=inside)
-        tl.store(factors + count + i, (tl.load(rates) / first).to(tl.float32), mask=inside)
-        root = (1.0 / tl.sqrt(second)).to(tl.float32)
-        tl.store(factors + 2 * count + i, root, mask=inside)
-
-    @triton.jit
-    def _update_kernel(  # type: ignore[no-untyped-def]
-        table,  # int64 [P, COLUMNS]
-        chunks,  # int32 [N, 2]
-        rates,  # float64 [3]
-        factors,  # float32 [3, P]
-        found,  # float32 [2]
-        count,  # P
-        beta2,
-        new1,  # 1 - beta1
-        new2,  # 1 - beta2
-        eps,
-        COLUMNS: tl.constexpr,
-        CHUNK: tl.constexpr,
-        BLOCK: tl.constexpr,
-        ALIGNED: tl.constexpr,
-        HALF: tl.constexpr,  # float16; else bfloat16
-    ):
-        """A chunk of a parameter: AdamW, then the teacher's average, then the copies of both."""
-        program = tl.program_id(0)
-        parameter = tl.load(chunks + 2 * program)
-        row = table + parameter * COLUMNS
-        first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-        size = tl.load(row + 8)
-        flags = tl.load(row + 9)
-        learns = flags % 2 == 1
-        weights = _address(row, 0, ALIGNED).to(tl.pointer_type(tl.float32))
-        grads = _address(row, 1, ALIGNED).to(tl.pointer_type(tl.float32))
-        averages = _address(row, 2, ALIGNED).to(tl.pointer_type(tl.float32))
-        squares = _address(row, 3, ALIGNED).to(tl.pointer_type(tl.float32))
-        teacher_address = _address(row, 5, ALIGNED)
-        teachers = teacher_address.to(tl.pointer_type(tl.float32))
-        half_address = _address(row, 6, ALIGNED)
-        teacher_half_address = _address(row, 7, ALIGNED)
-        if HALF:
-            halves = half_address.to(tl.pointer_type(tl.float16))
-            teacher_halves = teacher_half_address.to(tl.pointer_type(tl.float16))
-        else:
-            halves = half_address.to(tl.pointer_type(tl.bfloat16))
-            teacher_halves = teacher_half_address.to(tl.pointer_type(tl.bfloat16))
-        rate = tl.load(rates)
-        keep = (1.0 - tl.where(flags >= 2, rate * tl.load(rates + 1), 0.0)).to(tl.float32)
-        new = (1.0 - tl.load(rates + 2)).to(tl.float32)
-        factor = tl.load(factors + parameter)
-        step = tl.load(factors + count + parameter)
-        root = tl.load(factors + 2 * count + parameter)
-        if tl.load(found + 1) == 0.0:
-            for start in range(0, tl.minimum(size - first, CHUNK), BLOCK):
-                at = first + start + tl.arange(0, BLOCK)
-                inside = at < size
-                weight = tl.load(weights + at, mask=inside, other=0.0)
-                if learns:
-                    grad = tl.load(grads + at, mask=inside, other=0.0) * factor
-                    average = tl.load(averages + at, mask=inside, other=0.0)
-                    average += new1 * (grad - average)
-                    square = tl.load(squares + at, mask=inside, other=0.0)
-                    square = beta2 * square + new2 * grad * grad
-                    weight = weight * keep - step * average / (tl.sqrt(square) * root + eps)
-                    tl.store(averages + at, average, mask=inside)
-                    tl.store(squares + at, square, mask=inside)
-                    tl.store(weights + at, weight, mask=inside)
-                if half_address != 0:
-                    tl.store(halves + at, weight.to(halves.dtype.element_ty), mask=inside)
-                if teacher_address != 0:
-                    value = tl.load(teachers + at, mask=inside, other=0.0)
-                    value += new * (weight - value)
-                    tl.store(teachers + at, value, mask=inside)
-                    if teacher_half_address != 0:
-                        half = value.to(teacher_halves.dtype.element_ty)
-                        tl.store(teacher_halves + at, half, mask=inside)
+            inside = at < size
+            weight = tl.load(weights + at, mask=inside, other=0.0)
+            if learns:
+                grad = tl.load(grads + at, mask=inside, other=0.0) * factor
+                average = tl.load(averages + at, mask=inside, other=0.0)
+                average += new1 * (grad - average)
+                square = tl.load(squares + at, mask=inside, other=0.0)
+                square = beta2 * square + new2 * grad * grad
+                weight = weight * keep - step * average / (tl.sqrt(square) * root + eps)
+                tl.store(averages + at, average, mask=inside)
+                tl.store(squares + at, square, mask=inside)
+                tl.store(weights + at, weight, mask=inside)
+            if half_address != 0:
+                tl.store(halves + at, weight.to(halves.dtype.element_ty), mask=inside)
+            if teacher_address != 0:
+                value = tl.load(teachers + at, mask=inside, other=0.0)
+                value += new * (weight - value)
+                tl.store(teachers + at, value, mask=inside)
+                if teacher_half_address != 0:
+                    half = value.to(teacher_halves.dtype.element_ty)
+                    tl.store(teacher_halves + at, half, mask=inside)

@@ -72,4 +72,8 @@ def test_rehearsal_runs_every_part(tmp_path: Path) -> None:
     for part in parts(tmp_path, rehearse=True):
         assert (tmp_path / f"{part.name}.txt").read_text(), part.name
         assert Path(part.json).is_file(), part.name
-    assert "a rehearsal on the CPU" in done.stdout
+    table = done.stdout[done.stdout.rindex("claims") :]
+    assert table.count(TO_MEASURE) >= len(CLAIMS)
+    assert "residual + norm" in table  # the figures were read
+    assert not {"holds", "short"} & set(table.split())
+    assert "a rehearsal on the CPU" in table

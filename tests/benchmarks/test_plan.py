@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ibeton.benchmarks.plan import arguments, main, planned
+from ibeton.benchmarks.plan import SLOWER, arguments, main, planned
 
 
 def plan(line: str) -> dict[str, Any]:
@@ -55,6 +55,17 @@ def test_figures_follow_from_each_other(ours: dict[str, Any]) -> None:
     assert half["images_per_s"][0] == pytest.approx(slow / 2)
 
 
+def test_measured_steps_correct_the_plan_also_for_another_gpu(ours: dict[str, Any]) -> None:
+    small = "--arch vit_t --depth 2 --epochs 800 --cores-per-gpu 50"
+    predicted = plan(f"{small} --gpu h100")["model_images_per_s"][1]
+    half = plan(f"{small} --gpu h100 --measured h100={predicted / 2}")
+    assert half["model_images_per_s"] == pytest.approx([predicted / 2] * 2)
+    moved = plan(f"{small} --gpu v100 --gpus 16 --measured h100={predicted / 2}")
+    slow, fast = moved["model_images_per_s"]
+    assert fast == pytest.approx(ours["model_images_per_s"][1] / 2)
+    assert slow == pytest.approx(fast / SLOWER)
+
+
 def test_memory_grows_with_the_batch_and_shards_share_the_moments() -> None:
     small = "--published --arch vit_t --depth 2 --gpu v100 --gpus 8"
     one, two = (plan(f"{small} --batch-size {n}") for n in (8, 16))
@@ -97,6 +108,10 @@ def test_the_command_shows_a_range_and_where_it_comes_from(
         ("--gpu v100 --arch swin_t7", "--arch swin_t7"),
         ("--gpu v100 --loader dali", "--loader dali"),
         ("--gpu v100 --nonsense 1", "--nonsense"),
+        ("--gpu v100 --measured h100", "--measured"),
+        ("--gpu v100 --measured h100=0", "--measured"),
+        ("--gpu v100 --measured t4=100", "--measured"),
+        ("--gpu v100 --measured h100=100 --published", "--published"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(

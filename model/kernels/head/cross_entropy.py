@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibeton.model.kernels.launch import kernels_run_on, launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
+from ibeton.model.kernels.launch import jit, kernels_run_on, launch, tl, triton
 
 CHUNK = 1 << 19  # logits of one chunk: 2 MiB in float32
 BLOCK = 2048  # logits that a Triton program holds at a time where it takes two sweeps
@@ -216,126 +210,125 @@ def rows_by_triton(
     return loss, difference
 
 
-if triton is not None:
+@jit
+def _row_kernel(  # type: ignore[no-untyped-def]
+    student,  # [R, K]
+    teacher,  # [T, K]
+    center,  # float32 [K]
+    pairs,  # int64 [R, Q], or None: row r of the teacher for row r
+    weight,  # [R]
+    loss,  # float32 [R], out
+    difference,  # [R, K] in the dtype of student, or None, out
+    pair_count,  # Q
+    student_sharpness,  # 1 / temperature
+    teacher_temp,  # a number, or float64 []: a CUDA graph may change it
+    lift,
+    TEMP_ON_DEVICE: tl.constexpr,
+    PROTOTYPES: tl.constexpr,  # K: few in a program's life, and Triton's interpreter wants it
+    TARGETS: tl.constexpr,  # Q rounded up to a power of two
+    BLOCK: tl.constexpr,  # a power of two; K at least for one sweep
+    SWEEPS: tl.constexpr,  # 1 or 2
+):
+    """One student row against its teacher rows. In one sweep the rows stay in registers. In two
+    the first finds the largest logit and the sum of exponentials, block by block (online
+    softmax), and the second, which reads the rows from the cache, loss and gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    if TEMP_ON_DEVICE:
+        teacher_sharpness = 1.0 / tl.load(teacher_temp).to(tl.float32)
+    else:
+        teacher_sharpness = 1.0 / teacher_temp
+    importance = tl.load(weight + row).to(tl.float32)
+    q = tl.arange(0, TARGETS)
+    if pairs is None:
+        pair = row + tl.zeros([TARGETS], tl.int64)
+    else:
+        pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
+    seen = pair >= 0
+    count = tl.sum(seen.to(tl.float32), axis=0)
+    student += row * PROTOTYPES
+    if difference is not None:
+        difference += row * PROTOTYPES
+    targets = teacher + tl.where(seen, pair, 0)[:, None] * PROTOTYPES  # [TARGETS, 1]
 
-    @triton.jit
-    def _row_kernel(  # type: ignore[no-untyped-def]
-        student,  # [R, K]
-        teacher,  # [T, K]
-        center,  # float32 [K]
-        pairs,  # int64 [R, Q], or None: row r of the teacher for row r
-        weight,  # [R]
-        loss,  # float32 [R], out
-        difference,  # [R, K] in the dtype of student, or None, out
-        pair_count,  # Q
-        student_sharpness,  # 1 / temperature
-        teacher_temp,  # a number, or float64 []: a CUDA graph may change it
-        lift,
-        TEMP_ON_DEVICE: tl.constexpr,
-        PROTOTYPES: tl.constexpr,  # K: few in a program's life, and Triton's interpreter wants it
-        TARGETS: tl.constexpr,  # Q rounded up to a power of two
-        BLOCK: tl.constexpr,  # a power of two; K at least for one sweep
-        SWEEPS: tl.constexpr,  # 1 or 2
-    ):
-        """One student row against its teacher rows. In one sweep the rows stay in registers. In two
-        the first finds the largest logit and the sum of exponentials, block by block (online
-        softmax), and the second, which reads the rows from the cache, loss and gradient."""
-        row = tl.program_id(0).to(tl.int64)
-        if TEMP_ON_DEVICE:
-            teacher_sharpness = 1.0 / tl.load(teacher_temp).to(tl.float32)
-        else:
-            teacher_sharpness = 1.0 / teacher_temp
-        importance = tl.load(weight + row).to(tl.float32)
-        q = tl.arange(0, TARGETS)
-        if pairs is None:
-            pair = row + tl.zeros([TARGETS], tl.int64)
-        else:
-            pair = tl.load(pairs + row * pair_count + q, mask=q < pair_count, other=-1)
-        seen = pair >= 0
-        count = tl.sum(seen.to(tl.float32), axis=0)
-        student += row * PROTOTYPES
+    if SWEEPS == 1:
+        k = tl.arange(0, BLOCK)
+        inside = k < PROTOTYPES
+        s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
+        s = tl.where(inside, s, float("-inf"))
+        s -= tl.max(s, axis=0)
+        log_sum = tl.log(tl.sum(tl.exp(s), axis=0))
+        c = tl.load(center + k, mask=inside, other=0.0)
+        target = tl.zeros([BLOCK], tl.float32)
+        for j in tl.static_range(TARGETS):
+            if pairs is None:
+                one = row
+            else:
+                one = tl.load(pairs + row * pair_count + j, mask=j < pair_count, other=-1)
+            t = tl.load(teacher + one * PROTOTYPES + k, mask=inside & (one >= 0), other=0.0).to(
+                tl.float32
+            )
+            t = tl.where(inside, (t - c) * teacher_sharpness, float("-inf"))
+            t = tl.exp(t - tl.max(t, axis=0))
+            target += t * tl.where(one >= 0, 1.0 / tl.sum(t, axis=0), 0.0)
+        log_p = tl.where(inside, s - log_sum, 0.0)
         if difference is not None:
-            difference += row * PROTOTYPES
-        targets = teacher + tl.where(seen, pair, 0)[:, None] * PROTOTYPES  # [TARGETS, 1]
-
-        if SWEEPS == 1:
-            k = tl.arange(0, BLOCK)
+            out = (count * tl.exp(log_p) - target) * lift
+            tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
+        tl.store(loss + row, -importance * tl.sum(target * log_p, axis=0))
+    else:
+        s_max = float("-inf")
+        s_sum = 0.0
+        t_max = tl.full([TARGETS], float("-inf"), tl.float32)
+        t_sum = tl.zeros([TARGETS], tl.float32)
+        for start in range(0, PROTOTYPES, BLOCK):
+            k = start + tl.arange(0, BLOCK)
             inside = k < PROTOTYPES
             s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
             s = tl.where(inside, s, float("-inf"))
-            s -= tl.max(s, axis=0)
-            log_sum = tl.log(tl.sum(tl.exp(s), axis=0))
+            new_max = tl.maximum(s_max, tl.max(s, axis=0))
+            s_sum = s_sum * tl.exp(s_max - new_max) + tl.sum(tl.exp(s - new_max), axis=0)
+            s_max = new_max
             c = tl.load(center + k, mask=inside, other=0.0)
-            target = tl.zeros([BLOCK], tl.float32)
-            for j in tl.static_range(TARGETS):
-                if pairs is None:
-                    one = row
-                else:
-                    one = tl.load(pairs + row * pair_count + j, mask=j < pair_count, other=-1)
-                t = tl.load(teacher + one * PROTOTYPES + k, mask=inside & (one >= 0), other=0.0).to(
-                    tl.float32
-                )
-                t = tl.where(inside, (t - c) * teacher_sharpness, float("-inf"))
-                t = tl.exp(t - tl.max(t, axis=0))
-                target += t * tl.where(one >= 0, 1.0 / tl.sum(t, axis=0), 0.0)
-            log_p = tl.where(inside, s - log_sum, 0.0)
+            t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            t = tl.where(inside[None, :], (t - c[None, :]) * teacher_sharpness, float("-inf"))
+            new_t = tl.maximum(t_max, tl.max(t, axis=1))
+            t_sum = t_sum * tl.exp(t_max - new_t) + tl.sum(tl.exp(t - new_t[:, None]), axis=1)
+            t_max = new_t
+
+        log_sum = tl.log(s_sum)
+        share = tl.where(seen, 1.0 / t_sum, 0.0)
+        total = 0.0
+        for start in range(0, PROTOTYPES, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            inside = k < PROTOTYPES
+            s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
+            log_p = s - s_max - log_sum
+            c = tl.load(center + k, mask=inside, other=0.0)
+            t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+            t = (t - c[None, :]) * teacher_sharpness - t_max[:, None]
+            t = tl.where(inside[None, :], tl.exp(t) * share[:, None], 0.0)
+            target = tl.sum(t, axis=0)
+            total -= tl.sum(tl.where(inside, target * log_p, 0.0), axis=0)
             if difference is not None:
                 out = (count * tl.exp(log_p) - target) * lift
                 tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
-            tl.store(loss + row, -importance * tl.sum(target * log_p, axis=0))
-        else:
-            s_max = float("-inf")
-            s_sum = 0.0
-            t_max = tl.full([TARGETS], float("-inf"), tl.float32)
-            t_sum = tl.zeros([TARGETS], tl.float32)
-            for start in range(0, PROTOTYPES, BLOCK):
-                k = start + tl.arange(0, BLOCK)
-                inside = k < PROTOTYPES
-                s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
-                s = tl.where(inside, s, float("-inf"))
-                new_max = tl.maximum(s_max, tl.max(s, axis=0))
-                s_sum = s_sum * tl.exp(s_max - new_max) + tl.sum(tl.exp(s - new_max), axis=0)
-                s_max = new_max
-                c = tl.load(center + k, mask=inside, other=0.0)
-                t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-                t = tl.where(inside[None, :], (t - c[None, :]) * teacher_sharpness, float("-inf"))
-                new_t = tl.maximum(t_max, tl.max(t, axis=1))
-                t_sum = t_sum * tl.exp(t_max - new_t) + tl.sum(tl.exp(t - new_t[:, None]), axis=1)
-                t_max = new_t
+        tl.store(loss + row, importance * total)
 
-            log_sum = tl.log(s_sum)
-            share = tl.where(seen, 1.0 / t_sum, 0.0)
-            total = 0.0
-            for start in range(0, PROTOTYPES, BLOCK):
-                k = start + tl.arange(0, BLOCK)
-                inside = k < PROTOTYPES
-                s = tl.load(student + k, mask=inside, other=0.0).to(tl.float32) * student_sharpness
-                log_p = s - s_max - log_sum
-                c = tl.load(center + k, mask=inside, other=0.0)
-                t = tl.load(targets + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-                t = (t - c[None, :]) * teacher_sharpness - t_max[:, None]
-                t = tl.where(inside[None, :], tl.exp(t) * share[:, None], 0.0)
-                target = tl.sum(t, axis=0)
-                total -= tl.sum(tl.where(inside, target * log_p, 0.0), axis=0)
-                if difference is not None:
-                    out = (count * tl.exp(log_p) - target) * lift
-                    tl.store(difference + k, out.to(difference.dtype.element_ty), mask=inside)
-            tl.store(loss + row, importance * total)
 
-    @triton.jit
-    def _scale_rows_kernel(  # type: ignore[no-untyped-def]
-        difference,  # [R, K]
-        weight,  # [R]
-        grad,  # float32 []
-        gradient,  # [R, K], out
-        scale,
-        prototypes,  # K
-        BLOCK: tl.constexpr,
-    ):
-        """A block of a row, times its weight, the gradient of the loss, and `scale`."""
-        row = tl.program_id(0).to(tl.int64)
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        factor = tl.load(grad) * tl.load(weight + row).to(tl.float32) * scale
-        value = tl.load(difference + row * prototypes + k, mask=k < prototypes, other=0.0)
-        value = (value.to(tl.float32) * factor).to(gradient.dtype.element_ty)
-        tl.store(gradient + row * prototypes + k, value, mask=k < prototypes)
+@jit
+def _scale_rows_kernel(  # type: ignore[no-untyped-def]
+    difference,  # [R, K]
+    weight,  # [R]
+    grad,  # float32 []
+    gradient,  # [R, K], out
+    scale,
+    prototypes,  # K
+    BLOCK: tl.constexpr,
+):
+    """A block of a row, times its weight, the gradient of the loss, and `scale`."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(grad) * tl.load(weight + row).to(tl.float32) * scale
+    value = tl.load(difference + row * prototypes + k, mask=k < prototypes, other=0.0)
+    value = (value.to(tl.float32) * factor).to(gradient.dtype.element_ty)
+    tl.store(gradient + row * prototypes + k, value, mask=k < prototypes)

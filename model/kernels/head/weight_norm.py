@@ -6,15 +6,7 @@ In shapes: K prototypes, D channels.
 import torch
 from torch import Tensor
 
-from ibeton.model.kernels.launch import launch
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # builds of PyTorch without CUDA come without it
-    triton = None
-
-TILE = 1024  # values that a program holds of each tensor, where a row is shorter
+from ibeton.model.kernels.launch import jit, launch, row_tile, tl, triton
 
 
 def weight_norm_reference(direction: Tensor, length: Tensor) -> Tensor:
@@ -49,64 +41,60 @@ def weight_norm_backward(
 
 def _launch(kernel: object, direction: Tensor, *rest: Tensor | None) -> None:
     rows, width = direction.shape
-    block = triton.next_power_of_2(width)
-    tile = max(1, TILE // block)
-    grid = (triton.cdiv(rows, tile),)
-    constants = {"WIDTH": width, "ROWS": tile, "BLOCK": block, "num_warps": 4}
-    launch(kernel, grid, direction, *rest, rows, **constants)
+    tile = row_tile(width)
+    launch(kernel, (triton.cdiv(rows, tile["ROWS"]),), direction, *rest, rows, **tile)
 
 
-if triton is not None:
+@jit
+def _weight_norm_kernel(  # type: ignore[no-untyped-def]
+    direction,  # float32 [K, D]
+    length,  # float32 [K]
+    out,  # [K, D], out
+    wide,  # float32 [K, D] or None, out
+    rows,  # K
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, D at least
+):
+    """One tile of whole rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    value = tl.load(direction + at, mask=mask, other=0.0)
+    norm = tl.where(row < rows, tl.sqrt(tl.sum(value * value, axis=1)), 1.0)
+    value *= (tl.load(length + row, mask=row < rows, other=0.0) / norm)[:, None]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+    if wide is not None:
+        tl.store(wide + at, value, mask=mask)
 
-    @triton.jit
-    def _weight_norm_kernel(  # type: ignore[no-untyped-def]
-        direction,  # float32 [K, D]
-        length,  # float32 [K]
-        out,  # [K, D], out
-        wide,  # float32 [K, D] or None, out
-        rows,  # K
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,  # a power of two, D at least
-    ):
-        """One tile of whole rows."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, BLOCK)
-        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        at = row[:, None] * WIDTH + column[None, :]
-        value = tl.load(direction + at, mask=mask, other=0.0)
-        norm = tl.where(row < rows, tl.sqrt(tl.sum(value * value, axis=1)), 1.0)
-        value *= (tl.load(length + row, mask=row < rows, other=0.0) / norm)[:, None]
-        tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
-        if wide is not None:
-            tl.store(wide + at, value, mask=mask)
 
-    @triton.jit
-    def _weight_norm_backward_kernel(  # type: ignore[no-untyped-def]
-        direction,  # float32 [K, D]
-        length,  # float32 [K]
-        grad,  # float32 [K, D]
-        more_grad,  # float32 [K, D] or None
-        grad_direction,  # float32 [K, D], out
-        grad_length,  # float32 [K], out
-        rows,  # K
-        WIDTH: tl.constexpr,  # D
-        ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One tile of whole rows."""
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, BLOCK)
-        mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-        at = row[:, None] * WIDTH + column[None, :]
-        unit = tl.load(direction + at, mask=mask, other=0.0)
-        norm = tl.where(row < rows, tl.sqrt(tl.sum(unit * unit, axis=1)), 1.0)
-        inverse = (1.0 / norm)[:, None]
-        unit = tl.where(mask, unit * inverse, 0.0)
-        value = tl.load(grad + at, mask=mask, other=0.0)
-        if more_grad is not None:
-            value += tl.load(more_grad + at, mask=mask, other=0.0)
-        along = tl.sum(value * unit, axis=1)
-        tl.store(grad_length + row, along, mask=row < rows)
-        scale = tl.load(length + row, mask=row < rows, other=0.0)[:, None] * inverse
-        tl.store(grad_direction + at, (value - unit * along[:, None]) * scale, mask=mask)
+@jit
+def _weight_norm_backward_kernel(  # type: ignore[no-untyped-def]
+    direction,  # float32 [K, D]
+    length,  # float32 [K]
+    grad,  # float32 [K, D]
+    more_grad,  # float32 [K, D] or None
+    grad_direction,  # float32 [K, D], out
+    grad_length,  # float32 [K], out
+    rows,  # K
+    WIDTH: tl.constexpr,  # D
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of whole rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    unit = tl.load(direction + at, mask=mask, other=0.0)
+    norm = tl.where(row < rows, tl.sqrt(tl.sum(unit * unit, axis=1)), 1.0)
+    inverse = (1.0 / norm)[:, None]
+    unit = tl.where(mask, unit * inverse, 0.0)
+    value = tl.load(grad + at, mask=mask, other=0.0)
+    if more_grad is not None:
+        value += tl.load(more_grad + at, mask=mask, other=0.0)
+    along = tl.sum(value * unit, axis=1)
+    tl.store(grad_length + row, along, mask=row < rows)
+    scale = tl.load(length + row, mask=row < rows, other=0.0)[:, None] * inverse
+    tl.store(grad_direction + at, (value - unit * along[:, None]) * scale, mask=mask)

@@ -1,6 +1,8 @@
 """The check of the kernels before a run. On CUDA where there is a device, else in Triton's
 interpreter: `test_interpreted.py` runs this file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,8 +25,8 @@ SMALL = ModelConfig(
 )
 
 
-def fault(dtype=None):
-    return kernel_fault(SMALL, (32, 16), DEVICE, dtype)
+def fault(dtype=None, config=SMALL):
+    return kernel_fault(config, (32, 16), DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -48,6 +50,12 @@ def test_a_wrong_kernel_is_found(monkeypatch):
 
     monkeypatch.setattr(block, "attend", wrong)
     assert fault().startswith("their ")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_kernels_are_not_blamed_for_gradients_that_are_infinite_without_them(dtype):
+    cold = replace(SMALL, student_temp=1e-40)  # logits overflow
+    assert fault(dtype, cold).startswith("the two cannot be compared: without the kernels too")
 
 
 def test_a_kernel_that_fails_is_named_and_a_broken_device_ends_the_run(monkeypatch):

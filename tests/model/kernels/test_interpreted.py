@@ -9,6 +9,7 @@ import pytest
 from paths import ROOT
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(0)  # minutes alone, hours beside other work
 KERNELS = [f"tests/model/kernels/test_{name}.py" for name in ("fused", "update", "check")]
 BLOCK = "tests/model/backbones/test_vit.py"
 STEP = "tests/model/test_reference.py"
