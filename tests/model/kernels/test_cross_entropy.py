@@ -136,7 +136,6 @@ def in_subprocess(script: str, **environment: str) -> str:
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=500,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
