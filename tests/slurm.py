@@ -1,11 +1,13 @@
 """What srun tells its tasks, for real processes without a SLURM, and how to leave none behind."""
 
 import contextlib
+import fcntl
 import os
 import random
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,16 +17,25 @@ from paths import ROOT
 FIRST_PORT, PORT_STEP = 20_000, 16  # job ids share no port: the program's own rule
 
 
+_LOCKS: list[int] = []  # of this process's jobs, as long as it lives
+
+
 def free_job() -> int:
-    """A job id whose port is free here. Tests that run at the same time begin at random places."""
-    first = random.SystemRandom().randrange(625)
-    for job in (*range(first, 625), *range(first)):
-        with socket.socket() as one:
-            try:
-                one.bind(("", FIRST_PORT + PORT_STEP * job))
-            except OSError:
-                continue
-            return job
+    """A job id whose port is free here, and which no other process of tests is given."""
+    jobs = list(range(625))
+    random.SystemRandom().shuffle(jobs)
+    for job in jobs:
+        port = FIRST_PORT + PORT_STEP * job
+        lock = os.open(f"{tempfile.gettempdir()}/ibeton-tests-{os.getuid()}-{port}", os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as one:
+                one.bind(("", port))
+        except OSError:
+            os.close(lock)
+            continue
+        _LOCKS.append(lock)
+        return job
     raise RuntimeError("no free port")
 
 
@@ -61,8 +72,10 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 200.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until `condition` holds; fails if one of the processes ends before."""
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
+        if any(process.poll() is not None for process in processes):
+            assert condition(), "it did not come to that"
+            return
         time.sleep(0.05)

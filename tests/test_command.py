@@ -35,7 +35,6 @@ def ended(target: Path, stdout: object, **environment: str) -> subprocess.Comple
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         check=False,
-        timeout=300,
     )
 
 

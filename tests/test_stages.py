@@ -141,23 +141,16 @@ def test_work_of_many_threads_is_summed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_the_marks_follow_the_device() -> None:
     clock = StageClock(torch.device("cuda"))
-    x = torch.randn(4096, 4096, device="cuda")
+    spins = 200_000_000  # cycles: at least 60 ms below 3.3 GHz, while the host takes microseconds
     for _ in range(2):  # the second with events that were used before
         stages.use(clock)
         clock.start()
         with stage("student"):
-            for _ in range(20):
-                x @ x
+            torch.cuda._sleep(spins)
         stages.use(None)
         lap = clock.lap()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(20):
-            x @ x
-        end.record()
-        end.synchronize()
+        torch.cuda.synchronize()
         assert lap.done()
         parts = lap.seconds()
-        expected = begin.elapsed_time(end) / 1000
-        assert parts["student"] == pytest.approx(expected, rel=0.5)
-        assert parts["other"] < parts["student"]
+        assert parts["student"] > 0.06
+        assert set(parts) == {"other", "student"}

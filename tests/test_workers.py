@@ -76,15 +76,22 @@ def test_an_interrupt_is_acted_upon_once_a_worker_has_started(sign: signal.Signa
     """Also one that reaches a thread which does not hold it back."""
     heard: list[int] = []
     before = signal.signal(sign, lambda number, frame: heard.append(number))
+    arrived, arrives = os.pipe()
+    os.set_blocking(arrives, False)
+    signal.set_wakeup_fd(arrives)
     over = threading.Event()
     other = threading.Thread(target=over.wait)
     other.start()
     try:
         with interrupts_held_back():
             signal.pthread_kill(other.ident or 0, sign)
+            assert os.read(arrived, 1) == bytes([sign]), "Python has it"
             time.sleep(0.1)
             assert heard == []
         assert heard == [sign]
     finally:
         over.set()
+        signal.set_wakeup_fd(-1)
         signal.signal(sign, before)
+        os.close(arrived)
+        os.close(arrives)

@@ -25,6 +25,15 @@ def write_photos(folder: Path, classes: dict[str, tuple[int, int, int]], each: i
     return folder
 
 
+def wait_for_another_time(folder: Path) -> None:
+    """Until a file that is written has a later time of change than any file of before."""
+    probe = folder / "probe"
+    probe.write_text("")
+    first = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == first:
+        probe.write_text("")
+
+
 def small_vit(is_student=False, **options) -> VisionTransformer:
     torch.manual_seed(0)
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}

@@ -1,8 +1,8 @@
 """Runs of a training command without its imports each time: this process imports once, and forks.
 
-The argument is the command's module. Reads a line of JSON for each run: arguments, environment, and
-the file for what it says, beside which the exit status is written at its end. Answers with the
-process id.
+The argument is the command's module. Reads a line of JSON for each run: arguments, environment,
+Python that puts a fault in, and the file for what it says, beside which the exit status is written
+at its end. Answers with the process id.
 """
 
 import faulthandler
@@ -38,6 +38,7 @@ if __name__ == "__main__":
             faulthandler.dump_traceback_later(2400)  # where a run hangs
             status = 1
             try:
+                exec(job["fault"])
                 status = command.main(job["arguments"])
             except BaseException:
                 traceback.print_exc()

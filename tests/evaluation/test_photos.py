@@ -1,12 +1,11 @@
 """Views of labeled photos: random ones, and the fingerprint of a set."""
 
 import os
-import time
 
 import numpy as np
 import pytest
 import torch
-from photo_folders import COLORS, write_photos
+from photo_folders import COLORS, wait_for_another_time, write_photos
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
@@ -68,7 +67,7 @@ def test_a_consumer_that_leaves_early_ends_the_threads(folders):
 def changed(path, action):
     """Whether the fingerprint of a set changes with `action`, which keeps its times."""
     before, stat = PhotoSet(path, 16).fingerprint(), os.stat(path)
-    time.sleep(0.02)  # longer than the kernel's clock needs for another time
+    wait_for_another_time(path.parent)
     action()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     return PhotoSet(path, 16).fingerprint() != before

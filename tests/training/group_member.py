@@ -3,7 +3,8 @@ the others, step by step, under the watchdog.
 
     python group_member.py FOLDER FAULT LOST_AFTER STALL_AFTER
 
-Writes its step to FOLDER/rankN. FAULT is what rank 1 (or the only one) does at step 3.
+Writes its step to FOLDER/rankN. FAULT is what rank 1 (or the only one) does at step 3; "short"
+is none, and all end there.
 """
 
 import itertools
@@ -43,9 +44,11 @@ def work(rank: int, world_size: int, folder: Path, fault: str, watchdog: Watchdo
             step_that_never_ends()
         if faulty and step == FAULT_AT and fault == "error":
             raise OSError("the disk is gone")
+        if step == FAULT_AT and fault == "short":
+            return
         if step == FAULT_AT and fault == "evaluation":
             with watchdog.no_timeout("evaluation"):
-                time.sleep(9.0 if rank == 0 else 0.0)
+                time.sleep(15.0 if rank == 0 else 0.0)
                 dist.barrier()
             return
         total = torch.tensor([float(step)])

@@ -109,7 +109,7 @@ def test_nowhere_to_keep_compiled_code_is_a_line(tmp_path: Path) -> None:
     code = "from ibeton.pipeline import compiled; import numba; print(numba.config.CACHE_DIR)"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        **{"capture_output": True, "text": True, "check": False, "timeout": 300},
+        **{"capture_output": True, "text": True, "check": False},
         env={**env, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr

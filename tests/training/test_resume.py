@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import PER_EPOCH, Process, Start, losses, records
+from small_runs import HOLD, PER_EPOCH, Process, Start, losses, records
 
 STEPS = 3 * PER_EPOCH
 
@@ -50,9 +50,7 @@ def kill_after(process: Process, step: int, delay: float) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize(
-    "kills", [4, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_no_trace(
     kills: int, start: Start, tmp_path: Path, unbroken: Path
 ) -> None:
@@ -60,14 +58,12 @@ def test_kills_at_random_moments_leave_no_trace(
     if not unbroken.exists():
         finish(start(unbroken, *options))
     folder, draws = tmp_path / "killed", random.Random(0)
-    killed = 0
     for i in range(kills):
-        process = start(folder, *options)
+        process = start(folder, *options, fault=HOLD.format(step=STEPS - 2))
         # Each time a little further, at any moment of the steps and writes there.
         step = min(STEPS - 3, (i + 1) * STEPS // (kills + 2))
         kill_after(process, step, draws.uniform(0, 0.05))
-        killed += process.status == -signal.SIGKILL
-    assert killed == kills
+        assert process.status == -signal.SIGKILL
     finish(start(folder, *options, "--workers", "2"))
     assert_equal_runs(folder, unbroken)
 

@@ -129,9 +129,7 @@ def test_records_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
         trackers.record(record)
     trackers.close()
     (path,) = tmp_path.glob("wandb/offline-run-*-abc123/*.wandb")
-    deadline = time.monotonic() + 500
     while not any(r.HasField("exit") for r in wandb_records(path)):  # its service writes later
-        assert time.monotonic() < deadline
         time.sleep(0.1)
     found = [
         {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}

@@ -28,7 +28,6 @@ train.save = sample
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_two_thousand_steps_leave_memory_threads_files_and_disk_as_they_were(
     start: Start, tmp_path: Path, tiny: Path
 ) -> None:

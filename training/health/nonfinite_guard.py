@@ -15,6 +15,9 @@ IN_A_ROW = 4  # skipped steps that trigger a rollback
 # cannot be the cause.
 OVERFLOWS_IN_A_ROW = 20
 AGAIN_WITHIN = 1000  # steps after a rollback in which skipped steps count as the same failure
+RECOVERED = (
+    10  # plausible steps in a row after an implausible one: a diverging loss passes zero too
+)
 _PLAUSIBLE = 1.5  # times the larger of the uniform loss and the loss of the run's first step
 
 
@@ -27,9 +30,9 @@ class NonFiniteGuard:
 
     `scaled`: whether loss scaling is on; its overflows (finite loss, non-finite gradients) are
     counted separately. `uniform`: the loss of a uniform prediction; inf if every finite loss is
-    plausible. A step is good if loss and gradients are finite, the loss is plausible, and some
-    gradient is not zero. A diverging run has finite but implausible losses before the first NaN;
-    checkpoints saved then are useless.
+    plausible. A step is good if loss and gradients are finite, the loss is plausible, some gradient
+    is not zero, and that held for the last RECOVERED steps if it ever did not. A diverging run has
+    finite but implausible losses before the first NaN; checkpoints saved then are useless.
     """
 
     def __init__(self, scaled: bool, uniform: float = math.inf) -> None:
@@ -51,6 +54,7 @@ class NonFiniteGuard:
         self.first_bad = self.last_bad = -1  # the ends of the current or last streak
         self._in_a_row = self._overflows_in_a_row = 0
         self._spoiled = False
+        self._unsettled = 0  # plausible steps still to come until a step is good
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -74,7 +78,9 @@ class NonFiniteGuard:
             if step == 0:
                 self.first_loss = loss
             most = _PLAUSIBLE * max(self._uniform, self.first_loss or 0.0)
-            if loss <= most and norm > 0:
+            plausible = loss <= most and norm > 0
+            self._unsettled = max(0, self._unsettled - 1) if plausible else RECOVERED
+            if not self._unsettled:
                 self.last_good = step
             return ""
         if not in_streak:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from run_processes import Forker, two_ranks
+from small_runs import HOLD
 
 from ibeton.model.checkpoint import load_checkpoint
 
@@ -42,14 +43,14 @@ def forkers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(request, forkers, checkpoint, scenes, coco):
-    """Begins a run of a task as a process: `start(folder, *options, environment={})`."""
+    """Begins a run of a task as a process: `start(folder, *options, environment={}, fault="")`."""
     name = request.param.split()[0]
     data = {"segment": scenes, "detect": coco}[name]
 
-    def begin(folder, *options, environment=None):
+    def begin(folder, *options, environment=None, fault=""):
         paths = ("--checkpoint", checkpoint, "--data", data, "--output-dir", folder)
         arguments = (*paths, *COMMON.split(), *TASKS[request.param].split(), *options)
-        return forkers(name).start(folder, [str(one) for one in arguments], environment)
+        return forkers(name).start(folder, [str(one) for one in arguments], environment, fault)
 
     return begin
 
@@ -82,10 +83,10 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
     folder, draws = tmp_path / "broken", random.Random(0)
     again = ("--save-steps", "1", "--resume", "auto")
     for first, last in ((0, 2), (3, 6)):
-        run = start(folder, *again)
+        run = start(folder, *again, fault=HOLD.format(step=7))
         run.until_step(draws.randint(first, last))
         run.kill()
-        assert run.wait() == -1, "it was over before it was killed"
+        assert run.wait() == -1
     run = start(folder, *again)
     assert run.wait() == 0, run.said()[-3000:]
     assert "resumed at step" in run.said()

@@ -35,10 +35,15 @@ def forker(tmp_path_factory):
 
 @pytest.fixture
 def start(forker, given):
-    """Begins a run as a process: `start(folder, *options, environment={})`."""
+    """Begins a run as a process: `start(folder, *options, environment={}, fault="")`."""
 
-    def begin(folder: Path, *options: object, environment: dict[str, str] | None = None) -> Process:
-        return forker.start(folder, given(folder, *options), environment)
+    def begin(
+        folder: Path,
+        *options: object,
+        environment: dict[str, str] | None = None,
+        fault: str = "",
+    ) -> Process:
+        return forker.start(folder, given(folder, *options), environment, fault)
 
     return begin
 

@@ -1,14 +1,13 @@
 """Cached features: found again only by what they came from, whole or not there at all."""
 
 import os
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from photo_folders import COLORS, small_vit, write_photos
+from photo_folders import COLORS, small_vit, wait_for_another_time, write_photos
 
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, extract
@@ -86,7 +85,7 @@ def test_a_photo_that_is_written_anew_is_seen_even_if_its_time_is_set_back(count
     counted.get("cls")
     photo = counted.photos / "green" / "1.jpg"
     stat = os.stat(photo)
-    time.sleep(0.02)  # longer than the kernel's clock needs for another time
+    wait_for_another_time(counted.photos.parent)
     data = photo.read_bytes()
     photo.write_bytes(data)
     os.utime(photo, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -5,7 +5,6 @@ like Pillow's, with the same settings. To the ffcv loader, which asks for the fa
 mean and 1.7 in the mean of a view at most; of 300 ImageNet photos 1.1 and 2.5.
 """
 
-import gc
 import io
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from held import held, wait_for_no_more_than
 from made_photos import EITHER, UNREADABLE
 from PIL import Image
 from pillow_parity import SAME_ARITHMETIC
@@ -182,19 +182,13 @@ def test_epochs_left_half_way_leave_nothing(beton: Path) -> None:
     loader = build_loader(replace(SMALL, data=str(beton)))
     list(loader.epoch(0))
 
-    def held() -> tuple[int, int, int]:
-        gc.collect()
-        folder = Path("/proc/self")
-        files, threads = (len(list((folder / name).iterdir())) for name in ("fd", "task"))
-        return threading.active_count(), files, threads
-
     before = held()
     for epoch in range(6):
         next(loader.epoch(epoch))
     abandoned = loader.epoch(6)
     next(abandoned)
     loader.close()  # with an epoch still open
-    assert held() <= before
+    wait_for_no_more_than(before)
     assert_same(list(loader.epoch(1)), batches_of(beton, epoch=1))
     loader.close()
 

@@ -143,4 +143,4 @@ def test_streams_may_be_left_half_way(beton: Path) -> None:
             _, decoded = next(stream)
             assert len(decoded.offsets) == 4
         stream.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before

@@ -234,10 +234,8 @@ def test_the_next_epoch_is_prepared_while_the_last_batches_are_used(beton: Path,
 
     loader._plans = noted  # type: ignore[method-assign]
     first = list(loader.epoch(0))
-    deadline = time.monotonic() + 300
-    while planned[-1][0] == 0 and time.monotonic() < deadline:
+    while planned[-1][0] == 0:  # the second epoch is begun, though nobody asked for it
         time.sleep(0.01)
-    assert planned[-1][0] == 1, "the second epoch has been begun, though nobody asked for it"
     second = list(loader.epoch(1))
     assert [number for _, number in planned] == list(range(len(planned))), "in one go"
     loader.close()

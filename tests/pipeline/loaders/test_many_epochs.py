@@ -1,6 +1,5 @@
 """Many epochs: without a pause between them, and with nothing left behind."""
 
-import gc
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from held import held, wait_for_no_more_than
 
 from ibeton.pipeline import Loader, PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan
@@ -26,18 +26,6 @@ SMALL = PipelineConfig(
 # A leak grows in every stretch, of one batch an epoch by 9; what an allocator holds back comes
 # once, when it likes: 7 were seen in a process of many tests.
 MEGABYTES = 3.0
-
-
-def held() -> tuple[int, int, int]:
-    """Threads, open files and child processes."""
-    gc.collect()
-    this = Path("/proc/self")
-    children = (this / "task").glob("*/children")
-    return (
-        len(list((this / "task").iterdir())),
-        len(list((this / "fd").iterdir())),
-        sum(len(path.read_text().split()) for path in children),
-    )
 
 
 def megabytes() -> float:
@@ -60,7 +48,6 @@ def run_epoch(loader: Loader, epoch: int) -> None:
 def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) -> None:
     if PROBLEMS[kind]:
         pytest.skip(PROBLEMS[kind])
-    at_first = held()
     loader = build_loader(replace(SMALL, data=str(beton), loader=kind))
     for epoch in range(WARM):
         run_epoch(loader, epoch)
@@ -68,20 +55,19 @@ def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) 
     for epoch in range(WARM, WARM + 3 * STRETCH):
         run_epoch(loader, epoch)
         if epoch % 3 == 0:
-            assert held() <= things, f"after epoch {epoch}"
+            wait_for_no_more_than(things)
         if (epoch + 1 - WARM) % STRETCH == 0:
             memory.append(megabytes())
     grown = [after - before for before, after in pairwise(memory)]
     assert min(grown) < MEGABYTES, f"megabytes more in each {STRETCH} epochs: {grown}"
     loader.close()
     # What a library starts once a process stays: numba's and torch's threads, a resource tracker.
-    assert held() <= things
+    wait_for_no_more_than(things)
     del loader
     again = build_loader(replace(SMALL, data=str(beton), loader=kind))
     run_epoch(again, 0)
     again.close()
-    assert held() <= things
-    assert at_first <= things
+    wait_for_no_more_than(things)
 
 
 @pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])

@@ -9,7 +9,12 @@ import torch
 from small_runs import Start, losses
 
 from ibeton.training import checkpoints
-from ibeton.training.health.nonfinite_guard import AGAIN_WITHIN, IN_A_ROW, NonFiniteGuard
+from ibeton.training.health.nonfinite_guard import (
+    AGAIN_WITHIN,
+    IN_A_ROW,
+    RECOVERED,
+    NonFiniteGuard,
+)
 
 NAN = float("nan")
 NAN_DATA = """
@@ -134,6 +139,23 @@ def test_only_checkpoints_from_which_a_good_step_was_made_are_returned_to() -> N
     judged(guard, 3 * AGAIN_WITHIN, NAN)
     assert not guard.rolled_back_before()
     assert guard.newest_target() == 3 * AGAIN_WITHIN - 1
+
+
+def test_a_loss_that_passes_zero_as_it_diverges_is_not_good() -> None:
+    """As seen at a rate of 776: what was saved after step 22 had a loss of zero for ever."""
+    guard = NonFiniteGuard(scaled=False, uniform=8.3)
+    guard.restore({}, 20)
+    for step, loss, norm in ((20, 7.1, 262.0), (21, 1001.0, 3e8), (22, 6e-13, 0.6), (23, 6.4, 0.0)):
+        judged(guard, step, loss, norm)
+    for step in range(24, 24 + IN_A_ROW):
+        judged(guard, step, NAN)
+    assert (guard.diverging_since(), guard.newest_target()) == (21, 20)
+    guard.restore({}, 20)
+    judged(guard, 20, 100.0)
+    for step in range(21, 21 + RECOVERED):
+        assert guard.last_good == -1
+        judged(guard, step, 7.0)
+    assert guard.last_good == 20 + RECOVERED
 
 
 def content(step: int, value: float = 1.0) -> dict[str, Any]:

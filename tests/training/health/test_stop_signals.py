@@ -20,6 +20,16 @@ def slow(run, *rest):
     return step(run, *rest)
 train.train_step = slow
 """
+HELD_STEP = """
+import os, time
+from ibeton import train
+step = train.train_step
+def held(run, *rest):
+    while run.step > 2 and not os.path.exists({go!r}):
+        time.sleep(0.01)
+    return step(run, *rest)
+train.train_step = held
+"""
 SLOW_EVALUATION = """
 import time
 from ibeton.evaluation.frozen import quick
@@ -46,7 +56,7 @@ def test_each_signal_ends_the_run_after_its_step_with_a_checkpoint(
 ) -> None:
     folder, begun = tmp_path / "run", [0]
     # The pil loader has worker processes.
-    options = ("--resume", "auto", "--loader", "pil", "--epochs", "10")
+    options = ("--resume", "auto", "--loader", "pil", "--epochs", "1000")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         process = start(folder, *options, fault=SLOW_STEP.format(seconds=0.2))
         assert asked(process, number, begun[-1] + 2) == STOPPED, process.said()[-2000:]
@@ -54,7 +64,7 @@ def test_each_signal_ends_the_run_after_its_step_with_a_checkpoint(
         assert "Traceback" not in process.said()
         assert ("resumed at step" in process.said()) == (begun[-1] > 0)
         done = len(losses(folder))
-        assert begun[-1] + 3 <= done < 10 * PER_EPOCH
+        assert begun[-1] + 3 <= done < 1000 * PER_EPOCH
         assert read_run(folder)["state"] == "stopped"
         assert not is_held(folder)
         begun.append(done)
@@ -70,13 +80,15 @@ def test_what_multiprocessing_runs_beside_the_workers_outlives_slurms_warning(
     start: Start, tmp_path: Path
 ) -> None:
     """Of the other requests it takes care itself."""
-    process = start(tmp_path / "run", "--loader", "pil", fault=SLOW_STEP.format(seconds=1))
+    go = tmp_path / "go"
+    process = start(tmp_path / "run", "--loader", "pil", fault=HELD_STEP.format(go=str(go)))
     process.until(lambda: '"step": 1,' in process.log())
     before = helpers_of(process.pid)
     os.killpg(process.pid, signal.SIGUSR1)
     process.until(lambda: "SIGUSR1: the run will finish its step" in process.said())
     time.sleep(0.3)
     after = helpers_of(process.pid)
+    go.touch()
     assert process.wait() == STOPPED
     assert len(before) == 2
     assert after == before
@@ -94,7 +106,7 @@ def helpers_of(pid: int) -> list[int]:
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> None:
-    process = start(tmp_path / "run", fault=SLOW_STEP.format(seconds="60 if run.step else 0"))
+    process = start(tmp_path / "run", fault=SLOW_STEP.format(seconds="1e5 if run.step else 0"))
     process.until(lambda: "step 1 begins" in process.said())
     os.killpg(process.pid, signal.SIGINT)
     process.until(lambda: "SIGINT: the run will finish its step" in process.said())

@@ -41,5 +41,6 @@ def test_a_short_piped_run_prints_its_losses(start: Start, tmp_path) -> None:
     process = start(tmp_path / "run", "--stop-after", "3")
     assert process.wait() == 0, process.said()[-2000:]
     lines = [line for line in process.said().splitlines() if " loss " in line]
-    assert [line.split("  ")[1] for line in lines] == ["step 1/24", "step 3/24"]
+    places = [line.split("  ")[1] for line in lines]
+    assert (places[0], places[-1]) == ("step 1/24", "step 3/24")  # step 2 on a very slow machine
     assert not any(line.startswith(("{", "}")) for line in process.said().splitlines())
