@@ -62,6 +62,10 @@ class Protocol:
     options: tuple[Callable[[argparse.ArgumentParser], None], ...] = ()  # what adds its options
     checks: tuple[Callable[[argparse.Namespace], object], ...] = ()  # raise ValueError for bad ones
 
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Its command, see `command`."""
+        return command([self], self.name, self.about, argv)
+
 
 def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
     module = name if len(protocols) > 1 else f"frozen.{name}"
@@ -190,14 +194,9 @@ def _task(
 
 
 def command(
-    protocols: Sequence[Protocol],
-    name: str = "",
-    about: str = "",
-    argv: Sequence[str] | None = None,
+    protocols: Sequence[Protocol], name: str, about: str, argv: Sequence[str] | None = None
 ) -> int:
-    """The whole command: 0 when done, exit status 2 with one sentence for bad input. `name` and
-    `about` are those of the one protocol, where nothing else is given."""
-    name, about = name or protocols[0].name, about or protocols[0].about
+    """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
     parser = make_parser(protocols, name, about)
     args = parser.parse_args(argv)
 

@@ -9,13 +9,14 @@ and to send every view through a pipe.
 """
 
 import hashlib
+import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,14 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from ibeton.pipeline.store import UnreadablePhoto, open_photos
-from ibeton.workers import cores
+from ibeton.workers import cores, in_threads
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
 _JOB = 8  # photos that a thread takes at a time
-_AHEAD = 3  # batches that are being decoded or ready
+_AHEAD = 2  # batches that are being filled, or ready, beside the one that is asked for
 
 View = Callable[[Image.Image, int], Tensor]  # photo, side -> uint8 [3, side, side]
 Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
+Made = TypeVar("Made")
 
 
 def evaluation_view(
@@ -213,6 +215,10 @@ def view_batches(
     """
     indices = np.asarray(indices, dtype=np.int64)
 
+    def allocate(count: int) -> Tensor:  # as Pillow has views; the device turns them into planes
+        shape = (count, photos.size, photos.size, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
     def decode(rows: np.ndarray, out: np.ndarray) -> list[str]:
         """Views of photos `rows` into `out` uint8 [rows, S, S, 3]; for each, why there is none."""
         reasons = []
@@ -223,33 +229,36 @@ def view_batches(
                 place[:] = view.permute(1, 2, 0).numpy()
         return reasons
 
-    # Views lie as Pillow has them, [b, S, S, 3]: the device turns them into planes.
-    waiting: deque[tuple[Tensor, np.ndarray, list[Future[list[str]]]]] = deque()
-    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="ibeton-decode")
-    try:
-        for first in range(0, len(indices), batch_size):
-            rows = indices[first : first + batch_size]
-            out = torch.empty(
-                len(rows), photos.size, photos.size, 3, dtype=torch.uint8, pin_memory=pinned
-            )
-            jobs = [
-                pool.submit(decode, rows[i : i + _JOB], out.numpy()[i : i + _JOB])
-                for i in range(0, len(rows), _JOB)
-            ]
-            waiting.append((out, rows, jobs))
-            if len(waiting) == _AHEAD:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    with closing(filled_batches(batches, allocate, decode, threads)) as filled:
+        for rows, out, reasons in filled:
+            kept = np.array([not reason for reason in reasons])
+            images, unreadable = out.permute(0, 3, 1, 2), [reason for reason in reasons if reason]
+            if unreadable:
+                images, rows = images[torch.from_numpy(kept)], rows[kept]
+            yield ViewBatch(images, rows, unreadable)
 
 
-def _finished(out: Tensor, rows: np.ndarray, jobs: list[Future[list[str]]]) -> ViewBatch:
-    reasons = [reason for job in jobs for reason in job.result()]
-    images = out.permute(0, 3, 1, 2)
-    unreadable = [reason for reason in reasons if reason]
-    if unreadable:
-        kept = np.array([not reason for reason in reasons])
-        images, rows = images[torch.from_numpy(kept)], rows[kept]
-    return ViewBatch(images, rows, unreadable)
+def filled_batches(
+    batches: Sequence[np.ndarray],  # the photos of each, int64 [b]
+    allocate: Callable[[int], Tensor],  # a batch of so many photos
+    fill: Callable[[np.ndarray, np.ndarray], list[Made]],
+    threads: int,
+) -> Generator[tuple[np.ndarray, Tensor, list[Made]], None, None]:
+    """Batches in their order, filled by threads (0: one per core), three at most at a time: photos,
+    what was allocated, and for each photo what `fill(photos, memory)` returned."""
+    under_way: deque[Tensor] = deque()
+
+    def jobs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows in batches:
+            under_way.append(allocate(len(rows)))
+            memory = under_way[-1].numpy()
+            for i in range(0, len(rows), _JOB):
+                yield rows[i : i + _JOB], memory[i : i + _JOB]
+
+    most = _AHEAD * max((-(-len(rows) // _JOB) for rows in batches), default=1)
+    with closing(in_threads(lambda job: fill(*job), jobs(), threads or cores(), most)) as results:
+        for rows in batches:
+            parts = itertools.islice(results, -(-len(rows) // _JOB))
+            made = [one for part in parts for one in part]
+            yield rows, under_way.popleft(), made

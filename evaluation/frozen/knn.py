@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 from ibeton.evaluation.frozen.features import Features, extract_features
 from ibeton.evaluation.photos import PhotoSet
 
@@ -264,11 +264,7 @@ PROTOCOL = Protocol(
     (add_options,),
     (check_options,),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

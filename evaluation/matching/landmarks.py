@@ -15,8 +15,8 @@ import argparse
 import math
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ from ibeton.evaluation.matching.precision import (
     precision_at,
     ranks_without_junk,
 )
-from ibeton.evaluation.tasks import FrozenTask, Subject, command
+from ibeton.evaluation.tasks import FrozenTask, Subject
 from ibeton.progress import progress
-from ibeton.workers import cores
+from ibeton.workers import cores, in_threads
 
 SIDE = 512  # the longer side of a photo in pixels
 SCALES = (1.0, 1 / math.sqrt(2), 0.5)
 KS = (1, 5, 10)
-_AHEAD = 16  # photos decoded before they are asked for
+_AHEAD = 16  # photos that are being decoded, or ready
 # NumPy's own pickles name these, under the old and the new name of its core.
 _NUMPY = {
     ("numpy", "ndarray"),
@@ -130,34 +130,14 @@ def read_landmarks(root: Path) -> Landmarks:
 
 
 def read_photo(path: Path) -> Tensor:
-    """A photo, at most 512 pixels on either side, uint8 [3, h, w]."""
+    """A photo, at most 512 pixels on either side, uint8 [3, h, w]. Raises ValueError for one that
+    cannot be read: ground truth goes by number, so none may be left out."""
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def features_of(paths: Sequence[Path], subject: Subject) -> Iterator[Tensor]:
-    """Normalized features [C] of photos, on the CPU. Raises ValueError for a photo that cannot be
-    read: ground truth goes by number, so none may be left out."""
-    for image in _decoded(paths, subject.how.threads):
-        yield multiscale_feature(image, subject).cpu()
-
-
-def _decoded(paths: Iterable[Path], threads: int) -> Iterator[Tensor]:
-    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="ibeton-decode")
-    try:
-        waiting = []
-        for path in paths:
-            waiting.append(pool.submit(read_photo, path))
-            if len(waiting) == _AHEAD:
-                yield waiting.pop(0).result()
-        for job in waiting:
-            yield job.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def multiscale_feature(image: Tensor, subject: Subject) -> Tensor:
@@ -212,9 +192,13 @@ def retrieve(args: argparse.Namespace, data: Landmarks, subject: Subject) -> dic
     paths = [*data.query_photos, *data.photos]
     print(f"retrieve: {subject.name}, {len(paths)} photos", file=sys.stderr)
     features = []
-    with progress("retrieve", len(paths)) as advance:
-        for feature in features_of(paths, subject):
-            features.append(feature)
+    threads = subject.how.threads or cores()
+    with (
+        progress("retrieve", len(paths)) as advance,
+        closing(in_threads(read_photo, paths, threads, _AHEAD)) as images,
+    ):
+        for image in images:
+            features.append(multiscale_feature(image, subject).cpu())
             advance(1)
     queries, photos = torch.stack(features).split([len(data.query_photos), len(data.photos)])
     order = (queries @ photos.T).argsort(dim=1, descending=True, stable=True)
@@ -234,11 +218,7 @@ TASK = FrozenTask(
     retrieve,
     ("medium_map", "hard_map"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(TASK, argv)
-
+main = TASK.main
 
 if __name__ == "__main__":
     raise SystemExit(main())
