@@ -267,19 +267,3 @@ def extract(
     )
     check_read(photos, len(indices))
     return Features(arrays, torch.from_numpy(photos.labels[indices]))
-
-
-def extract_features(
-    backbone: nn.Module,
-    photos: PhotoSet,
-    device: torch.device | str = "cpu",
-    batch_size: int = 128,
-    workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Class tokens float32 [n, C] and labels int64 [n] in the photos' order, see `extract`.
-
-    backbone: images float32 [B, 3, S, S] on `device` -> tokens [B, 1 + N, C], class token first.
-    workers: threads that decode (0: one per core).
-    """
-    found = extract(backbone, photos, ("cls",), Extraction(device, batch_size, workers))
-    return found["cls"], found.labels
