@@ -29,7 +29,7 @@ from ibeton.evaluation.dense.task import (
     keys,
     parameter_groups,
 )
-from ibeton.evaluation.trainable import changed, precision_on, seed_all
+from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import (
@@ -40,7 +40,7 @@ from ibeton.training.health.stop_signals import (
 )
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.problems import check_output_dir
-from ibeton.training.run_folder import RunFolder, check_unused, identity, new_identity
+from ibeton.training.run_folder import RunFolder, changed, check_unused, identity, new_identity
 from ibeton.workers import end_with_parent
 
 Settings = TypeVar("Settings", bound=DenseConfig)

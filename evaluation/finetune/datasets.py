@@ -8,7 +8,6 @@ inat18/19  {train,val}{2018,2019}.json, categories.json, and the photos at the n
 """
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ibeton.evaluation.finetune.sets import ArrayPhotos, LabeledSets, ListedPhotos
+from ibeton.evaluation.plain_pickle import read_pickle
 
 
 def open_dataset(name: str, root: str) -> LabeledSets:
@@ -32,38 +32,6 @@ def _need(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: see docs/evaluation.md for the layout")
     return path
-
-
-class _Arrays(pickle.Unpickler):
-    """Unpickles lists, dicts and NumPy arrays, and calls nothing else."""
-
-    _ALLOWED = frozenset(
-        (module, name)
-        for package in ("numpy.core", "numpy._core")
-        for module, name in (
-            (f"{package}.multiarray", "_reconstruct"),
-            (f"{package}.multiarray", "scalar"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        )
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _unpickle(path: Path) -> dict[str, Any]:
-    with open(_need(path), "rb") as file:
-        try:
-            content = _Arrays(file, encoding="latin1").load()
-        except Exception as error:  # what damage leads to has no bounds
-            raise ValueError(f"{path} is no batch of CIFAR, or a damaged one ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no batch of CIFAR: it holds a {type(content).__name__}")
-    return content
 
 
 Split = tuple[Any, Any, list[str]]  # photos to train on, to evaluate on, names of classes
@@ -93,7 +61,9 @@ def _cifar(
 
 
 def _entry(path: Path, name: str) -> Any:
-    content = _unpickle(path)
+    content = read_pickle(_need(path), "batch of CIFAR")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no batch of CIFAR: it holds a {type(content).__name__}")
     if name not in content:
         raise ValueError(f"{path} has no {name}: it holds {', '.join(map(str, content))}")
     return content[name]

@@ -22,7 +22,7 @@ from ibeton.evaluation.finetune.score import CenterViews
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
-from ibeton.evaluation.trainable import changed, precision_on, seed_all
+from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
@@ -30,6 +30,7 @@ from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.run import fingerprint
 from ibeton.training.run_folder import (
     RunFolder,
+    changed,
     check_unused,
     identity,
     new_identity,

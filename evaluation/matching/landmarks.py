@@ -7,19 +7,16 @@ FOLDER is roxford5k or rparis6k, as published: `jpg/NAME.jpg` and `gnd_roxford5k
 at 1 / sqrt 2 and 1 / 2 of it; queries are whole photos. Medium: easy and hard photos are to be
 found; hard: the hard ones, and easy ones are taken out of the list, as junk is.
 
-The published ground truth is a pickle, which could run any code: it is read by an unpickler that
-makes lists, dicts, numbers, text and NumPy arrays, and nothing else.
+The published ground truth is a pickle: nothing in it is executed.
 """
 
 import argparse
 import math
-import pickle
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +31,7 @@ from ibeton.evaluation.matching.precision import (
     precision_at,
     ranks_without_junk,
 )
+from ibeton.evaluation.plain_pickle import read_pickle
 from ibeton.evaluation.tasks import FrozenTask, Subject
 from ibeton.progress import progress
 from ibeton.workers import cores, in_threads
@@ -42,17 +40,6 @@ SIDE = 512  # the longer side of a photo in pixels
 SCALES = (1.0, 1 / math.sqrt(2), 0.5)
 KS = (1, 5, 10)
 _AHEAD = 16  # photos that are being decoded, or ready
-# NumPy's own pickles name these, under the old and the new name of its core.
-_NUMPY = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *(
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
-    ("_codecs", "encode"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,25 +61,6 @@ class Landmarks:
     queries: list[Query]
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NUMPY:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which may run code")
-        return super().find_class(module, name)
-
-
-def read_pickle(path: Path) -> Any:
-    """Plain values and NumPy arrays of a pickle; nothing in it is executed. Raises ValueError for
-    anything else."""
-    try:
-        with open(path, "rb") as file:
-            return _Unpickler(file).load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # what damage leads to has no bounds
-        raise ValueError(f"{path} is not read: {error}") from error
-
-
 def read_landmarks(root: Path) -> Landmarks:
     """Photos and queries of a folder of revisited Oxford or Paris. Raises FileNotFoundError or
     ValueError, naming the file, for another layout."""
@@ -101,7 +69,7 @@ def read_landmarks(root: Path) -> Landmarks:
         raise FileNotFoundError(
             f"--data {root} has {len(truths)} files gnd_*.pkl; give roxford5k or rparis6k, with one"
         )
-    content = read_pickle(truths[0])
+    content = read_pickle(truths[0], "ground truth")
     try:
         names, query_names = list(content["imlist"]), list(content["qimlist"])
         queries = [

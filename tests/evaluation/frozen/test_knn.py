@@ -11,6 +11,7 @@ from photo_folders import COLORS, small_vit, write_photos
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from ibeton.evaluation.command import score_text
 from ibeton.evaluation.frozen import knn
 from ibeton.evaluation.frozen.features import Extraction, extract
 from ibeton.evaluation.frozen.knn import (
@@ -24,7 +25,6 @@ from ibeton.evaluation.frozen.knn import (
 )
 from ibeton.evaluation.networks import untrained
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.score_format import score_text
 from ibeton.model.checkpoint import load_backbone
 
 PUBLISHED = np.load(REFERENCE / "knn.npz")
