@@ -16,14 +16,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ibeton.pipeline.store import UnreadablePhoto, open_photos
+from ibeton.pipeline.store import Photos, UnreadablePhoto, open_photos
 from ibeton.workers import cores, in_threads
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
@@ -53,6 +53,9 @@ def evaluation_view(
 def bilinear_view(image: Image.Image, size: int) -> Tensor:
     """The evaluation view, resized bilinearly, uint8 [3, size, size]."""
     return evaluation_view(image, size, Image.Resampling.BILINEAR)
+
+
+EVALUATION_VIEWS: dict[str, View] = {"bicubic": evaluation_view, "bilinear": bilinear_view}
 
 
 def center_view(image: Image.Image, size: int) -> Tensor:
@@ -86,13 +89,42 @@ def _planes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class PhotoSet:
+class PhotoViews:
+    """Photos as views of `size` x `size` pixels, which `view` cuts. An unreadable photo is an item
+    without image."""
+
+    def __init__(self, photos: Photos, size: int, view: View) -> None:
+        self.photos, self.size, self.view = photos, size, view
+        self.labels = np.asarray(photos.labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, epoch: int | None = None) -> Sample:
+        """The view of a photo, or with `epoch` the random one of that epoch."""
+        label = int(self.labels[index])
+        try:
+            image = Image.fromarray(self.photos.pixels(index))
+        except UnreadablePhoto as reason:
+            return None, label, f"{self.name(index)}: {reason}"
+        if epoch is None:
+            return self.view(image, self.size), label, ""
+        return random_view(image, self.size, epoch, index), label, ""
+
+    def name(self, index: int) -> str:
+        """What to call a photo: its path below the set."""
+        return self.photos.name(index)
+
+
+class PhotoSet(PhotoViews):
     """The labeled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views,
     or as `view` cuts them.
 
     `classes`: number the labels by these names (the training set's) instead of the set's own order.
-    Sets that carry no names go by number. An unreadable photo is an item without image.
-    `labeled` False: photos need no class.
+    Sets that carry no names go by number. `labeled` False: photos need no class.
 
     Raises ValueError for a set without photos, with unlabeled photos, or with classes that
     `classes` lacks; FileNotFoundError for a missing path.
@@ -108,10 +140,8 @@ class PhotoSet:
     ) -> None:
         if size < 1:
             raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
-        self.path, self.size, self.view = Path(path), size, view
-        self._photos = open_photos(path)
-        self.classes = list(self._photos.classes)
-        self.labels = np.asarray(self._photos.labels, dtype=np.int64)
+        super().__init__(open_photos(path), size, view)
+        self.path, self.classes = Path(path), list(self.photos.classes)
         if not len(self.labels):
             raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
         if labeled and self.labels.min() < 0:
@@ -137,27 +167,6 @@ class PhotoSet:
     def num_classes(self) -> int:
         return max(len(self.classes), int(self.labels.max()) + 1)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.sample(index)
-
-    def sample(self, index: int, epoch: int | None = None) -> Sample:
-        """The evaluation view of a photo, or with `epoch` the random one of that epoch."""
-        label = int(self.labels[index])
-        try:
-            image = Image.fromarray(self._photos.pixels(index))
-        except UnreadablePhoto as reason:
-            return None, label, f"{self._photos.name(index)}: {reason}"
-        if epoch is None:
-            return self.view(image, self.size), label, ""
-        return random_view(image, self.size, epoch, index), label, ""
-
-    def name(self, index: int) -> str:
-        """What to call a photo: its path below the set."""
-        return self._photos.name(index)
-
     def fingerprint(self) -> str:
         """A name for the photos' contents and order that changes with every write to any of them.
 
@@ -169,7 +178,7 @@ class PhotoSet:
             digest.update(_state_of(str(self.path)))
             return digest.hexdigest()
         for index in range(len(self)):
-            name = self._photos.name(index)
+            name = self.name(index)
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             digest.update(_state_of(os.path.join(self.path, name)))
         return digest.hexdigest()
@@ -192,16 +201,8 @@ class ViewBatch:
     unreadable: list[str]  # the names of those left out, with reasons
 
 
-class Views(Protocol):
-    """What `view_batches` decodes: views of one size by the photo's number."""
-
-    size: int
-
-    def sample(self, index: int, epoch: int | None = None) -> Sample: ...
-
-
 def view_batches(
-    photos: Views,
+    photos: PhotoViews,
     indices: Sequence[int] | np.ndarray,
     batch_size: int,
     threads: int = 0,

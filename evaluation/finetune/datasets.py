@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ibeton.evaluation.finetune.sets import ArrayPhotos, LabeledSets, ListedPhotos
+from ibeton.evaluation.finetune.sets import ArrayPhotos, LabeledSets, listed_photos
 from ibeton.evaluation.plain_pickle import read_pickle
+from ibeton.pipeline.store.photos import Photos
 
 
 def open_dataset(name: str, root: str) -> LabeledSets:
@@ -95,12 +96,12 @@ def _flowers(root: Path) -> Split:
     labels = _mat(root / "imagelabels.mat", "labels").astype(np.int64) - 1
     classes = [str(i + 1) for i in range(102)]
 
-    def photos(*splits: str) -> ListedPhotos:
+    def photos(*splits: str) -> Photos:
         numbers = np.sort(np.concatenate([_mat(root / "setid.mat", name) for name in splits]))
         if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(labels):
             raise ValueError(f"{root / 'setid.mat'} names photos beyond the {len(labels)} labels")
         names = [f"jpg/image_{number:05d}.jpg" for number in numbers]
-        return ListedPhotos(root, names, labels[numbers.astype(int) - 1], classes)
+        return listed_photos(root, names, labels[numbers.astype(int) - 1], classes)
 
     return photos("trnid", "valid"), photos("tstid"), classes
 
@@ -115,11 +116,11 @@ def _cars(root: Path) -> Split:
     labels = rows["class"].astype(np.int64) - 1  # 1 .. 196 in the file
     held_out = rows["test"].astype(bool)
 
-    def photos(chosen: np.ndarray) -> ListedPhotos:
+    def photos(chosen: np.ndarray) -> Photos:
         names = [str(name) for name in rows["relative_im_path"][chosen]]
         if not names:
             raise ValueError(f"{path} names no photos for one of its two splits")
-        return ListedPhotos(root, names, labels[chosen], classes)
+        return listed_photos(root, names, labels[chosen], classes)
 
     return photos(~held_out), photos(held_out), classes
 
@@ -132,7 +133,7 @@ def _inat(root: Path, year: int) -> Split:
         raise ValueError(f"{root / 'categories.json'}: expected a list of id and name") from error
     classes = [names.get(i, str(i)) for i in range(max(names) + 1)]
 
-    def photos(split: str) -> ListedPhotos:
+    def photos(split: str) -> Photos:
         path = root / f"{split}{year}.json"
         content = _json(path)
         try:
@@ -145,12 +146,8 @@ def _inat(root: Path, year: int) -> Split:
             ) from error
         if not pairs:
             raise ValueError(f"{path} holds no photos")
-        return ListedPhotos(
-            root,
-            [_inat_file(root, name) for name, _ in pairs],
-            np.array([label for _, label in pairs]),
-            classes,
-        )
+        found = [_inat_file(root, name) for name, _ in pairs]
+        return listed_photos(root, found, np.array([label for _, label in pairs]), classes)
 
     return photos("train"), photos("val"), classes
 

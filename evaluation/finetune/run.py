@@ -18,10 +18,10 @@ from ibeton.evaluation.finetune.classifier import Classifier, build_classifier, 
 from ibeton.evaluation.finetune.config import FinetuneConfig, resolved
 from ibeton.evaluation.finetune.datasets import open_dataset
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
-from ibeton.evaluation.finetune.score import CenterViews
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
+from ibeton.evaluation.photos import EVALUATION_VIEWS, PhotoViews
 from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 from ibeton.training import checkpoints
@@ -66,7 +66,7 @@ class FinetuneRun:
     here: Processes
     sets: LabeledSets
     loader: Loader
-    views: CenterViews
+    views: PhotoViews
     classifier: Classifier
     model: nn.Module  # the classifier, or its DDP wrapper
     average: Any  # timm's ModelEmaV3, or None
@@ -135,7 +135,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
         here,
         sets,
         loader,
-        CenterViews(sets.val, size, config.test_interpolation),
+        PhotoViews(sets.val, size, EVALUATION_VIEWS[config.test_interpolation]),
         classifier,
         classifier,
         _average(classifier, config),
