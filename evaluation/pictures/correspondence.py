@@ -48,8 +48,8 @@ def two_photos(photos: PhotoSet, first: int, second: int) -> Pair:
     """The evaluation views of two photos."""
     both = [first, second]
     titles = (canvas.class_name(photos, first), canvas.class_name(photos, second))
-    sets = (photos, canvas.to_look_at(photos))
-    return Pair(*(canvas.views_of(one, both) for one in sets), None, titles)
+    large = canvas.views_of(canvas.to_look_at(photos), both)
+    return Pair(canvas.views_of(photos, both), large, None, titles)
 
 
 def scattered(places: Tensor, columns: int, count: int) -> list[int]:
