@@ -15,7 +15,6 @@ counts.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ibeton.benchmarks.harness.measure import figures, in_words, machine, spread
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import spread
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 from ibeton.command import run_or_exit
 from ibeton.pipeline.convert import ConvertOptions, convert
@@ -118,38 +118,13 @@ def compare(room: Path, names: list[str]) -> str:
     )
 
 
-def show(results: dict[str, Any], note: str) -> None:
-    """Print the table and what it was measured with."""
-    console, times = plain_console(width=110), results["seconds"]
-    title = f"{results['photos']:,} photos, {results['megabytes']:.1f} MB, one worker"
-    headings = ("photos/s", "MB/s of JPEG", "ours is faster by", "file MB")
-    table = figures("", *headings, title=title)
-    for name, took in times.items():
-        table.add_row(
-            name,
-            spread([results["photos"] / t for t in took], 4),
-            spread([results["megabytes"] / t for t in took]),
-            spread([t / mine for t, mine in zip(took, times[OURS], strict=True)]),
-            f"{results['file_megabytes'][name]:,.0f}",
-        )
-    console.print(table)
-    console.print(note)
-    console.print(
-        f"{in_words(results['machine'])}, written to {results['dst']}; medians (quartiles) of"
-        f" {len(times[OURS])} rounds, the sides in turns"
-    )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = harness.make_parser(__doc__, rounds=7)
+    photos = harness.integer(1)
     parser.add_argument("--data", type=Path, help="folder of photos (default: drawn ones)")
-    parser.add_argument("--photos", type=int, default=2000, help="a round, files repeated")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each side")
+    parser.add_argument("--photos", type=photos, default=2000, help="per round, files repeated")
     parser.add_argument("--dst", type=Path, help="folder to write to (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    if args.photos < 1 or args.rounds < 2:
-        parser.error("--photos must be at least 1 and --rounds at least 2")
     try:
         import ffcv.writer  # noqa: F401
     except ImportError as error:
@@ -170,21 +145,22 @@ def run(args: argparse.Namespace, room: Path) -> None:
         RAW: lambda dst: write_ffcv(photos, dst),
         JPG: lambda dst: write_ffcv(photos, dst, write_mode="jpg"),
     }
-    about = machine("ffcv", "pillow", "numpy")
     times = measure(sides, room, args.rounds)
-    files = {name: (room / f"{i}.beton").stat().st_size / 1e6 for i, name in enumerate(sides)}
-    results = {
-        "machine": about,
-        "dst": str(room.parent),
-        "data": str(args.data or "drawn"),
-        "photos": len(photos),
-        "megabytes": sum(os.stat(os.path.join(p.path, p.name)).st_size for p in photos) / 1e6,
-        "file_megabytes": files,
-        "seconds": times,
-    }
-    show(results, compare(room, list(sides)))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    stored = {name: (room / f"{i}.beton").stat().st_size / 1e6 for i, name in enumerate(sides)}
+    given = sum(os.stat(os.path.join(p.path, p.name)).st_size for p in photos) / 1e6
+    headings = ("photos/s", "MB/s of JPEG", "ours is faster by", "file MB")
+    title = f"{len(photos):,} photos, {given:.1f} MB, one worker, written to {room.parent}"
+    table = harness.figures("", *headings, title=title)
+    for name, took in times.items():
+        rates = ([amount / t for t in took] for amount in (len(photos), given))
+        faster = harness.ratios(times, name, OURS)
+        table.add_row(name, *map(spread, rates), spread(faster), f"{stored[name]:,.0f}")
+    console = plain_console(width=110)
+    console.print(table)
+    console.print(compare(room, list(sides)))
+    results = {"photos": len(photos), "megabytes": given, "file_megabytes": stored}
+    about = harness.machine("ffcv", "pillow", "numpy")
+    harness.conclude(console, about, args.rounds, args.json, seconds=times, **results)
 
 
 if __name__ == "__main__":

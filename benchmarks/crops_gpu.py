@@ -8,11 +8,9 @@ Photos are decoded once and lie in pinned memory, so that no decoder can be the 
 the copy alone, the cropper alone on pixels that are there, the feed (copy and crop, a batch ahead
 and on a stream of its own), the step alone on a batch that is there, and steps that take their
 batches from the feed. What these take less than feed and step one after the other is hidden.
-nvJPEG (torchvision's decoder on the device) is measured on the same photos.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -27,9 +25,9 @@ if "--interpreted" in sys.argv:
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, build, training_step
@@ -72,7 +70,7 @@ class StoredPhotos:
 
 
 class Bench:
-    """The sides of one round; each gives the seconds of a batch."""
+    """The sides of one round; each gives the batches that it made."""
 
     def __init__(self, args: argparse.Namespace, data: str) -> None:
         self.device = torch.device("cpu" if args.interpreted else "cuda")
@@ -124,68 +122,50 @@ class Bench:
             autocast_dtype=self.dtype,
         )
 
-    def copy(self) -> None:
+    def copy(self) -> int:
         for _ in range(self.steps):
             self.source.decoded.parts[0].to(self.device, non_blocking=True)
+        return self.steps
 
-    def cut(self) -> None:
-        config, photos = self.config, self.source.decoded
+    def cut(self) -> int:
+        photos, specs = self.source.decoded, spec_table(self.config.views())
+        shapes = photos.heights, photos.widths
         for number in range(self.steps):
-            shapes = photos.heights, photos.widths
-            draws = draw_batch(
-                spec_table(config.views()), config.seed, number, self.indices, *shapes
-            )
+            draws = draw_batch(specs, self.config.seed, number, self.indices, *shapes)
             self.cropper.cut(self.resident, photos.offsets, *shapes, draws)
-
-    def feed_alone(self) -> None:
-        for _ in self.fed():
-            pass
+        return self.steps
 
     def fed(self) -> Iterator[DeviceCrops]:
         plans = iter([BatchPlan(1, self.indices)] * self.steps)
         return (crops for _, crops in self.feed.stream(plans))
 
-    def step_alone(self) -> None:
+    def feed_alone(self) -> int:
+        return sum(1 for _ in self.fed())
+
+    def step_alone(self) -> int:
         for _ in range(self.steps):
             self.step(self.crops)
+        return self.steps
 
-    def both(self) -> None:
+    def both(self) -> int:
         for crops in self.fed():
             self.step(crops)
+        return self.steps
 
-    def nvjpeg(self) -> None:
-        """All photos of the batch by nvJPEG; the first error says what is missing."""
-        from torchvision.io import decode_jpeg
-
-        count = len(self.source.decoded.offsets)
-        stored = [self.reader.photo_bytes(i % len(self.reader)) for i in range(count)]
-        data = [torch.from_numpy(np.frombuffer(x, np.uint8).copy()) for x in stored]
-        for _ in range(self.steps):
-            decode_jpeg(data, device=self.device)
-
-    def sides(self) -> dict[str, Callable[[], None]]:
-        sides = {
+    def sides(self) -> dict[str, Callable[[], int]]:
+        return {
             "copy alone": self.copy,
             "crops alone": self.cut,
             "feed alone (copy + crops)": self.feed_alone,
             "step alone": self.step_alone,
             "steps from the feed": self.both,
         }
-        if self.device.type == "cuda":
-            sides["nvJPEG decode (torchvision)"] = self.nvjpeg
-        return sides
 
-    def seconds(self, side: Callable[[], None]) -> float:
-        """Of one batch, the device's work included."""
-        self.synchronize()
-        start = time.perf_counter()
-        side()
-        self.synchronize()
-        return (time.perf_counter() - start) / self.steps
-
-    def synchronize(self) -> None:
+    def clock(self) -> float:
+        """Seconds, once the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 SMALL_VIEWS: dict[str, Any] = {
@@ -196,15 +176,9 @@ SMALL_VIEWS: dict[str, Any] = {
 }
 
 
-def hidden(feed: float, step: float, both: float) -> float:
-    """The share of the feed's time that the step covers."""
-    return (feed + step - both) / feed
-
-
 def report(times: dict[str, list[float]], batch: int, gigabytes: float, console: Console) -> None:
-    table = Table(title=f"croppers on the GPU, batch {batch}")
-    for heading in ("", "ms a batch", "images/s"):
-        table.add_column(heading, justify="right" if heading else "left")
+    title = f"croppers on the GPU, batch {batch}"
+    table = harness.figures("", "ms per batch", "images/s", title=title)
     for name, values in times.items():
         rates = [batch / value for value in values]
         table.add_row(name, spread([1e3 * value for value in values]), spread(rates))
@@ -214,25 +188,21 @@ def report(times: dict[str, list[float]], batch: int, gigabytes: float, console:
     step, both = middle["step alone"], middle["steps from the feed"]
     console.print(
         f"crops take {crops / step:.1%} of a step; copies run at"
-        f" {gigabytes / middle['copy alone']:.1f} GB/s; {hidden(feed, step, both):.0%} of the feed"
-        f" is hidden behind the step, which becomes {both / step - 1:.1%} longer"
+        f" {gigabytes / middle['copy alone']:.1f} GB/s; {(feed + step - both) / feed:.0%} of the"
+        f" feed is hidden behind the step, which becomes {both / step - 1:.1%} longer"
     )
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
     parser.add_argument("--arch", default="vit_s")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--interpreted", action="store_true", help="on the CPU, by Triton's interpreter, tiny"
     )
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2")
     if args.interpreted:
         args.arch, args.batch_size, args.precision = "vit_t", 2, "fp32"
     elif not torch.cuda.is_available():
@@ -248,26 +218,16 @@ def main() -> None:
         adapt_interpreter()
     console = plain_console(width=100)
     with tempfile.TemporaryDirectory() as folder:
-        data = args.data or synthetic_beton(Path(folder))
-        bench = Bench(args, data)
-        sides = bench.sides()
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for round_number in range(args.rounds + 1):
-            for name, side in sides.items():
-                took = bench.seconds(side)
-                if round_number:  # the first compiles
-                    times[name].append(took)
-    about = machine("torch", "triton", "torchvision")
-    if not args.interpreted:
-        about["processor"] = torch.cuda.get_device_name()
+        bench = Bench(args, args.data or synthetic_beton(Path(folder)))
+        rates = take_turns(bench.sides(), args.rounds, bench.clock)
+    times = {name: [1 / rate for rate in values] for name, values in rates.items()}
     report(times, args.batch_size, bench.source.decoded.parts[0].numel() / 1e9, console)
-    console.print(f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, in turns")
     if args.interpreted:
         console.print("by Triton's interpreter: these times say nothing about a GPU")
-    if args.json:
-        settings = {**vars(args), "json": None}
-        figures = {"machine": about, "settings": settings, "seconds_a_batch": times}
-        args.json.write_text(json.dumps(figures, indent=1))
+    settings = {**vars(args), "json": None}
+    about = harness.machine("torch", "triton", device=bench.device.type)
+    results = {"settings": settings, "seconds_a_batch": times}
+    harness.conclude(console, about, args.rounds, args.json, **results)
 
 
 if __name__ == "__main__":

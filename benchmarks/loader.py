@@ -2,16 +2,13 @@
 
     python benchmarks/loader.py --data photos.beton      # 1, 2, 4 workers, batches of 16 to 256
     python benchmarks/loader.py --decode gpu             # nvJPEG alone, cores alone, both
-    python benchmarks/loader.py --borders                # waits at the borders of short epochs
 
 All sides use the same threads and the same photos, in rounds that take turns.
 """
 
 import argparse
-import json
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import count
@@ -20,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, spread, take_turns
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import ratios, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
-from ibeton.pipeline import PipelineConfig, build_loader
+from ibeton.pipeline import PipelineConfig
 from ibeton.pipeline.batch import BatchPlan
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.loaders.context import context_of
@@ -36,7 +33,6 @@ from ibeton.progress import plain_console
 from ibeton.workers import cores
 
 BATCHES = 8  # of a round at least: the first ones fill an empty pipeline, the last ones empty it
-EPOCHS, STEPS, SMALL_BATCH = 10, 20, 16  # of --borders
 
 
 class Sides:
@@ -79,17 +75,16 @@ class Sides:
 
 def idle_workers(args: argparse.Namespace, reader: BetonReader, console: Console) -> object:
     """A row for each number of workers and each batch size."""
-    table = Table(title="images/s of the loader, pixels for a GPU")
-    for heading in ("workers", "batch", "decode alone", "loader", "loader / decode"):
-        table.add_column(heading, justify="right")
+    headings = ("batch", "decode alone", "loader", "loader / decode")
+    table = harness.figures("workers", *headings, title="images/s of the loader, pixels for a GPU")
     figures = []
     for workers in args.workers:
         for batch in args.batch_size:
             sides = Sides(reader, workers, batch, args.images)
             rates = take_turns({"decode": sides.decode, "loader": sides.loader}, args.rounds)
-            ratio = [a / b for a, b in zip(rates["loader"], rates["decode"], strict=True)]
-            cells = spread(rates["decode"]), spread(rates["loader"]), spread(ratio, 2)
-            table.add_row(str(workers), str(batch), *cells)
+            cells = spread(rates["decode"]), spread(rates["loader"])
+            ratio = spread(ratios(rates, "loader", "decode"), 2)
+            table.add_row(str(workers), str(batch), *cells, ratio)
             figures.append({"workers": workers, "batch": batch, **rates})
     console.print(table)
     return figures
@@ -117,7 +112,8 @@ def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) 
         return sum(len(plan.indices) for plan, _ in both.stream(sides.plans()))
 
     rates = take_turns({"GPU": by_gpu, "CPU": sides.loader, "both": by_both}, args.rounds)
-    table = Table("", "images/s", title=f"decode, {workers} threads, batch {batch}")
+    title = f"decode, {workers} threads, batch {batch}"
+    table = harness.figures("", "images/s", title=title)
     for name, values in rates.items():
         table.add_row(name, spread(values))
     console.print(table)
@@ -136,62 +132,20 @@ def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) 
     return {"images_per_s": rates, "good": good, "tried": tried, "mean": mean, "most": most}
 
 
-def borders(args: argparse.Namespace, folder: Path, console: Console) -> object:
-    """How long each step of short epochs waits for its batch, beside a consumer as slow as the
-    loader. Each wait is that of a step; those of first steps are listed apart."""
-    data = args.data or synthetic_beton(folder, 1 + STEPS * SMALL_BATCH // 10)
-    size = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2}
-    config = PipelineConfig(data=(data,), batch_size=SMALL_BATCH, patch_size=8, **size)  # type: ignore[arg-type]
-    loader = build_loader(config)
-    steps = list(loader.epoch(0))  # compiles
-    began = time.perf_counter()
-    steps = list(loader.epoch(1))
-    pause = 1.5 * (time.perf_counter() - began) / len(steps)
-    first: list[float] = []
-    others: list[float] = []
-    for epoch in range(2, 2 + EPOCHS):
-        batches = loader.epoch(epoch)
-        for step in range(loader.steps_per_epoch):
-            began = time.perf_counter()
-            next(batches)
-            (others if step else first).append(1000 * (time.perf_counter() - began))
-            time.sleep(pause)
-        next(batches, None)
-    loader.close()
-    table = Table(
-        "step", "waits", "ms, median (quartiles)", "longest ms", title="waits for a batch"
-    )
-    for name, waits in (("first of an epoch", first), ("others", others)):
-        table.add_row(name, str(len(waits)), spread(waits), f"{max(waits):.2f}")
-    console.print(table)
-    console.print(
-        f"{EPOCHS} epochs of {loader.steps_per_epoch} steps of {SMALL_BATCH} small photos,"
-        f" {1000 * pause:.1f} ms each"
-    )
-    return {"first": first, "others": others, "median_ms": quartiles(others)[0]}
-
-
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser, positive = harness.make_parser(__doc__), harness.integer(1)
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
     parser.add_argument("--decode", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--borders", action="store_true", help="list waits of short epochs instead")
-    parser.add_argument("--workers", type=int, nargs="+", help="(default: 1 2 4; all cores)")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--workers", type=positive, nargs="+", help="(default: 1 2 4; all cores)")
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[16, 64, 256])
     parser.add_argument(
-        "--images", type=int, default=512, help=f"images per round, at least {BATCHES} batches"
+        "--images", type=positive, default=512, help=f"images per round, at least {BATCHES} batches"
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     args.workers = args.workers or ([cores()] if args.decode == "gpu" else [1, 2, 4])
     if args.data and not is_beton(args.data):
         parser.error(
             f"--data {args.data} is not a .beton file: python -m pipeline.convert makes one"
-        )
-    if min(*args.workers, *args.batch_size, args.images) < 1 or args.rounds < 2:
-        parser.error(
-            "--workers, --batch-size and --images must be at least 1, and --rounds at least 2"
         )
     if args.decode == "gpu":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -204,23 +158,14 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     keep_freed_memory()
-    console, began = plain_console(width=100), time.perf_counter()
+    console, on_gpu = plain_console(width=100), args.decode == "gpu"
     with tempfile.TemporaryDirectory() as folder:
-        if args.borders:
-            figures = borders(args, Path(folder), console)
-        else:
-            reader = BetonReader(args.data or synthetic_beton(Path(folder)))
-            run = gpu_decode if args.decode == "gpu" else idle_workers
-            figures = run(args, reader, console)
-    about = machine("torch", "torchvision", "numba")
-    if args.decode == "gpu":
+        reader = BetonReader(args.data or synthetic_beton(Path(folder)))
+        results = (gpu_decode if on_gpu else idle_workers)(args, reader, console)
+    about = harness.machine("torch", "torchvision", "numba")
+    if on_gpu:
         about["processor"] += f", {torch.cuda.get_device_name()}"
-    console.print(
-        f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, taken in turns;"
-        f" {time.perf_counter() - began:.0f} s"
-    )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "figures": figures}, indent=1))
+    harness.conclude(console, about, args.rounds, args.json, figures=results)
 
 
 if __name__ == "__main__":

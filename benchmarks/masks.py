@@ -1,24 +1,15 @@
-"""Masks a second: the compiled sampler, a batch a call, against the plain Python reference.
+"""Masks/s of the compiled sampler, a batch per call, against the plain Python reference.
 
 `python benchmarks/masks.py` takes seconds on one core. Both sides draw the same masks; their
 rounds take turns, so that a busy machine slows both. Compilation is not timed.
 """
 
-import argparse
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 
-from ibeton.benchmarks.harness.measure import (
-    figures,
-    in_words,
-    machine,
-    ratios,
-    spread,
-    take_turns,
-)
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import ratios, spread
 from ibeton.command import run_or_exit
 from ibeton.pipeline.sampling import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
 from ibeton.progress import plain_console
@@ -50,20 +41,17 @@ def measure(config: MaskConfig, side: int, batch: int, rounds: int) -> dict[str,
         "compiled": lambda: sum(compiled(next(epochs))[..., 0, 0].size for _ in range(REPEATS)),
         "reference": lambda: reference(next(epochs))[..., 0, 0].size,
     }
-    return take_turns(sides, rounds)
+    return harness.take_turns(sides, rounds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--batch-size", type=int, default=256, help="images a call")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each sampler")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser = harness.make_parser(__doc__, rounds=15)
+    images = harness.integer(1)
+    parser.add_argument("--batch-size", type=images, default=256, help="images per call")
     args = parser.parse_args()
-    if args.batch_size < 1 or args.rounds < 2:
-        parser.error("--batch-size must be at least 1 and --rounds at least 2")
-    about, results = machine("numba", "numpy"), {}
-    title = f"thousand masks/s, {args.batch_size} images x {VIEWS} views a call"
-    table = figures("masks", "compiled", "reference", "ratio", title=title)
+    about, results = harness.machine("numba", "numpy"), {}
+    title = f"thousand masks/s, {args.batch_size} images x {VIEWS} views per call"
+    table = harness.figures("masks", "compiled", "reference", "ratio", title=title)
     for name, (shape, side, ratio, ratio_var) in CASES.items():
         config = MaskConfig(shape=shape, ratio=ratio, ratio_var=ratio_var)
         rates = results[name] = measure(config, side, args.batch_size, args.rounds)
@@ -71,12 +59,8 @@ def main() -> None:
         table.add_row(name, *cells, spread(ratios(rates, "compiled", "reference")))
     console = plain_console()
     console.print(table)
-    console.print(
-        f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, taken in turns, one"
-        " thread; both sides draw the same masks"
-    )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "masks_per_s": results}, indent=1))
+    console.print("one thread; both sides draw the same masks")
+    harness.conclude(console, about, args.rounds, args.json, masks_per_s=results)
 
 
 if __name__ == "__main__":

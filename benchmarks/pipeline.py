@@ -10,8 +10,6 @@ views: normalized float32 tensors, or uint8 where a row says pixels or views. On
 per CPU second, so other processes do not distort them.
 """
 
-import argparse
-import json
 import os
 import tempfile
 import time
@@ -29,14 +27,8 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import (
-    in_words,
-    machine,
-    quartiles,
-    ratios,
-    spread,
-    take_turns,
-)
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import quartiles, ratios, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
 from ibeton.pipeline import PipelineConfig, build_loader
@@ -206,13 +198,12 @@ def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = harness.make_parser(__doc__)
+    images = harness.integer(BATCH)
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
     parser.add_argument("--like", choices=("recipe", "two-crops"), default="recipe")
-    parser.add_argument("--images", type=int, default=64, help="images per round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that each side has")
+    parser.add_argument("--images", type=images, default=64, help="images per round")
     parser.add_argument("--cores", type=int, default=2, help="also measure with so many cores")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="write a bar chart to this PNG file")
     args = parser.parse_args()
     if args.data and not is_beton(args.data):
@@ -220,40 +211,32 @@ def main() -> None:
             f"--data {args.data} is not a .beton file; make one: python -m pipeline.convert"
             f" {args.data} photos.beton"
         )
-    if args.images < BATCH or args.rounds < 2:
-        parser.error(f"--images must be at least {BATCH} and --rounds at least 2")
 
-    about = machine("torch", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
-    at_hand = sorted(os.sched_getaffinity(0))
+    about = harness.machine("torch", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
+    usable = sorted(os.sched_getaffinity(0))
     console = plain_console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))
         how = args.images, args.rounds, args.like == "two-crops"
-        rates = {"1 core": measured_apart(data, at_hand[:1], *how)}
-        if args.cores > 1 and len(at_hand) >= args.cores:
+        rates = {"1 core": measured_apart(data, usable[:1], *how)}
+        if args.cores > 1 and len(usable) >= args.cores:
             name = f"{args.cores} cores"
-            rates[name] = measured_apart(data, at_hand[: args.cores], *how)
+            rates[name] = measured_apart(data, usable[: args.cores], *how)
         reader = BetonReader(data)
         megapixels = float((reader.heights.astype(float) * reader.widths).mean() / 1e6)
     for cores, sides in rates.items():
         console.print(table(cores, sides, rates["1 core"]))
-    console.print(
-        f"{len(reader)} photos of {megapixels:.2f} megapixels on average; {in_words(about)};"
-        f" medians (quartiles) of {args.rounds} rounds, taken in turns"
-    )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "images_per_s": rates}, indent=1))
+    console.print(f"{len(reader)} photos of {megapixels:.2f} megapixels on average")
+    harness.conclude(console, about, args.rounds, args.json, images_per_s=rates)
     if args.plot:
         plot(rates, args.plot)
 
 
 def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]) -> Table:
     """Rates, and their ratios to the recipe and to the decoder; those of more cores to one core."""
-    out = Table(title=f"images/s, {cores}")
     first = one is sides
     columns = ("x recipe", "share of decode") if first else ("x one core",)
-    for heading in ("", "images/s", *columns):
-        out.add_column(heading, justify="left" if not heading else "right")
+    out = harness.figures("", "images/s", *columns, title=f"images/s, {cores}")
     for name, values in sides.items():
         cells = [spread(values)]
         if not first:

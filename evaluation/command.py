@@ -25,13 +25,16 @@ from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.score_format import score_text
 from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser, check_output_file
 from ibeton.progress import plain_console
 
 Scores = dict[str, float]
+# How names of scores end, by unit
+_COUNTS = ("labels", "clusters", "epoch")
+_SETTINGS = ("lr", "strength")
+_PERCENT = ("top1", "top5", "acc", "ari", "nmi", "fmi", "chance", "map")
 REPORT = b'{\n "checkpoint": '  # how a file of scores begins
 
 
@@ -61,6 +64,10 @@ class Protocol:
     headlines: tuple[str, ...]  # the scores that stand for it in a line of Markdown
     options: tuple[Callable[[argparse.ArgumentParser], None], ...] = ()  # what adds its options
     checks: tuple[Callable[[argparse.Namespace], object], ...] = ()  # raise ValueError for bad ones
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Its command, see `command`."""
+        return command([self], self.name, self.about, argv)
 
 
 def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
@@ -190,14 +197,9 @@ def _task(
 
 
 def command(
-    protocols: Sequence[Protocol],
-    name: str = "",
-    about: str = "",
-    argv: Sequence[str] | None = None,
+    protocols: Sequence[Protocol], name: str, about: str, argv: Sequence[str] | None = None
 ) -> int:
-    """The whole command: 0 when done, exit status 2 with one sentence for bad input. `name` and
-    `about` are those of the one protocol, where nothing else is given."""
-    name, about = name or protocols[0].name, about or protocols[0].about
+    """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
     parser = make_parser(protocols, name, about)
     args = parser.parse_args(argv)
 
@@ -251,6 +253,16 @@ def table(columns: Columns) -> Table:
             out.add_row(protocol, score, *values)
         out.add_section()
     return out
+
+
+def score_text(name: str, value: float) -> str:
+    """Counts as integers, learning rates and strengths as they were given, accuracies and their
+    like in percent, all else with two decimals."""
+    if name.endswith(_COUNTS):
+        return f"{value:,.0f}"
+    if name.endswith(_SETTINGS):
+        return f"{value:g}"
+    return f"{value:.2f} %" if name.endswith(_PERCENT) else f"{value:.2f}"
 
 
 def markdown(columns: Columns, headlines: Sequence[tuple[str, str]]) -> str:

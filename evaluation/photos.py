@@ -9,28 +9,30 @@ and to send every view through a pipe.
 """
 
 import hashlib
+import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ibeton.pipeline.store import UnreadablePhoto, open_photos
-from ibeton.workers import cores
+from ibeton.pipeline.store import Photos, UnreadablePhoto, open_photos
+from ibeton.workers import cores, in_threads
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
 _JOB = 8  # photos that a thread takes at a time
-_AHEAD = 3  # batches that are being decoded or ready
+_AHEAD = 2  # batches that are being filled, or ready, beside the one that is asked for
 
 View = Callable[[Image.Image, int], Tensor]  # photo, side -> uint8 [3, side, side]
 Sample = tuple[Tensor | None, int, str]  # uint8 [3, S, S] or None, label, why there is no image
+Made = TypeVar("Made")
 
 
 def evaluation_view(
@@ -51,6 +53,9 @@ def evaluation_view(
 def bilinear_view(image: Image.Image, size: int) -> Tensor:
     """The evaluation view, resized bilinearly, uint8 [3, size, size]."""
     return evaluation_view(image, size, Image.Resampling.BILINEAR)
+
+
+EVALUATION_VIEWS: dict[str, View] = {"bicubic": evaluation_view, "bilinear": bilinear_view}
 
 
 def center_view(image: Image.Image, size: int) -> Tensor:
@@ -84,13 +89,42 @@ def _planes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class PhotoSet:
+class PhotoViews:
+    """Photos as views of `size` x `size` pixels, which `view` cuts. An unreadable photo is an item
+    without image."""
+
+    def __init__(self, photos: Photos, size: int, view: View) -> None:
+        self.photos, self.size, self.view = photos, size, view
+        self.labels = np.asarray(photos.labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, epoch: int | None = None) -> Sample:
+        """The view of a photo, or with `epoch` the random one of that epoch."""
+        label = int(self.labels[index])
+        try:
+            image = Image.fromarray(self.photos.pixels(index))
+        except UnreadablePhoto as reason:
+            return None, label, f"{self.name(index)}: {reason}"
+        if epoch is None:
+            return self.view(image, self.size), label, ""
+        return random_view(image, self.size, epoch, index), label, ""
+
+    def name(self, index: int) -> str:
+        """What to call a photo: its path below the set."""
+        return self.photos.name(index)
+
+
+class PhotoSet(PhotoViews):
     """The labeled photos of a folder, a tar or a .beton file, as `size` x `size` evaluation views,
     or as `view` cuts them.
 
     `classes`: number the labels by these names (the training set's) instead of the set's own order.
-    Sets that carry no names go by number. An unreadable photo is an item without image.
-    `labeled` False: photos need no class.
+    Sets that carry no names go by number. `labeled` False: photos need no class.
 
     Raises ValueError for a set without photos, with unlabeled photos, or with classes that
     `classes` lacks; FileNotFoundError for a missing path.
@@ -106,10 +140,8 @@ class PhotoSet:
     ) -> None:
         if size < 1:
             raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
-        self.path, self.size, self.view = Path(path), size, view
-        self._photos = open_photos(path)
-        self.classes = list(self._photos.classes)
-        self.labels = np.asarray(self._photos.labels, dtype=np.int64)
+        super().__init__(open_photos(path), size, view)
+        self.path, self.classes = Path(path), list(self.photos.classes)
         if not len(self.labels):
             raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
         if labeled and self.labels.min() < 0:
@@ -135,27 +167,6 @@ class PhotoSet:
     def num_classes(self) -> int:
         return max(len(self.classes), int(self.labels.max()) + 1)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.sample(index)
-
-    def sample(self, index: int, epoch: int | None = None) -> Sample:
-        """The evaluation view of a photo, or with `epoch` the random one of that epoch."""
-        label = int(self.labels[index])
-        try:
-            image = Image.fromarray(self._photos.pixels(index))
-        except UnreadablePhoto as reason:
-            return None, label, f"{self._photos.name(index)}: {reason}"
-        if epoch is None:
-            return self.view(image, self.size), label, ""
-        return random_view(image, self.size, epoch, index), label, ""
-
-    def name(self, index: int) -> str:
-        """What to call a photo: its path below the set."""
-        return self._photos.name(index)
-
     def fingerprint(self) -> str:
         """A name for the photos' contents and order that changes with every write to any of them.
 
@@ -167,7 +178,7 @@ class PhotoSet:
             digest.update(_state_of(str(self.path)))
             return digest.hexdigest()
         for index in range(len(self)):
-            name = self._photos.name(index)
+            name = self.name(index)
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             digest.update(_state_of(os.path.join(self.path, name)))
         return digest.hexdigest()
@@ -190,16 +201,8 @@ class ViewBatch:
     unreadable: list[str]  # the names of those left out, with reasons
 
 
-class Views(Protocol):
-    """What `view_batches` decodes: views of one size by the photo's number."""
-
-    size: int
-
-    def sample(self, index: int, epoch: int | None = None) -> Sample: ...
-
-
 def view_batches(
-    photos: Views,
+    photos: PhotoViews,
     indices: Sequence[int] | np.ndarray,
     batch_size: int,
     threads: int = 0,
@@ -213,6 +216,10 @@ def view_batches(
     """
     indices = np.asarray(indices, dtype=np.int64)
 
+    def allocate(count: int) -> Tensor:  # as Pillow has views; the device turns them into planes
+        shape = (count, photos.size, photos.size, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
     def decode(rows: np.ndarray, out: np.ndarray) -> list[str]:
         """Views of photos `rows` into `out` uint8 [rows, S, S, 3]; for each, why there is none."""
         reasons = []
@@ -223,33 +230,36 @@ def view_batches(
                 place[:] = view.permute(1, 2, 0).numpy()
         return reasons
 
-    # Views lie as Pillow has them, [b, S, S, 3]: the device turns them into planes.
-    waiting: deque[tuple[Tensor, np.ndarray, list[Future[list[str]]]]] = deque()
-    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="ibeton-decode")
-    try:
-        for first in range(0, len(indices), batch_size):
-            rows = indices[first : first + batch_size]
-            out = torch.empty(
-                len(rows), photos.size, photos.size, 3, dtype=torch.uint8, pin_memory=pinned
-            )
-            jobs = [
-                pool.submit(decode, rows[i : i + _JOB], out.numpy()[i : i + _JOB])
-                for i in range(0, len(rows), _JOB)
-            ]
-            waiting.append((out, rows, jobs))
-            if len(waiting) == _AHEAD:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    with closing(filled_batches(batches, allocate, decode, threads)) as filled:
+        for rows, out, reasons in filled:
+            kept = np.array([not reason for reason in reasons])
+            images, unreadable = out.permute(0, 3, 1, 2), [reason for reason in reasons if reason]
+            if unreadable:
+                images, rows = images[torch.from_numpy(kept)], rows[kept]
+            yield ViewBatch(images, rows, unreadable)
 
 
-def _finished(out: Tensor, rows: np.ndarray, jobs: list[Future[list[str]]]) -> ViewBatch:
-    reasons = [reason for job in jobs for reason in job.result()]
-    images = out.permute(0, 3, 1, 2)
-    unreadable = [reason for reason in reasons if reason]
-    if unreadable:
-        kept = np.array([not reason for reason in reasons])
-        images, rows = images[torch.from_numpy(kept)], rows[kept]
-    return ViewBatch(images, rows, unreadable)
+def filled_batches(
+    batches: Sequence[np.ndarray],  # the photos of each, int64 [b]
+    allocate: Callable[[int], Tensor],  # a batch of so many photos
+    fill: Callable[[np.ndarray, np.ndarray], list[Made]],
+    threads: int,
+) -> Generator[tuple[np.ndarray, Tensor, list[Made]], None, None]:
+    """Batches in their order, filled by threads (0: one per core), three at most at a time: photos,
+    what was allocated, and for each photo what `fill(photos, memory)` returned."""
+    under_way: deque[Tensor] = deque()
+
+    def jobs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows in batches:
+            under_way.append(allocate(len(rows)))
+            memory = under_way[-1].numpy()
+            for i in range(0, len(rows), _JOB):
+                yield rows[i : i + _JOB], memory[i : i + _JOB]
+
+    most = _AHEAD * max((-(-len(rows) // _JOB) for rows in batches), default=1)
+    with closing(in_threads(lambda job: fill(*job), jobs(), threads or cores(), most)) as results:
+        for rows in batches:
+            parts = itertools.islice(results, -(-len(rows) // _JOB))
+            made = [one for part in parts for one in part]
+            yield rows, under_way.popleft(), made

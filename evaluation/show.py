@@ -27,7 +27,6 @@ from ibeton.evaluation.pictures.neighbors import draw_neighbors
 from ibeton.evaluation.pictures.patterns import assign, central_patterns, draw_patterns
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
 from ibeton.options import Parser, check_output_file
-from ibeton.pipeline.store import open_photos
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -111,8 +110,7 @@ def run(args: argparse.Namespace) -> None:
             couples = zip(indices[::2], indices[1::2], strict=True)
             pairs = [two_photos(photos, first, second) for first, second in couples]
         else:
-            source = open_photos(args.data)
-            pairs = [two_views(photos, source, index) for index in indices]
+            pairs = [two_views(photos, index) for index in indices]
         draw_correspondence(backbone, pairs, config["patch_size"], args.device, args.output)
 
 

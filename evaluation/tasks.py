@@ -52,6 +52,11 @@ class FrozenTask(Generic[Data]):
     scores: Callable[[argparse.Namespace, Data, Subject], dict[str, Scores]]
     headlines: tuple[str, ...]  # scores in the line of Markdown
 
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
+        args = make_parser(self).parse_args(argv)
+        return run_or_exit(lambda: finish(run(args, self), self.name, args.json, self.headlines))
+
 
 def make_parser(task: FrozenTask) -> Parser:
     parser = Parser(prog=f"ibeton {task.name}", description=task.about)
@@ -95,13 +100,6 @@ def one_process(name: str) -> None:
     """Raise ValueError under torchrun with several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"ibeton {name} uses one process; run it without torchrun")
-
-
-def command(task: FrozenTask, argv: Sequence[str] | None = None) -> int:
-    """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-    parser = make_parser(task)
-    args = parser.parse_args(argv)
-    return run_or_exit(lambda: finish(run(args, task), task.name, args.json, task.headlines))
 
 
 def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequence[str]) -> Path:

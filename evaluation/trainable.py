@@ -1,10 +1,8 @@
 """What training a backbone further needs, whatever the task: the backbone, its precision, random
-draws, and whether a run that resumes is the same one."""
+draws."""
 
 import dataclasses
 import random
-from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_backbone
-from ibeton.options import flag
 
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("auto", *_DTYPES)
@@ -47,16 +44,3 @@ def seed_all(*entropy: int) -> None:
     random.seed(int(seeds[0]))
     np.random.seed(int(seeds[1]) % 2**32)  # noqa: NPY002 - timm's mixup draws from this one
     torch.manual_seed(int(seeds[2]))
-
-
-def changed(before: dict[str, Any], now: dict[str, Any], free: Collection[str]) -> str:
-    """The settings that differ and are not `free`, as "--name old is now new"; "" where none is."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return ", ".join(
-        f"{flag(name)} {before.get(name)} is now {value}"
-        for name, value in now.items()
-        if name not in free and plain(before.get(name)) != plain(value)
-    )

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -270,6 +270,22 @@ def _in_words(hint: Any) -> str:
     kinds = typing.get_args(hint)
     kind = {float: "finite numbers", int: "integers"}.get(kinds[0], "strings")
     return kind if kinds[-1] is Ellipsis else f"{len(kinds)} {kind}"
+
+
+def too_low(settings: Any, least: dict[tuple[str, ...], float]) -> Iterator[str]:
+    """A sentence for each setting below the least value that `least` gives its name."""
+    for names, limit in least.items():
+        for name in names:
+            if not (value := getattr(settings, name)) >= limit:  # NaN too
+                yield f"{flag(name)} {value} must be at least {limit}"
+
+
+def unknown_choices(settings: Any) -> Iterator[str]:
+    """A sentence for each setting that is neither one of its choices nor its default."""
+    for item in dataclasses.fields(settings):
+        value, choices = getattr(settings, item.name), item.metadata.get("choices")
+        if choices and value not in (*choices, item.default):
+            yield f"{flag(item.name)} {value}: expected one of {', '.join(choices)}"
 
 
 def refuse(problems: Iterable[str]) -> None:

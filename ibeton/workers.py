@@ -97,6 +97,25 @@ def in_order(
             worker.close()
 
 
+def in_threads(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, most: int
+) -> Generator[Result, None, None]:
+    """Run `function(job)` in `workers` threads and yield the results in the order of `jobs`, of
+    which at most `most` are running, queued or waiting to be yielded. Close the iterator to stop
+    early. Raises whatever `function` raises."""
+    threads = ThreadPoolExecutor(workers, thread_name_prefix="ibeton")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(threads.submit(function, job))
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
 class _Worker:
     """A process that runs `function`, and this end of its pipe."""
 

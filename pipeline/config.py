@@ -3,18 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ibeton.options import flag, option, refuse
+from ibeton.options import flag, option, refuse, too_low, unknown_choices
 from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
 CROPS_ON = ("auto", "gpu", "cpu")
 DECODE = ("cpu", "gpu", "auto")
 MASK_SHAPES = ("block", "rand")
-CHOICES = {
-    "loader": ("auto", *LOADERS),
-    "crops_on": CROPS_ON,
-    "decode": DECODE,
-    "pred_shape": MASK_SHAPES,
+_AT_LEAST: dict[tuple[str, ...], float] = {
+    ("batch_size", "global_crops_number", "patch_size", "batches_ahead"): 1,
+    ("workers", "seed", "local_crops_number"): 0,
 }
 
 
@@ -96,14 +94,8 @@ class PipelineConfig:
         """A sentence per value that cannot work, naming the option."""
         if not self.data:
             yield "--data is missing: give a .beton file or a folder of photos"
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                yield f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
-        from_one = ("batch_size", "global_crops_number", "patch_size", "batches_ahead")
-        for name in (*from_one, "workers", "seed", "local_crops_number"):
-            least = int(name in from_one)
-            if getattr(self, name) < least:
-                yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
+        yield from unknown_choices(self)
+        yield from too_low(self, _AT_LEAST)
         if self.seed >= 2**64:
             yield f"--seed {self.seed} must be below 2^64"
         for name in ("global_crops_size", "local_crops_size"):

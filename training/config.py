@@ -19,6 +19,8 @@ from ibeton.options import (
     flag,
     option,
     refuse,
+    too_low,
+    unknown_choices,
     wrong_types,
 )
 from ibeton.pipeline import PipelineConfig
@@ -29,9 +31,8 @@ from ibeton.training.small import SMALL, small_recipe
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")
-CHOICES = {"precision": PRECISIONS, "optimizer": OPTIMIZERS}
 _HIGH_LR = 1.0  # per 256 images; AdamW's recipes have 5e-4, LARS and SGD use up to 0.3
-_AT_LEAST = {
+_AT_LEAST: dict[tuple[str, ...], float] = {
     ("epochs", "log_steps", "eval_k", "keep_last"): 1,
     ("stop_after", "save_steps", "keep_every", "eval_every", "freeze_last_layer"): 0,
     ("profile", "max_hours", "global_batch_size", "warmup_epochs", "min_lr", "clip_grad"): 0,
@@ -94,13 +95,8 @@ class RunConfig:
 
     def problems(self) -> Iterator[str]:
         """A sentence per value that cannot work, naming the option."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                yield f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
-        for names, least in _AT_LEAST.items():
-            for name in names:
-                if getattr(self, name) < least:
-                    yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
+        yield from unknown_choices(self)
+        yield from too_low(self, _AT_LEAST)
         if self.warmup_epochs > self.epochs:
             yield f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
         if not self.lr > 0:

@@ -22,7 +22,6 @@ from ibeton.model.checkpoint import (
 from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import load_optimizer_state, optimizer_state
 from ibeton.model.schedules import cosine_schedule
-from ibeton.options import flag
 from ibeton.pipeline import Loader
 from ibeton.pipeline.store import Photos, UnreadablePhoto
 from ibeton.training import checkpoints
@@ -33,6 +32,7 @@ from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.curves import model_facts
 from ibeton.training.run_folder import (
     RunFolder,
+    changed,
     check_unused,
     identity,
     new_identity,
@@ -299,32 +299,19 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
         raise ValueError(
             f"checkpoint {path} is of another run than {run.folder}: give another --output-dir"
         )
-    if changed := _changed(content["config"], config):
-        run.notes.append(f"settings that differ from the start of the run: {changed}")
+    if differ := changed(content["config"], config, _FREE):
+        run.notes.append(f"settings that differ from the start of the run: {differ}")
 
 
 def _check_begun(run: Run) -> None:
     """Raise ValueError if the folder's run, which has no checkpoint yet, had other settings."""
     if not run.seen:
         return
-    if changed := _changed(read_config(run.folder), run.config.resolved()):
+    if differ := changed(read_config(run.folder), run.config.resolved(), _FREE):
         raise ValueError(
-            f"{run.folder} holds a run with other settings, without a checkpoint yet ({changed}):"
+            f"{run.folder} holds a run with other settings, without a checkpoint yet ({differ}):"
             " give another --output-dir, or remove it"
         )
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ and matter, as "--name old is now new"; "" if none does."""
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return ", ".join(
-        f"{flag(name)} {before.get(name)} is now {value}"
-        for name, value in now.items()
-        if name not in _FREE and plain(before.get(name)) != plain(value)
-    )
 
 
 def fingerprint(photos: Photos) -> list[str]:

@@ -18,11 +18,13 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ibeton.atomic import write_text
+from ibeton.options import flag
 from ibeton.training import checkpoints
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
@@ -63,6 +65,19 @@ def check_unused(folder: Path) -> None:
             f"{folder} already holds a run: continue it with --resume auto, or give another"
             " --output-dir"
         )
+
+
+def changed(before: dict[str, Any], now: dict[str, Any], free: Collection[str]) -> str:
+    """The settings that differ and are not `free`, as "--name old is now new"; "" where none is."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return ", ".join(
+        f"{flag(name)} {before.get(name)} is now {value}"
+        for name, value in now.items()
+        if name not in free and plain(before.get(name)) != plain(value)
+    )
 
 
 def new_identity() -> str:

@@ -13,26 +13,18 @@ processes say more than views/s.
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import (
-    in_words,
-    machine,
-    quartiles,
-    ratios,
-    spread,
-    take_turns,
-)
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import quartiles, ratios, spread
+from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 from ibeton.command import run_or_exit
 from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
@@ -103,56 +95,38 @@ def cpu_seconds() -> float:
     return total
 
 
-def measure(data: Path, args: argparse.Namespace) -> tuple[dict[str, list[float]], ...]:
-    """Views/s and CPU milliseconds per view of both sides, one figure per round."""
-    cpu: dict[str, list[float]] = {OURS: [], TIMM: []}
-
-    def timed(name: str, make: Callable[[], int]) -> int:
-        start = cpu_seconds()
-        views = make()
-        cpu[name].append(1000 * (cpu_seconds() - start) / views)
-        return views
-
-    sides = {OURS: our_side(data, args), TIMM: timm_side(data, args)}
-    rates = take_turns(
-        {name: partial(timed, name, make) for name, make in sides.items()}, args.rounds
-    )
-    return rates, {name: spent[1:] for name, spent in cpu.items()}  # the first is not timed
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser, count = harness.make_parser(__doc__), harness.integer(1)
     add = parser.add_argument
     add("--data", help="class folders (default: photos drawn for it)")
-    add("--image-size", type=int, default=224, help="side of a view in pixels")
-    add("--batch-size", type=int, default=64, help="views per batch")
-    add("--batches", type=int, default=8, help="batches per round")
-    add("--workers", type=int, default=1, help="threads (ibeton) and processes (timm)")
-    add("--repeats", type=int, default=1, help="views of a photo in a batch (ibeton's side alone)")
-    add("--rounds", type=int, default=5, help="rounds that each side has")
-    add("--json", type=Path, help="write all figures to this file")
+    add("--image-size", type=count, default=224, help="side of a view in pixels")
+    add("--batch-size", type=count, default=64, help="views per batch")
+    add("--batches", type=count, default=8, help="batches per round")
+    add("--workers", type=count, default=1, help="threads (ibeton) and processes (timm)")
+    add("--repeats", type=count, default=1, help="views of a photo in a batch (ibeton)")
     args = parser.parse_args()
-    if min(args.workers, args.batches, args.repeats) < 1 or args.rounds < 2 or args.batch_size % 2:
-        parser.error("--rounds must be at least 2, --batch-size even, and the others at least 1")
+    if args.batch_size % 2:
+        parser.error("--batch-size must be even")
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(args.data) if args.data else _drawn(Path(folder))
-        rates, cpu = measure(_links(data, Path(folder), args), args)
+        data = Path(args.data or folder)
+        if not args.data:
+            make_photos(data, SyntheticOptions(images_per_class=60, val_per_class=1))
+            data = data / "train"
+        data = _links(data, Path(folder), args)
+        sides = {OURS: our_side(data, args), TIMM: timm_side(data, args)}
+        rates, cpu = harness.on_two_clocks(sides, args.rounds, cpu_seconds)
     console = plain_console(width=100)
-    table = Table(title=f"training views of {args.image_size} pixels, {args.workers} worker(s)")
-    for heading in ("", "views/s", "CPU ms per view"):
-        table.add_column(heading, justify="right" if heading else "left")
+    title = f"training views of {args.image_size} pixels, {args.workers} worker(s)"
+    table = harness.figures("", "views/s", "CPU ms per view", title=title)
     for name, values in rates.items():
         table.add_row(name, spread(values), spread(cpu[name]))
-    faster = ratios(rates, OURS, TIMM)
-    cheaper = [theirs / ours for ours, theirs in zip(cpu[OURS], cpu[TIMM], strict=True)]
+    faster, cheaper = ratios(rates, OURS, TIMM), ratios(cpu, TIMM, OURS)
     table.add_row("timm over ibeton in time", spread(faster), spread(cheaper))
     console.print(table)
-    about = machine("torch", "timm", "pillow", "numba")
-    console.print(f"{in_words(about)}; medians (quartiles) of {args.rounds} rounds, taken in turns")
-    if args.json:
-        found = {"views_per_s": rates, "cpu_ms": cpu, "ratio": quartiles(faster)[0]}
-        found |= {"cpu_ratio": quartiles(cheaper)[0], "machine": about}
-        args.json.write_text(json.dumps(found, indent=1))
+    about = harness.machine("torch", "timm", "pillow", "numba")
+    found = {"views_per_s": rates, "cpu_ms": cpu, "ratio": quartiles(faster)[0]}
+    found["cpu_ratio"] = quartiles(cheaper)[0]
+    harness.conclude(console, about, args.rounds, args.json, **found)
 
 
 def _links(data: Path, folder: Path, args: argparse.Namespace) -> Path:
@@ -168,14 +142,6 @@ def _links(data: Path, folder: Path, args: argparse.Namespace) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     return folder / "photos"
-
-
-def _drawn(folder: Path) -> Path:
-    """Class folders of drawn photos."""
-    from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
-
-    make_photos(folder, SyntheticOptions(images_per_class=60, val_per_class=1))
-    return folder / "train"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,42 @@
-"""What benchmarks share: the machine in words, rounds that take turns, medians and quartiles."""
+"""What benchmarks share: their options, the machine in words, rounds that take turns, medians and
+quartiles, and how results are shown and kept."""
 
+import argparse
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """An argument's type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return number
+
+    parse.__name__ = "integer"  # in argparse's own errors
+    return parse
+
+
+def make_parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
+    """The options of every benchmark: --rounds and --json. `doc`: of its module."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    parser.add_argument("--rounds", type=integer(2), default=rounds, help="rounds of each side")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    return parser
 
 
 def processor() -> str:
@@ -23,8 +49,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine(*packages: str) -> dict[str, Any]:
-    """Processor, cores, load and the versions of Python and of `packages`."""
+def machine(*packages: str, device: str = "cpu") -> dict[str, Any]:
+    """Processor (of a CUDA device: the GPU), cores, load and the versions of Python and of
+    `packages`."""
+    name = processor()
+    if device == "cuda":
+        import torch  # only here: takes seconds
+
+        name = torch.cuda.get_device_name()
     versions = {}
     for package in packages:
         try:
@@ -32,7 +64,7 @@ def machine(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "missing"
     return {
-        "processor": processor(),
+        "processor": name,
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
@@ -93,6 +125,33 @@ def take_turns(
     return rates
 
 
+def on_two_clocks(
+    sides: dict[str, Callable[[], int]],
+    rounds: int,
+    cpu_clock: Callable[[], float] = time.process_time,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """`take_turns`, and CPU milliseconds per item of all threads, one figure per round."""
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+
+    def timed(name: str) -> int:
+        start = cpu_clock()
+        done = sides[name]()
+        cpu[name].append(1e3 * (cpu_clock() - start) / done)
+        return done
+
+    rates = take_turns({name: partial(timed, name) for name in sides}, rounds)
+    return rates, {name: spent[1:] for name, spent in cpu.items()}  # the first is not timed
+
+
 def ratios(rates: dict[str, list[float]], name: str, to: str) -> list[float]:
     """Round by round, how many times as fast as `to` it is."""
     return [a / b for a, b in zip(rates[name], rates[to], strict=True)]
+
+
+def conclude(
+    console: Console, about: dict[str, Any], rounds: int, path: Path | None, **results: Any
+) -> None:
+    """Say on which machine and how often it was measured; write `results` to `path` as JSON."""
+    console.print(f"{in_words(about)}; medians (quartiles) of {rounds} rounds, taken in turns")
+    if path is not None:
+        path.write_text(json.dumps({"machine": about, **results}, indent=1))

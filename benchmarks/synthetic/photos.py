@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from ibeton.benchmarks.synthetic.shapes import SHAPES, Rng, Shape, disc, ribbon, rotation
 from ibeton.command import run_command
-from ibeton.options import Parser, add_options, fill, flag, option
+from ibeton.options import Parser, add_options, fill, option, refuse, too_low
 from ibeton.progress import progress
 
 SPLITS = ("train", "val")
@@ -50,11 +50,7 @@ class SyntheticOptions:
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""
-        for name in ("images_per_class", "val_per_class"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: expected 1 or more")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: expected 0 or more")
+        refuse(too_low(self, {("images_per_class", "val_per_class"): 1, ("seed",): 0}))
         if self.contact_sheet and not self.contact_sheet.lower().endswith(".png"):
             raise ValueError(
                 f"--contact-sheet {self.contact_sheet}: expected a name ending in .png"

@@ -24,13 +24,13 @@ from ibeton.evaluation.dense.task import (
     keys,
     parameter_groups,
 )
-from ibeton.evaluation.trainable import changed, precision_on, seed_all
+from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
 from ibeton.training.log.run_log import RunLog
-from ibeton.training.run_folder import check_unused
+from ibeton.training.run_folder import changed, check_unused
 from ibeton.workers import end_with_parent
 
 # Settings that may change when a run resumes: they do not change what is computed.

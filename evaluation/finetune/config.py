@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ibeton.evaluation.trainable import PRECISIONS
-from ibeton.options import Parser, add_options, fill, flag, option
+from ibeton.options import Parser, add_options, fill, flag, option, refuse, too_low
 
 RECIPES = ("imagenet", "semi", "transfer")
 DATASETS = ("cifar10", "cifar100", "flowers", "cars", "inat18", "inat19")
@@ -38,6 +38,13 @@ _BY_DATASET: dict[str, dict[str, Any]] = {
     "inat19": {"epochs": 360, "erasing": 0.1},
 }
 _VIT_S_RATES = {"inat18": 5e-5, "inat19": 2.5e-5}
+_AT_LEAST: dict[tuple[str, ...], float] = {
+    ("epochs", "batch_size", "accumulate", "lr_batch_size", "mix_images", "repeats"): 1,
+    ("eval_every", "eval_batch_size", "keep_last", "log_steps"): 1,
+    ("stop_after", "image_size", "min_lr", "warmup_lr", "weight_decay", "clip_grad", "mixup"): 0,
+    ("cutmix", "save_steps", "workers", "seed", "label_seed", "max_hours", "head_init_scale"): 0,
+    ("lost_after", "stall_after"): 5,
+}
 SWEEP = (8e-4, 9e-4, 1e-3, 2e-3)  # the learning rates that the paper tries on ImageNet-1K
 
 
@@ -124,15 +131,7 @@ class FinetuneConfig:
                 raise ValueError(f"--dataset {self.dataset} takes --root, and no --train or --val")
         elif not (self.train and self.val) or self.root:
             raise ValueError("give --train and --val, or --dataset and --root")
-        for name in ("epochs", "batch_size", "accumulate", "lr_batch_size", "mix_images", "repeats",
-                     "eval_every", "eval_batch_size", "keep_last", "log_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1")
-        for name in ("stop_after", "image_size", "min_lr", "warmup_lr", "weight_decay", "clip_grad",
-                     "mixup", "cutmix", "save_steps", "workers", "seed",
-                     "label_seed", "max_hours", "head_init_scale"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} must not be negative")
+        refuse(too_low(self, _AT_LEAST))
         for name in ("drop_path", "ema", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} must be in [0, 1)")
@@ -150,8 +149,6 @@ class FinetuneConfig:
             raise ValueError(
                 f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
             )
-        if self.lost_after < 5 or self.stall_after < 5:
-            raise ValueError("--lost-after and --stall-after must be at least 5 seconds")
 
     def mixes(self) -> bool:
         """Whether photos of a batch are mixed."""

@@ -8,14 +8,15 @@ inat18/19  {train,val}{2018,2019}.json, categories.json, and the photos at the n
 """
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ibeton.evaluation.finetune.sets import ArrayPhotos, LabeledSets, ListedPhotos
+from ibeton.evaluation.finetune.sets import ArrayPhotos, LabeledSets, listed_photos
+from ibeton.evaluation.plain_pickle import read_pickle
+from ibeton.pipeline.store.photos import Photos
 
 
 def open_dataset(name: str, root: str) -> LabeledSets:
@@ -32,38 +33,6 @@ def _need(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: see docs/evaluation.md for the layout")
     return path
-
-
-class _Arrays(pickle.Unpickler):
-    """Unpickles lists, dicts and NumPy arrays, and calls nothing else."""
-
-    _ALLOWED = frozenset(
-        (module, name)
-        for package in ("numpy.core", "numpy._core")
-        for module, name in (
-            (f"{package}.multiarray", "_reconstruct"),
-            (f"{package}.multiarray", "scalar"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        )
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _unpickle(path: Path) -> dict[str, Any]:
-    with open(_need(path), "rb") as file:
-        try:
-            content = _Arrays(file, encoding="latin1").load()
-        except Exception as error:  # what damage leads to has no bounds
-            raise ValueError(f"{path} is no batch of CIFAR, or a damaged one ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no batch of CIFAR: it holds a {type(content).__name__}")
-    return content
 
 
 Split = tuple[Any, Any, list[str]]  # photos to train on, to evaluate on, names of classes
@@ -93,7 +62,9 @@ def _cifar(
 
 
 def _entry(path: Path, name: str) -> Any:
-    content = _unpickle(path)
+    content = read_pickle(_need(path), "batch of CIFAR")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no batch of CIFAR: it holds a {type(content).__name__}")
     if name not in content:
         raise ValueError(f"{path} has no {name}: it holds {', '.join(map(str, content))}")
     return content[name]
@@ -125,12 +96,12 @@ def _flowers(root: Path) -> Split:
     labels = _mat(root / "imagelabels.mat", "labels").astype(np.int64) - 1
     classes = [str(i + 1) for i in range(102)]
 
-    def photos(*splits: str) -> ListedPhotos:
+    def photos(*splits: str) -> Photos:
         numbers = np.sort(np.concatenate([_mat(root / "setid.mat", name) for name in splits]))
         if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(labels):
             raise ValueError(f"{root / 'setid.mat'} names photos beyond the {len(labels)} labels")
         names = [f"jpg/image_{number:05d}.jpg" for number in numbers]
-        return ListedPhotos(root, names, labels[numbers.astype(int) - 1], classes)
+        return listed_photos(root, names, labels[numbers.astype(int) - 1], classes)
 
     return photos("trnid", "valid"), photos("tstid"), classes
 
@@ -145,11 +116,11 @@ def _cars(root: Path) -> Split:
     labels = rows["class"].astype(np.int64) - 1  # 1 .. 196 in the file
     held_out = rows["test"].astype(bool)
 
-    def photos(chosen: np.ndarray) -> ListedPhotos:
+    def photos(chosen: np.ndarray) -> Photos:
         names = [str(name) for name in rows["relative_im_path"][chosen]]
         if not names:
             raise ValueError(f"{path} names no photos for one of its two splits")
-        return ListedPhotos(root, names, labels[chosen], classes)
+        return listed_photos(root, names, labels[chosen], classes)
 
     return photos(~held_out), photos(held_out), classes
 
@@ -162,7 +133,7 @@ def _inat(root: Path, year: int) -> Split:
         raise ValueError(f"{root / 'categories.json'}: expected a list of id and name") from error
     classes = [names.get(i, str(i)) for i in range(max(names) + 1)]
 
-    def photos(split: str) -> ListedPhotos:
+    def photos(split: str) -> Photos:
         path = root / f"{split}{year}.json"
         content = _json(path)
         try:
@@ -175,12 +146,8 @@ def _inat(root: Path, year: int) -> Split:
             ) from error
         if not pairs:
             raise ValueError(f"{path} holds no photos")
-        return ListedPhotos(
-            root,
-            [_inat_file(root, name) for name, _ in pairs],
-            np.array([label for _, label in pairs]),
-            classes,
-        )
+        found = [_inat_file(root, name) for name, _ in pairs]
+        return listed_photos(root, found, np.array([label for _, label in pairs]), classes)
 
     return photos("train"), photos("val"), classes
 

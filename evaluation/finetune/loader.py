@@ -6,10 +6,10 @@ repeat) alone, so the number of threads and processes changes nothing.
 """
 
 import time
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ibeton.evaluation.finetune.randaugment import RandAugment
 from ibeton.evaluation.frozen.features import MEAN
+from ibeton.evaluation.photos import filled_batches
 from ibeton.pipeline.crops import resize
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
@@ -24,9 +25,6 @@ from ibeton.pipeline.sampling.order import epoch_order, steps_per_epoch
 from ibeton.pipeline.store.photos import Photos
 from ibeton.stages import work
 from ibeton.workers import cores
-
-_AHEAD = 3  # batches that are being made or ready
-_JOB = 8  # photos that a thread takes at a time
 
 
 @dataclass
@@ -117,27 +115,20 @@ class Loader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
         """The batches of `epoch` from step `first_step` on."""
-        waiting: deque[tuple[Tensor, list[Future[list[int]]]]] = deque()
         repeats, size = self._views.settings.repeats, self._views.settings.size
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="ibeton-views")
-        try:
-            for rows in self.batches(epoch)[first_step:]:
-                shape = (len(rows), repeats, 3, size, size)
-                out = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-                views = out.numpy()
-                jobs = [
-                    pool.submit(self._make, rows[i : i + _JOB], epoch, views[i : i + _JOB])
-                    for i in range(0, len(rows), _JOB)
-                ]
-                waiting.append((out, jobs))
-                if len(waiting) == _AHEAD:
-                    yield self._finished(*waiting.popleft())
-            while waiting:
-                yield self._finished(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, rows: np.ndarray, epoch: int, out: np.ndarray) -> list[int]:
+        def allocate(count: int) -> Tensor:
+            shape = (count, repeats, 3, size, size)
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+
+        make, batches = partial(self._make, epoch), self.batches(epoch)[first_step:]
+        with closing(filled_batches(list(batches), allocate, make, self.threads)) as filled:
+            for _, views, photos in filled:
+                used = torch.tensor(photos).repeat_interleave(repeats)
+                labels = torch.from_numpy(self.photos.labels[used.numpy()])
+                yield Batch(views.flatten(0, 1), labels, used)
+
+    def _make(self, epoch: int, rows: np.ndarray, out: np.ndarray) -> list[int]:
         """Views of photos `rows` into out [rows, repeats, 3, S, S]; the photos that were used."""
         used, decoding, cutting = [], 0.0, 0.0
         for index, views in zip(rows.tolist(), out, strict=True):
@@ -152,9 +143,3 @@ class Loader:
         work.add("decode", decoding, views_made, self.threads)
         work.add("crop", cutting, views_made, self.threads)
         return used
-
-    def _finished(self, out: Tensor, jobs: list[Future[list[int]]]) -> Batch:
-        used = torch.tensor([index for job in jobs for index in job.result()])
-        used = used.repeat_interleave(self._views.settings.repeats)
-        labels = torch.from_numpy(self.photos.labels[used.numpy()])
-        return Batch(out.flatten(0, 1), labels, used)

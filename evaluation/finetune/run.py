@@ -18,11 +18,11 @@ from ibeton.evaluation.finetune.classifier import Classifier, build_classifier, 
 from ibeton.evaluation.finetune.config import FinetuneConfig, resolved
 from ibeton.evaluation.finetune.datasets import open_dataset
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
-from ibeton.evaluation.finetune.score import CenterViews
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
-from ibeton.evaluation.trainable import changed, precision_on, seed_all
+from ibeton.evaluation.photos import EVALUATION_VIEWS, PhotoViews
+from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
@@ -30,6 +30,7 @@ from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.run import fingerprint
 from ibeton.training.run_folder import (
     RunFolder,
+    changed,
     check_unused,
     identity,
     new_identity,
@@ -65,7 +66,7 @@ class FinetuneRun:
     here: Processes
     sets: LabeledSets
     loader: Loader
-    views: CenterViews
+    views: PhotoViews
     classifier: Classifier
     model: nn.Module  # the classifier, or its DDP wrapper
     average: Any  # timm's ModelEmaV3, or None
@@ -134,7 +135,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
         here,
         sets,
         loader,
-        CenterViews(sets.val, size, config.test_interpolation),
+        PhotoViews(sets.val, size, EVALUATION_VIEWS[config.test_interpolation]),
         classifier,
         classifier,
         _average(classifier, config),

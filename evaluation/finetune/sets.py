@@ -8,43 +8,27 @@ import numpy as np
 
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem
 from ibeton.pipeline.store.beton import JPG, BetonReader
-from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
-from ibeton.pipeline.store.photos import Photos, is_beton, open_photos
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.photos import FolderPhotos, Photos, is_beton, open_photos
+from ibeton.pipeline.store.sources import Photo, Source
 from ibeton.pipeline.store.turbojpeg import Decoder
 
 
-class ListedPhotos:
-    """Photo files by name below a folder, with a label each: `names` [n], `labels` int64 [n] into
-    `classes`. Raises ValueError for labels out of range, and for a first file that is missing."""
-
-    def __init__(
-        self, root: Path, names: list[str], labels: np.ndarray, classes: list[str]
-    ) -> None:
-        check_labels(root, labels, len(classes))
-        if not (root / names[0]).is_file():
-            raise ValueError(f"{root / names[0]} does not exist, which the lists in {root} name")
-        self._root, self._names = root, names
-        self.labels, self.classes = labels.astype(np.int64), classes
-        self.notes: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def photo_bytes(self, index: int) -> bytes:
-        try:
-            return (self._root / self._names[index]).read_bytes()
-        except OSError as error:
-            raise UnreadablePhoto(str(error)) from error
-
-    def pixels(self, index: int) -> np.ndarray:
-        return decode_photo(self.photo_bytes(index))
-
-    def name(self, index: int) -> str:
-        return self._names[index]
+def listed_photos(
+    root: Path, names: list[str], labels: np.ndarray, classes: list[str]
+) -> FolderPhotos:
+    """Photo files `names` [n] below a folder with `labels` int64 [n] into `classes`. Raises
+    ValueError for labels out of range, and for a first file that is missing."""
+    check_labels(root, labels, len(classes))
+    if not (root / names[0]).is_file():
+        raise ValueError(f"{root / names[0]} does not exist, which the lists in {root} name")
+    pairs = zip(names, labels.tolist(), strict=True)
+    photos = [Photo(name, label, str(root)) for name, label in pairs]
+    return FolderPhotos(Source(str(root), photos, classes))
 
 
 class ArrayPhotos:
-    """Photos that are pixels already: `images` uint8 [n, H, W, 3]. Raises as `ListedPhotos`."""
+    """Photos that are pixels already: `images` uint8 [n, H, W, 3]. Raises as `check_labels`."""
 
     def __init__(
         self, path: Path, images: np.ndarray, labels: np.ndarray, classes: list[str]

@@ -8,6 +8,7 @@ from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.run import FinetuneRun, save
 from ibeton.evaluation.finetune.score import score
 from ibeton.evaluation.finetune.steps import train_step
+from ibeton.evaluation.frozen.features import Extraction
 from ibeton.stages import stage
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
@@ -123,11 +124,11 @@ def _log_step(
 def _score(run: FinetuneRun, log: RunLog | None) -> bool:
     """Score the classifier, and the average of its weights; whether it is the best so far."""
     config, epoch = run.config, run.step // run.loader.steps_per_epoch
-    how = (run.here.device, config.eval_batch_size, config.workers, run.dtype)
+    how = Extraction(run.here.device, config.eval_batch_size, config.workers, run.precision)
     with run.here.watchdog.no_timeout("evaluation"):
-        scores = score(run.classifier, run.views, *how)
+        scores = score(run.classifier, run.views, how)
         if run.average is not None:
-            averaged = score(run.average.module, run.views, *how)
+            averaged = score(run.average.module, run.views, how)
             scores |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
     before = run.best()
     run.scores.append({"epoch": epoch, **scores})

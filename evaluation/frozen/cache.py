@@ -31,6 +31,7 @@ from ibeton.evaluation.frozen.features import (
     collect,
     feature_batches,
 )
+from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.head import IBOTHead
 
@@ -74,9 +75,8 @@ def features_key(
     digest = hashlib.sha256()
     for module in (backbone, head):
         digest.update(type(module).__name__.encode())
-        for name, tensor in module.state_dict().items() if module is not None else ():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if module is not None:
+            digest.update(weights_digest(module).encode())
     device = torch.device(how.device).type
     settings = [config, photos.size, str(how.dtype()), device, torch.__version__, PIL.__version__]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -10,13 +10,12 @@ Few or uneven clusters raise the last by themselves: beside it stands what their
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 
 MINI_BATCHES_FROM = 100_000  # photos, from which on k-means takes mini-batches
 _INITS = 10  # starts of k-means, of which the best is kept
@@ -103,11 +102,7 @@ PROTOCOL = Protocol(
     cluster_scores,
     ("kmeans_acc", "kmeans_nmi"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -17,7 +17,7 @@ stands in for it (published code).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ibeton.evaluation.photos import PhotoSet, view_batches
+from ibeton.evaluation.photos import PhotoSet, PhotoViews, ViewBatch, view_batches
 from ibeton.evaluation.trainable import precision_on
 from ibeton.model.head import IBOTHead
 
@@ -173,6 +173,26 @@ def normalized(images: Tensor, device: torch.device | str) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
 
 
+def image_batches(
+    photos: PhotoViews,
+    indices: Sequence[int] | np.ndarray,
+    how: Extraction,
+    modules: Sequence[nn.Module],
+    epoch: int | None = None,
+) -> Generator[tuple[ViewBatch, Tensor], None, None]:
+    """Batches of the photos that can be read, and their images, normalized, on the device; the
+    others are logged by name. `modules` are in evaluation mode meanwhile. `epoch`: of that epoch's
+    random views, see `view_batches`."""
+    pinned = torch.device(how.device).type == "cuda"
+    views = view_batches(photos, indices, how.batch_size, how.threads, epoch, pinned)
+    with evaluating(*modules), closing(views):
+        for batch in views:
+            for reason in batch.unreadable:
+                log.warning("left out of the evaluation: %s", reason)
+            if len(batch.indices):
+                yield batch, normalized(batch.images, how.device)
+
+
 def feature_batches(
     backbone: nn.Module,
     photos: PhotoSet,
@@ -184,27 +204,20 @@ def feature_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Photos' indices int64 [b] and their features by name, [b, ...], in the order of `indices`.
 
-    Decoding, the forward pass and the copy to the CPU overlap. Unreadable photos are left out:
-    each is logged by name. `epoch`: of that epoch's random views, see `view_batches`. Raises
+    Decoding, the forward pass and the copy to the CPU overlap. Photos as in `image_batches`. Raises
     ValueError for NaN features.
     """
-    device = torch.device(how.device)
     late: tuple[np.ndarray, dict[str, Tensor]] | None = None
-    pinned, modules = device.type == "cuda", [m for m in (backbone, head) if m is not None]
-    views = view_batches(photos, indices, how.batch_size, how.threads, epoch, pinned)
-    with evaluating(*modules), closing(views):
-        for batch in views:
-            for reason in batch.unreadable:
-                log.warning("left out of the evaluation: %s", reason)
-            if not len(batch.indices):
-                continue
+    modules = [module for module in (backbone, head) if module is not None]
+    with closing(image_batches(photos, indices, how, modules, epoch)) as batches:
+        for batch, images in batches:
             with torch.inference_mode(), how.autocast():
-                found = tokens_of(backbone, head, normalized(batch.images, device), names)
+                found = tokens_of(backbone, head, images, names)
             if late is not None:  # a batch later, so that a GPU has work while this waits
                 yield late[0], _to_numpy(late[1])
             late = batch.indices, found
-        if late is not None:
-            yield late[0], _to_numpy(late[1])
+    if late is not None:
+        yield late[0], _to_numpy(late[1])
 
 
 def _to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -267,19 +280,3 @@ def extract(
     )
     check_read(photos, len(indices))
     return Features(arrays, torch.from_numpy(photos.labels[indices]))
-
-
-def extract_features(
-    backbone: nn.Module,
-    photos: PhotoSet,
-    device: torch.device | str = "cpu",
-    batch_size: int = 128,
-    workers: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Class tokens float32 [n, C] and labels int64 [n] in the photos' order, see `extract`.
-
-    backbone: images float32 [B, 3, S, S] on `device` -> tokens [B, 1 + N, C], class token first.
-    workers: threads that decode (0: one per core).
-    """
-    found = extract(backbone, photos, ("cls",), Extraction(device, batch_size, workers))
-    return found["cls"], found.labels

@@ -10,13 +10,14 @@ with exp(similarity / temperature).
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
-from ibeton.evaluation.frozen.features import Features, extract_features
+from ibeton.evaluation.command import Protocol, Scores, Task
+from ibeton.evaluation.frozen.features import Extraction, Features, extract
 from ibeton.evaluation.photos import PhotoSet
 
 KS = (10, 20, 100, 200)
@@ -108,24 +109,6 @@ def vote(
     return 100 * top1 / len(labels), 100 * top5 / len(labels)
 
 
-def knn_classify(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    k: int,
-    temperature: float = TEMPERATURE,
-    num_classes: int | None = None,
-) -> Accuracy:
-    """Return top-1 and top-5 accuracy in percent.
-
-    Features float32 [n, C] and [m, C], normalized; labels int64 [n] and [m], below `num_classes`
-    (default: as many as the labels need). Any number of photos and classes; k above n means n.
-    """
-    sets = (train_features, train_labels, test_features, test_labels)
-    return classify_by_k(*sets, [k], temperature, num_classes)[k]
-
-
 def classify_by_k(
     train_features: Tensor,
     train_labels: Tensor,
@@ -136,8 +119,10 @@ def classify_by_k(
     num_classes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, Accuracy]:
-    """`knn_classify` for several k at the price of the largest: {k: (top1, top5)}.
+    """Top-1 and top-5 accuracy in percent for several k at the price of the largest.
 
+    Features float32 [n, C] and [m, C], normalized; labels int64 [n] and [m], below `num_classes`
+    (default: as many as the labels need). Any number of photos and classes; k above n means n.
     Raises ValueError for empty sets, shapes that do not fit, or labels that are no class numbers.
     """
     if len(train_labels) != len(train_features) or len(test_labels) != len(test_features):
@@ -160,41 +145,18 @@ def classify_by_k(
     }
 
 
-def evaluate_knn(
-    backbone: nn.Module,
-    train: str | Path | PhotoSet,
-    val: str | Path | PhotoSet,
-    image_size: int = 224,
-    ks: Sequence[int] = KS,
+def classify_features(
+    train: Features,
+    val: Features,
+    ks: Sequence[int],
     temperature: float = TEMPERATURE,
-    batch_size: int = 128,
-    workers: int = 0,
+    num_classes: int | None = None,
     device: torch.device | str = "cpu",
-    centered: bool = False,
 ) -> dict[int, Accuracy]:
-    """Return {k: (top-1, top-5)} in percent of a backbone, which is on `device` and left as it was.
-
-    train, val: photo folder, tar or .beton file; classes are matched by name where both sets name
-    them. `centered` takes the training set's mean off every feature. It makes no collective call:
-    in a distributed run rank 0 calls it, with the bare backbone, while the others wait.
-    """
-    train_set = train if isinstance(train, PhotoSet) else PhotoSet(train, image_size)
-    val_set = val if isinstance(val, PhotoSet) else PhotoSet(val, image_size, train_set.classes)
-    features, labels = extract_features(backbone, train_set, device, batch_size, workers)
-    val_features, val_labels = extract_features(backbone, val_set, device, batch_size, workers)
-    if centered:
-        mean = features.mean(dim=0)
-        features, val_features = features - mean, val_features - mean
-    return classify_by_k(
-        F.normalize(features, dim=1),
-        labels,
-        F.normalize(val_features, dim=1),
-        val_labels,
-        ks,
-        temperature,
-        max(train_set.num_classes, val_set.num_classes),
-        device,
-    )
+    """`classify_by_k` by class tokens."""
+    features = [F.normalize(one["cls"], dim=1) for one in (train, val)]
+    sets = (features[0], train.labels, features[1], val.labels)
+    return classify_by_k(*sets, ks, temperature, num_classes, device)
 
 
 class RawPixels(nn.Module):
@@ -202,6 +164,18 @@ class RawPixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1).unsqueeze(1)
+
+
+def centered_pixels(
+    train: str | Path, val: str | Path, size: int, how: Extraction
+) -> tuple[Features, Features]:
+    """Raw pixels of two sets, less the training set's mean, as class tokens."""
+    first = PhotoSet(train, size)
+    photos = (first, PhotoSet(val, size, first.classes))
+    found = [extract(RawPixels(), one, ("cls",), how) for one in photos]
+    mean = found[0]["cls"].mean(dim=0)
+    memory, asked = (Features({"cls": (f["cls"] - mean).numpy()}, f.labels) for f in found)
+    return memory, asked
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -228,22 +202,14 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
     """
     train = train or task.train
     ks = sorted({min(k, len(train.labels)) for k in task.args.k})
-    by_k = classify_by_k(
-        F.normalize(train["cls"], dim=1),
-        train.labels,
-        F.normalize(task.val["cls"], dim=1),
-        task.val.labels,
-        ks,
-        task.args.temperature,
-        task.num_classes,
-        task.how.device,
-    )
+    how: tuple[Any, ...] = (task.args.temperature, task.num_classes, task.how.device)
+    by_k = classify_features(train, task.val, ks, *how)
     best = max(top1 for top1, _ in by_k.values())
     scores = {"best_top1": best, **_named("", by_k)}
     if task.args.pixels and train is task.train:
-        sets = (task.args.train, task.args.val, min(PIXELS, task.train_photos.size))
-        how = (task.args.temperature, task.how.batch_size, task.how.threads)
-        scores |= _named("pixels_", evaluate_knn(RawPixels(), *sets, ks, *how, centered=True))
+        size = min(PIXELS, task.train_photos.size)
+        pixels = centered_pixels(task.args.train, task.args.val, size, task.how)
+        scores |= _named("pixels_", classify_features(*pixels, ks, *how))
     return scores
 
 
@@ -264,11 +230,7 @@ PROTOCOL = Protocol(
     (add_options,),
     (check_options,),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
 from ibeton.evaluation.frozen.heads import (
     RATES,
@@ -180,11 +180,7 @@ PROTOCOL = Protocol(
     (add_options, add_head_option),
     (settings_of, check_head_option),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

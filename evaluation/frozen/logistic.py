@@ -9,14 +9,12 @@ validation set is looked at once.
     python -m evaluation.frozen.logistic --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 
 STRENGTHS = (0.01, 0.1, 1.0)
 HELD_OUT = 0.2
@@ -99,11 +97,7 @@ PROTOCOL = Protocol(
     logistic_scores,
     ("top1",),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

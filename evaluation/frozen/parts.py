@@ -8,12 +8,11 @@ layers are those of `evaluation.frozen.linear`, on evaluation views.
     python -m evaluation.frozen.parts --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 from ibeton.evaluation.frozen import linear
 from ibeton.evaluation.frozen.features import PARTS, Features
 from ibeton.evaluation.frozen.heads import train_heads
@@ -54,11 +53,7 @@ PROTOCOL = Protocol(
     (linear.add_options,),
     (linear.settings_of,),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from ibeton.evaluation.frozen.cluster import agreement
 from ibeton.evaluation.frozen.features import Extraction, extract
-from ibeton.evaluation.frozen.knn import knn_classify
+from ibeton.evaluation.frozen.knn import classify_features
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.network import Network
 
@@ -33,13 +32,7 @@ def quick_scores(
     val_set = PhotoSet(val, image_size, train_set.classes)
     memory = extract(network.backbone, train_set, ("cls",), how)
     asked = extract(network.backbone, val_set, ("cls", "prototype"), how, network.head)
-    top1, top5 = knn_classify(
-        F.normalize(memory["cls"], dim=1),
-        memory.labels,
-        F.normalize(asked["cls"], dim=1),
-        asked.labels,
-        k,
-    )
+    top1, top5 = classify_features(memory, asked, [k])[k]
     clusters = agreement(asked.labels.numpy(), asked.arrays["prototype"])
     return {
         "knn_top1": top1,

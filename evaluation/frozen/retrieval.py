@@ -6,13 +6,11 @@ class are what it looks for.
     python -m evaluation.frozen.retrieval --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 
 _SIMILARITIES = 1 << 24  # at a time, queries x photos
 
@@ -53,11 +51,7 @@ PROTOCOL = Protocol(
     retrieval_scores,
     ("map",),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,14 +7,13 @@ from a seed. The published lists are those of SimCLRv2 for ImageNet; these are o
 """
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ibeton.evaluation.command import Protocol, Scores, Task, command
+from ibeton.evaluation.command import Protocol, Scores, Task
 from ibeton.evaluation.frozen import knn, linear
 from ibeton.evaluation.frozen.features import Features
 from ibeton.evaluation.frozen.logistic import logistic_scores
@@ -74,11 +73,7 @@ PROTOCOL = Protocol(
     (knn.add_options, linear.add_options, add_options),
     (knn.check_options, linear.settings_of),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command([PROTOCOL], argv=argv)
-
+main = PROTOCOL.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

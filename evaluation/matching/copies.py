@@ -28,7 +28,7 @@ from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import extract
 from ibeton.evaluation.matching.precision import average_precision
 from ibeton.evaluation.photos import PhotoSet, square_view
-from ibeton.evaluation.tasks import FrozenTask, Subject, command
+from ibeton.evaluation.tasks import FrozenTask, Subject
 
 DEPTH = 20  # photos of a list that count
 VARIANCE = 1e-5  # least variance, as a part of the largest, that whitening divides by
@@ -154,11 +154,7 @@ TASK = FrozenTask(
     copies,
     ("strong", "jpegqual_mean", "crops_mean"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(TASK, argv)
-
+main = TASK.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

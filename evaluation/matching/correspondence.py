@@ -11,8 +11,8 @@ choice at random would give. `ibeton show correspondence` draws such patches.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,11 @@ from torch import Tensor
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import evaluating, normalized
 from ibeton.evaluation.matching.views import cut_two, draw_two, in_photo, in_view, middles
-from ibeton.evaluation.tasks import FrozenTask, Subject, command
+from ibeton.evaluation.tasks import FrozenTask, Subject
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.photos import Photos, open_photos
 from ibeton.progress import progress
-from ibeton.workers import cores
+from ibeton.workers import cores, in_threads
 
 
 def true_places(draws: np.ndarray, size: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,8 +57,8 @@ def chance(true: np.ndarray, columns: int, reach: int) -> float:
 
 
 def _pairs(
-    source: Photos, size: int, how_many: int, threads: int
-) -> Iterator[tuple[Tensor, np.ndarray] | str]:
+    source: Photos, size: int, threads: int
+) -> Generator[tuple[Tensor, np.ndarray] | str, None, None]:
     """Views uint8 [2, 3, S, S] and DRAW [2] of each photo, or why there are none."""
 
     def cut(index: int) -> tuple[Tensor, np.ndarray] | str:
@@ -69,10 +69,7 @@ def _pairs(
         draws = draw_two(image, size, index)
         return cut_two(image, draws, size), draws
 
-    step = 64  # photos ahead, at most
-    with ThreadPoolExecutor(threads or cores(), thread_name_prefix="ibeton-decode") as pool:
-        for first in range(0, how_many, step):
-            yield from pool.map(cut, range(first, min(first + step, how_many)))
+    return in_threads(cut, range(len(source)), threads or cores(), most=64)
 
 
 def correspondence(args: argparse.Namespace, source: Photos, subject: Subject) -> dict[str, Scores]:
@@ -81,8 +78,11 @@ def correspondence(args: argparse.Namespace, source: Photos, subject: Subject) -
     columns = size // patch
     total, right, expected = 0, np.zeros(2), np.zeros(2)
     print(f"correspondence: {subject.name}, {len(source)} photos", file=sys.stderr)
-    with progress("correspondence", len(source)) as advance:
-        for pair in _pairs(source, size, len(source), subject.how.threads):
+    with (
+        progress("correspondence", len(source)) as advance,
+        closing(_pairs(source, size, subject.how.threads)) as pairs,
+    ):
+        for pair in pairs:
             advance(1)
             if isinstance(pair, str):
                 print(f"left out: {pair}", file=sys.stderr)
@@ -117,11 +117,7 @@ TASK = FrozenTask(
     correspondence,
     ("accuracy", "accuracy_1"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(TASK, argv)
-
+main = TASK.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,7 +14,7 @@ J and F are means over all objects of all sequences; the first and last frames d
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import MEAN, evaluating
 from ibeton.evaluation.matching.propagation import Propagation, propagate, to_mask
 from ibeton.evaluation.matching.video_metrics import mean_scores, object_scores
-from ibeton.evaluation.tasks import FrozenTask, Subject, command
+from ibeton.evaluation.tasks import FrozenTask, Subject
 from ibeton.progress import progress
 
 SHORT_SIDE = 480
@@ -210,11 +210,7 @@ TASK = FrozenTask(
     davis_scores,
     ("jf_mean", "j_mean", "f_mean"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(TASK, argv)
-
+main = TASK.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,19 +7,16 @@ FOLDER is roxford5k or rparis6k, as published: `jpg/NAME.jpg` and `gnd_roxford5k
 at 1 / sqrt 2 and 1 / 2 of it; queries are whole photos. Medium: easy and hard photos are to be
 found; hard: the hard ones, and easy ones are taken out of the list, as junk is.
 
-The published ground truth is a pickle, which could run any code: it is read by an unpickler that
-makes lists, dicts, numbers, text and NumPy arrays, and nothing else.
+The published ground truth is a pickle: nothing in it is executed.
 """
 
 import argparse
 import math
-import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,25 +31,15 @@ from ibeton.evaluation.matching.precision import (
     precision_at,
     ranks_without_junk,
 )
-from ibeton.evaluation.tasks import FrozenTask, Subject, command
+from ibeton.evaluation.plain_pickle import read_pickle
+from ibeton.evaluation.tasks import FrozenTask, Subject
 from ibeton.progress import progress
-from ibeton.workers import cores
+from ibeton.workers import cores, in_threads
 
 SIDE = 512  # the longer side of a photo in pixels
 SCALES = (1.0, 1 / math.sqrt(2), 0.5)
 KS = (1, 5, 10)
-_AHEAD = 16  # photos decoded before they are asked for
-# NumPy's own pickles name these, under the old and the new name of its core.
-_NUMPY = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *(
-        (f"numpy.{core}.multiarray", name)
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
-    ("_codecs", "encode"),
-}
+_AHEAD = 16  # photos that are being decoded, or ready
 
 
 @dataclass(frozen=True)
@@ -74,25 +61,6 @@ class Landmarks:
     queries: list[Query]
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NUMPY:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which may run code")
-        return super().find_class(module, name)
-
-
-def read_pickle(path: Path) -> Any:
-    """Plain values and NumPy arrays of a pickle; nothing in it is executed. Raises ValueError for
-    anything else."""
-    try:
-        with open(path, "rb") as file:
-            return _Unpickler(file).load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # what damage leads to has no bounds
-        raise ValueError(f"{path} is not read: {error}") from error
-
-
 def read_landmarks(root: Path) -> Landmarks:
     """Photos and queries of a folder of revisited Oxford or Paris. Raises FileNotFoundError or
     ValueError, naming the file, for another layout."""
@@ -101,7 +69,7 @@ def read_landmarks(root: Path) -> Landmarks:
         raise FileNotFoundError(
             f"--data {root} has {len(truths)} files gnd_*.pkl; give roxford5k or rparis6k, with one"
         )
-    content = read_pickle(truths[0])
+    content = read_pickle(truths[0], "ground truth")
     try:
         names, query_names = list(content["imlist"]), list(content["qimlist"])
         queries = [
@@ -130,34 +98,14 @@ def read_landmarks(root: Path) -> Landmarks:
 
 
 def read_photo(path: Path) -> Tensor:
-    """A photo, at most 512 pixels on either side, uint8 [3, h, w]."""
+    """A photo, at most 512 pixels on either side, uint8 [3, h, w]. Raises ValueError for one that
+    cannot be read: ground truth goes by number, so none may be left out."""
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def features_of(paths: Sequence[Path], subject: Subject) -> Iterator[Tensor]:
-    """Normalized features [C] of photos, on the CPU. Raises ValueError for a photo that cannot be
-    read: ground truth goes by number, so none may be left out."""
-    for image in _decoded(paths, subject.how.threads):
-        yield multiscale_feature(image, subject).cpu()
-
-
-def _decoded(paths: Iterable[Path], threads: int) -> Iterator[Tensor]:
-    pool = ThreadPoolExecutor(threads or cores(), thread_name_prefix="ibeton-decode")
-    try:
-        waiting = []
-        for path in paths:
-            waiting.append(pool.submit(read_photo, path))
-            if len(waiting) == _AHEAD:
-                yield waiting.pop(0).result()
-        for job in waiting:
-            yield job.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def multiscale_feature(image: Tensor, subject: Subject) -> Tensor:
@@ -212,9 +160,13 @@ def retrieve(args: argparse.Namespace, data: Landmarks, subject: Subject) -> dic
     paths = [*data.query_photos, *data.photos]
     print(f"retrieve: {subject.name}, {len(paths)} photos", file=sys.stderr)
     features = []
-    with progress("retrieve", len(paths)) as advance:
-        for feature in features_of(paths, subject):
-            features.append(feature)
+    threads = subject.how.threads or cores()
+    with (
+        progress("retrieve", len(paths)) as advance,
+        closing(in_threads(read_photo, paths, threads, _AHEAD)) as images,
+    ):
+        for image in images:
+            features.append(multiscale_feature(image, subject).cpu())
             advance(1)
     queries, photos = torch.stack(features).split([len(data.query_photos), len(data.photos)])
     order = (queries @ photos.T).argsort(dim=1, descending=True, stable=True)
@@ -234,11 +186,7 @@ TASK = FrozenTask(
     retrieve,
     ("medium_map", "hard_map"),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(TASK, argv)
-
+main = TASK.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

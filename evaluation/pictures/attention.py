@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from ibeton.evaluation.frozen.features import evaluating, normalized
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.pictures.canvas import (
-    class_name,
-    new_figure,
-    save,
-    show,
-    to_look_at,
-    views_of,
-)
+from ibeton.evaluation.pictures import canvas
 
 
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -26,26 +19,24 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     """
     if not hasattr(backbone, "cls_token"):
         raise ValueError("attention of the class token is a ViT's: a Swin has none")
-    with evaluating(backbone), torch.inference_mode():
-        attention = _last_attention(backbone, images)[:, :, 0, 1:]
-    rows = images.shape[2] // int(backbone.patch_size)  # type: ignore[arg-type]
+    vit: Any = backbone
+    with evaluating(vit), torch.inference_mode():
+        attention = vit.get_last_selfattention(images)[:, :, 0, 1:]
+    rows = images.shape[2] // vit.patch_size
     return attention.unflatten(2, (rows, -1)).float().cpu()
-
-
-def _last_attention(backbone: Any, images: Tensor) -> Tensor:
-    return backbone.get_last_selfattention(images)
 
 
 def draw_attention(
     backbone: nn.Module, photos: PhotoSet, indices: list[int], device: str, path: Path
 ) -> None:
     """A row for each photo: the photo, a map for each head, and the mean of the heads."""
-    maps = class_attention(backbone, normalized(views_of(photos, indices), device))
-    images = views_of(to_look_at(photos), indices)
-    figure, axes = new_figure(len(indices), maps.shape[1] + 2)
+    maps = class_attention(backbone, normalized(canvas.views_of(photos, indices), device))
+    images = canvas.views_of(canvas.to_look_at(photos), indices)
+    figure, axes = canvas.new_figure(len(indices), maps.shape[1] + 2)
     for row, (index, image, heads) in enumerate(zip(indices, images, maps, strict=True)):
-        show(axes[row, 0], image, class_name(photos, index))
+        canvas.show(axes[row, 0], image, canvas.class_name(photos, index))
         for column, head in enumerate([*heads, heads.mean(dim=0)], start=1):
             title = "mean" if column > len(heads) else f"head {column}"
-            show(axes[row, column], head, title if row == 0 else "", cmap="magma", vmin=0)
-    save(figure, path, "Self-attention of the class token, last block; each map from 0 to its peak")
+            canvas.show(axes[row, column], head, title if row == 0 else "", cmap="magma", vmin=0)
+    title = "Self-attention of the class token, last block; each map from 0 to its peak"
+    canvas.save(figure, path, title)

@@ -91,9 +91,9 @@ def show(axis: Axes, image: Tensor | np.ndarray, title: str = "", **options: Any
         axis.set_title(title, fontsize=8, color=INK, pad=3)
 
 
-def frame(axis: Axes, color: str) -> None:
-    """A colored border about an image."""
-    axis.spines[:].set(visible=True, color=color, linewidth=2)
+def frame(axis: Axes, right: bool) -> None:
+    """A green border around an image, red if it is not `right`."""
+    axis.spines[:].set(visible=True, color=GREEN if right else RED, linewidth=2)
 
 
 def save(figure: Figure, path: Path, title: str) -> None:

@@ -19,18 +19,7 @@ from ibeton.evaluation.matching.views import (
     mutual_nearest,
 )
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.pictures.canvas import (
-    GREEN,
-    RED,
-    class_name,
-    enlargement,
-    new_figure,
-    save,
-    show,
-    to_look_at,
-    views_of,
-)
-from ibeton.pipeline.store import Photos
+from ibeton.evaluation.pictures import canvas
 
 LINES = 12  # correspondences drawn
 
@@ -45,22 +34,22 @@ class Pair:
     titles: tuple[str, str]
 
 
-def two_views(photos: PhotoSet, source: Photos, index: int, seed: int = 0) -> Pair:
-    """Two crops of a photo, each flipped and its colors changed at random as in training;
-    `source` has its pixels."""
-    views_of(photos, [index])  # refuses what cannot be read
-    image = Image.fromarray(source.pixels(index))
+def two_views(photos: PhotoSet, index: int, seed: int = 0) -> Pair:
+    """Two crops of a photo, each flipped and its colors changed at random as in training."""
+    canvas.views_of(photos, [index])  # refuses what cannot be read
+    image = Image.fromarray(photos.photos.pixels(index))
     draws = draw_two(image, photos.size, index, seed)
-    titles = (f"{class_name(photos, index)}, view 1", "view 2")
-    large = cut_two(image, draws, to_look_at(photos).size)
+    titles = (f"{canvas.class_name(photos, index)}, view 1", "view 2")
+    large = cut_two(image, draws, canvas.to_look_at(photos).size)
     return Pair(cut_two(image, draws, photos.size), large, draws, titles)
 
 
 def two_photos(photos: PhotoSet, first: int, second: int) -> Pair:
     """The evaluation views of two photos."""
     both = [first, second]
-    titles = (class_name(photos, first), class_name(photos, second))
-    return Pair(views_of(photos, both), views_of(to_look_at(photos), both), None, titles)
+    titles = (canvas.class_name(photos, first), canvas.class_name(photos, second))
+    large = canvas.views_of(canvas.to_look_at(photos), both)
+    return Pair(canvas.views_of(photos, both), large, None, titles)
 
 
 def scattered(places: Tensor, columns: int, count: int) -> list[int]:
@@ -81,7 +70,7 @@ def draw_correspondence(
     backbone: nn.Module, pairs: list[Pair], patch: int, device: str, path: Path
 ) -> None:
     """A row for each pair of images, with lines between the surest correspondences."""
-    figure, axes = new_figure(len(pairs), 2, tile=2.6)
+    figure, axes = canvas.new_figure(len(pairs), 2, tile=2.6)
     colors = [f"C{i % 10}" for i in range(LINES)]
     for row, pair in enumerate(pairs):
         with evaluating(backbone), torch.inference_mode():
@@ -94,11 +83,11 @@ def draw_correspondence(
         note = f"{len(chosen)} of {len(first)} mutual pairs"
         if pair.boxes is not None:
             right = are_right(pair.boxes, points, size, patch)
-            colors = [GREEN if ok else RED for ok in right]
+            colors = [canvas.GREEN if ok else canvas.RED for ok in right]
             note = f"{right.sum()} of {len(chosen)} right"
-        show(axes[row, 0], pair.large[0], pair.titles[0])
-        show(axes[row, 1], pair.large[1], f"{pair.titles[1]}: {note}")
-        points = [p * enlargement(size) for p in points]
+        canvas.show(axes[row, 0], pair.large[0], pair.titles[0])
+        canvas.show(axes[row, 1], pair.large[1], f"{pair.titles[1]}: {note}")
+        points = [p * canvas.enlargement(size) for p in points]
         for start, end, color in zip(*points, colors, strict=False):
             line = ConnectionPatch(
                 start, end, "data", "data", axesA=axes[row, 0], axesB=axes[row, 1], color=color
@@ -107,4 +96,4 @@ def draw_correspondence(
             figure.add_artist(line)
             for axis, point in zip(axes[row], (start, end), strict=True):
                 axis.plot(*point, "o", color=color, markersize=3.5, markeredgecolor="white")
-    save(figure, path, "Patches that are each other's nearest")
+    canvas.save(figure, path, "Patches that are each other's nearest")

@@ -10,17 +10,7 @@ from torch import nn
 from ibeton.evaluation.frozen.features import Extraction, check_read, collect, feature_batches
 from ibeton.evaluation.frozen.knn import find_neighbors
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.pictures.canvas import (
-    GREEN,
-    RED,
-    class_name,
-    frame,
-    new_figure,
-    save,
-    show,
-    to_look_at,
-    views_of,
-)
+from ibeton.evaluation.pictures import canvas
 
 
 def nearest(
@@ -51,18 +41,20 @@ def draw_neighbors(
     path: Path,
 ) -> None:
     """A row for each query: the photo, then its nearest; frames tell whether the class is its."""
-    large = to_look_at(photos)
-    images = views_of(large, queries)
+    large = canvas.to_look_at(photos)
+    images = canvas.views_of(large, queries)
     found, cosines = nearest(backbone, photos, queries, count, how)
-    figure, axes = new_figure(len(queries), 1 + count)
+    figure, axes = canvas.new_figure(len(queries), 1 + count)
     for row, query in enumerate(queries):
-        show(axes[row, 0], images[row], f"query: {class_name(photos, query)}")
-        for column, view in enumerate(views_of(large, found[row].tolist()), start=1):
+        canvas.show(axes[row, 0], images[row], f"query: {canvas.class_name(photos, query)}")
+        for column, view in enumerate(canvas.views_of(large, found[row].tolist()), start=1):
             index, axis = int(found[row, column - 1]), axes[row, column]
-            show(axis, view, f"{class_name(photos, index)} {cosines[row, column - 1]:.3f}")
-            frame(axis, GREEN if photos.labels[index] == photos.labels[query] else RED)
+            canvas.show(
+                axis, view, f"{canvas.class_name(photos, index)} {cosines[row, column - 1]:.3f}"
+            )
+            canvas.frame(axis, photos.labels[index] == photos.labels[query])
     own = np.mean(photos.labels[found] == photos.labels[queries][:, None])
-    save(
+    canvas.save(
         figure,
         path,
         f"Nearest photos by class token, with cosine; {100 * own:.0f} % are of the query's class",

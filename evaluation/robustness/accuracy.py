@@ -1,7 +1,6 @@
 """Top-1 of a classifier on variants of ImageNet: -A, -R, -C and the backgrounds challenge."""
 
 import json
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -10,14 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import Extraction, evaluating, normalized
-from ibeton.evaluation.photos import (
-    PhotoSet,
-    View,
-    center_view,
-    evaluation_view,
-    view_batches,
-)
+from ibeton.evaluation.frozen.features import Extraction, image_batches
+from ibeton.evaluation.photos import PhotoSet, View, center_view, evaluation_view
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
 from ibeton.progress import progress
 
@@ -57,26 +50,18 @@ def top1(
     Raises ValueError if none can be read."""
     columns = None if candidates is None else torch.tensor(candidates)
     right = read = 0
-    views = view_batches(
-        photos,
-        np.arange(len(photos)),
-        how.batch_size,
-        how.threads,
-        pinned=torch.device(how.device).type == "cuda",
-    )
-    with progress(name, len(photos)) as advance, evaluating(model), closing(views):
-        for batch in views:
-            advance(len(batch.indices) + len(batch.unreadable))
-            for reason in batch.unreadable:
-                print(f"left out: {reason}", file=sys.stderr)
-            if not len(batch.indices):
-                continue
+    with (
+        progress(name, len(photos)) as advance,
+        closing(image_batches(photos, np.arange(len(photos)), how, [model])) as batches,
+    ):
+        for batch, images in batches:
             with torch.inference_mode(), how.autocast():
-                logits = model(normalized(batch.images, how.device))
+                logits = model(images)
             chosen = choose(logits, columns).cpu().numpy()
             chosen = chosen if mapped is None else mapped[chosen]
             right += int((chosen == photos.labels[batch.indices]).sum())
             read += len(batch.indices)
+            advance(len(batch.indices) + len(batch.unreadable))
     if not read:
         raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
     return 100 * right / read

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ibeton.evaluation.finetune.classifier import load_classifier as load_finetuned
 from ibeton.evaluation.frozen.features import tokens_of
 from ibeton.evaluation.networks import weights_digest
-from ibeton.evaluation.photos import View, bilinear_view, evaluation_view
+from ibeton.evaluation.photos import EVALUATION_VIEWS, View, evaluation_view
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
 from ibeton.model.checkpoint.files import read_file
 
 IMAGENET = 1000  # classes
-VIEWS: dict[str, View] = {"bicubic": evaluation_view, "bilinear": bilinear_view}
 
 
 class ProbedBackbone(nn.Module):
@@ -85,7 +84,7 @@ def _finetuned(checkpoint: Path, content: dict[str, Any]) -> Classifier:
         )
     model, classes, settings = load_finetuned(checkpoint)
     names, size = class_names(classes, len(classes)), settings["image_size"]
-    view = VIEWS[settings["test_interpolation"]]
+    view = EVALUATION_VIEWS[settings["test_interpolation"]]
     return Classifier(model, names, len(classes), size, content["config"], view)
 
 

@@ -1,6 +1,5 @@
 """Accuracy over how much of the images is dropped or shuffled, and its picture."""
 
-import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import Extraction, evaluating, normalized
-from ibeton.evaluation.photos import PhotoSet, view_batches
-from ibeton.evaluation.robustness.damage import (
-    GRIDS,
-    RATIOS,
-    drop,
-    fits,
-    nonsalient_drops,
-    orders,
-    random_drops,
-    salient_drops,
-    shuffle,
-)
+from ibeton.evaluation.frozen.features import Extraction, image_batches
+from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.robustness import damage
+from ibeton.evaluation.robustness.damage import GRIDS, RATIOS
 from ibeton.progress import progress
 
 
@@ -66,27 +56,19 @@ def measure(
 ) -> Tally:
     """Classify each photo as it is and damaged in all ways, which a decoded photo goes through
     together. Unreadable photos are named and left out. Raises ValueError if none can be read."""
-    tally, device = Tally(), torch.device(how.device)
-    views = view_batches(
-        photos,
-        np.arange(len(photos)),
-        how.batch_size,
-        how.threads,
-        pinned=device.type == "cuda",
-    )
+    tally = Tally()
     modules = [model] if saliency is None else [model, saliency.backbone]
-    with progress("damage", len(photos)) as advance, evaluating(*modules), closing(views):
-        for batch in views:
-            for reason in batch.unreadable:
-                print(f"left out: {reason}", file=sys.stderr)
-            if len(batch.indices):
-                labels = torch.from_numpy(photos.labels[batch.indices]).to(device)
-                images = normalized(batch.images, device)
-                with torch.inference_mode(), how.autocast():
-                    _measure_batch(
-                        model, saliency, images, labels, batch.indices, patch_size, seed, tally
-                    )
-                tally.read += len(batch.indices)
+    with (
+        progress("damage", len(photos)) as advance,
+        closing(image_batches(photos, np.arange(len(photos)), how, modules)) as batches,
+    ):
+        for batch, images in batches:
+            labels = torch.from_numpy(photos.labels[batch.indices]).to(how.device)
+            with torch.inference_mode(), how.autocast():
+                _measure_batch(
+                    model, saliency, images, labels, batch.indices, patch_size, seed, tally
+                )
+            tally.read += len(batch.indices)
             advance(len(batch.indices) + len(batch.unreadable))
     if not tally.read:
         raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
@@ -110,17 +92,17 @@ def _measure_batch(
     classify("clean", images)
     attention = None if saliency is None else saliency.attention(images)
     for ratio in RATIOS:
-        drops = random_drops(photos, (size // patch_size) ** 2, ratio, seed)
-        classify(f"random_{ratio}", drop(images, drops), drops)
+        drops = {"random": damage.random_drops(photos, (size // patch_size) ** 2, ratio, seed)}
         if attention is not None:
-            drops = salient_drops(attention, ratio)
-            classify(f"salient_{ratio}", drop(images, drops), drops)
-            drops = nonsalient_drops(attention, ratio)
-            classify(f"nonsalient_{ratio}", drop(images, drops), drops)
+            drops["salient"] = damage.salient(attention, ratio)
+            drops["nonsalient"] = damage.nonsalient(attention, ratio)
+        for kind, chosen in drops.items():
+            classify(f"{kind}_{ratio}", damage.drop(images, chosen), chosen)
     for rows, columns in GRIDS:
-        if fits(size, (rows, columns)):
-            order = orders(photos, rows * columns, seed)
-            classify(f"shuffle_{rows}x{columns}", shuffle(images, (rows, columns), order))
+        if damage.fits(size, (rows, columns)):
+            order = damage.orders(photos, rows * columns, seed)
+            shuffled = damage.shuffle(images, (rows, columns), order)
+            classify(f"shuffle_{rows}x{columns}", shuffled)
 
 
 def curve_scores(tally: Tally) -> dict[str, Scores]:

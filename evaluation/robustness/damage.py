@@ -41,14 +41,9 @@ def salient(attention: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(above).scatter_(1, order, above)
 
 
-def salient_drops(attention: Tensor, mass: float) -> Tensor:
-    """Drop the most attended patches, with `mass` of the attention: bool [B, N]."""
-    return salient(attention, mass)
-
-
-def nonsalient_drops(attention: Tensor, mass: float) -> Tensor:
-    """Drop the least attended patches, with `mass` of the attention, or a patch's share less:
-    bool [B, N]."""
+def nonsalient(attention: Tensor, mass: float) -> Tensor:
+    """The least attended patches, which have `mass` of the attention, or a patch's share less: bool
+    [B, N]."""
     return ~salient(attention, 1 - mass)
 
 

@@ -13,9 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +30,7 @@ from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
 from ibeton.pipeline.store.beton_writer import BetonWriter
 from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source
 from ibeton.progress import progress
-from ibeton.workers import Job, Result, cores, in_order
+from ibeton.workers import cores, in_order, in_threads
 
 _CHUNK = 8  # photos per job: enough to hide its cost, few enough for memory
 
@@ -175,34 +173,20 @@ def _stored(
     jobs = ((photos[i : i + _CHUNK], options) for i in starts)
     workers = min(options.workers or cores(), len(starts))
     # Storing a photo unchanged costs less than sending it through a pipe.
-    spread = _in_threads if options.mostly_kept() else in_order
+    if options.mostly_kept():
+        spread = in_threads(store_photos, jobs, workers, most=2 * workers)
+    else:
+        spread = in_order(store_photos, jobs, workers)
     with (
         progress("convert", len(photos)) as advance,
-        closing(spread(store_photos, jobs, workers)) as results,
+        warnings.catch_warnings(),
+        closing(spread) as results,
     ):
+        warnings.simplefilter("ignore")  # Pillow's, about photos
         for i, stored in zip(starts, results, strict=True):
             chunk = photos[i : i + _CHUNK]
             yield from zip(chunk, stored, strict=True)
             advance(len(chunk))
-
-
-def _in_threads(
-    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
-) -> Generator[Result, None, None]:
-    """`in_order` with threads: reading, writing and Pillow release the GIL."""
-    threads = ThreadPoolExecutor(workers)
-    waiting: deque[Future[Result]] = deque()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about photos
-            for job in jobs:
-                waiting.append(threads.submit(function, job))
-                if len(waiting) >= 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        threads.shutdown(wait=True, cancel_futures=True)
 
 
 def _sidecar(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ibeton.options import flag, option
+from ibeton.options import option, refuse, too_low, unknown_choices
 from ibeton.pipeline.store.sources import Photo, Source
 
 WRITE_MODES = ("keep", "jpg", "raw", "smart")
@@ -40,9 +40,8 @@ class ConvertOptions:
 
     def check(self) -> None:
         """Raise ValueError, naming the option, for values that cannot work."""
-        for name in ("max_resolution", "smart_threshold", "workers", "seed", "subset"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} {getattr(self, name)}: expected 0 or more")
+        counts = ("max_resolution", "smart_threshold", "workers", "seed", "subset")
+        refuse([*too_low(self, {counts: 0}), *unknown_choices(self)])
         if 0 < self.max_resolution < _LEAST_SIDE:
             raise ValueError(
                 f"--max-resolution {self.max_resolution}: expected 0 (keep sizes), or at least"
@@ -50,8 +49,6 @@ class ConvertOptions:
             )
         if not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: expected 1 to 100")
-        if self.write_mode not in WRITE_MODES:
-            raise ValueError(f"--write-mode {self.write_mode}: expected {', '.join(WRITE_MODES)}")
         if (self.write_mode == "smart") != (self.smart_threshold > 0):
             raise ValueError("--write-mode smart and --smart-threshold BYTES go together")
         self.part()

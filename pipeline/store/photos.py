@@ -7,7 +7,7 @@ import numpy as np
 
 from ibeton.pipeline.store.beton import BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
-from ibeton.pipeline.store.sources import open_source, read_bytes
+from ibeton.pipeline.store.sources import Source, open_source, read_bytes
 
 
 class Photos(Protocol):
@@ -32,11 +32,10 @@ class Photos(Protocol):
 class FolderPhotos:
     """Photos of a folder or a tar, in the source's sorted order."""
 
-    def __init__(self, path: str | Path) -> None:
-        self._source = open_source(path)
-        self.labels = np.array([photo.label for photo in self._source.photos], dtype=np.int64)
-        self.classes = self._source.classes
-        self.notes = self._source.notes()
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.labels = np.array([photo.label for photo in source.photos], dtype=np.int64)
+        self.classes, self.notes = source.classes, source.notes()
 
     def __len__(self) -> int:
         return len(self._source.photos)
@@ -63,4 +62,4 @@ def open_photos(path: str | Path) -> BetonReader | FolderPhotos:
 
     Raises FileNotFoundError or ValueError, naming the path, if it is none of them.
     """
-    return BetonReader(path) if is_beton(path) else FolderPhotos(path)
+    return BetonReader(path) if is_beton(path) else FolderPhotos(open_source(path))

@@ -16,8 +16,10 @@ from small_runs import HOLD
 
 from ibeton.evaluation.finetune.__main__ import main
 from ibeton.evaluation.finetune.classifier import load_classifier
-from ibeton.evaluation.finetune.score import CenterViews, hits, score
+from ibeton.evaluation.finetune.score import hits, score
 from ibeton.evaluation.finetune.sets import open_labeled
+from ibeton.evaluation.frozen.features import Extraction
+from ibeton.evaluation.photos import PhotoViews, bilinear_view
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 
 STEPS_PER_EPOCH = 3
@@ -54,7 +56,8 @@ def test_it_learns_and_leaves_a_classifier_that_scores_what_it_says(given, tmp_p
     classifier, classes, settings = load_classifier(tmp_path / "run" / "checkpoint.pt")
     assert classes == sorted(COLORS)
     sets = open_labeled(settings["train"], settings["val"])
-    again = score(classifier, CenterViews(sets.val, settings["image_size"]), torch.device("cpu"), 4)
+    views = PhotoViews(sets.val, settings["image_size"], bilinear_view)
+    again = score(classifier, views, Extraction(batch_size=4))
     assert again["top1"] == found["top1"]
     best = load_checkpoint(tmp_path / "run" / "best.pt")
     assert best["scores"][-1]["epoch"] == found["best_epoch"]
@@ -73,7 +76,7 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(kills, start, tmp_
         process.until_step(min(STEPS - 2, (i + 1) * STEPS // (kills + 1) - draws.randrange(2)))
         time.sleep(draws.uniform(0, 0.05))
         process.kill()
-        assert process.wait() == -1
+        assert process.wait() in (-1, 0)  # 0: on a busy machine it was over before the kill
     last = start(broken, *EVERYTHING, "--workers", "3")
     assert last.wait() == 0, last.said()[-3000:]
     assert losses(broken) == losses(whole)

@@ -15,7 +15,6 @@ from ibeton.evaluation.frozen.features import (
     STD,
     Extraction,
     extract,
-    extract_features,
     most_attended,
     tokens_of,
 )
@@ -24,6 +23,12 @@ from ibeton.evaluation.photos import PhotoSet
 from ibeton.model import ModelConfig
 from ibeton.model.backbones.swin import SwinTransformer
 from ibeton.model.head import IBOTHead
+
+
+def class_tokens(backbone, photos, **how) -> tuple[torch.Tensor, torch.Tensor]:
+    found = extract(backbone, photos, ("cls",), Extraction(**how))
+    return found["cls"], found.labels
+
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(2))
 
@@ -47,7 +52,7 @@ def test_views_are_torchvisions_resize_and_centre_crop(folders):
             ]
         )
         views = torch.stack([expected(Image.open(file)) for file in files])
-        features, labels = extract_features(RawPixels(), photos, batch_size=5)
+        features, labels = class_tokens(RawPixels(), photos, batch_size=5)
         assert torch.allclose(features, views.flatten(1), atol=1e-5, rtol=0)
         assert labels.tolist() == [sorted(COLORS).index(file.parent.name) for file in files]
 
@@ -56,7 +61,7 @@ def test_features_are_the_class_tokens_and_the_backbone_is_left_as_it_was(folder
     backbone, photos = small_vit().train(), PhotoSet(folders[1], 32)
     backbone.blocks[1].eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    features, _ = extract_features(backbone, photos, batch_size=4)
+    features, _ = class_tokens(backbone, photos, batch_size=4)
     assert features.shape == (9, 32)
     assert features.dtype == torch.float32
     assert not features.is_inference()
@@ -72,9 +77,9 @@ def test_features_are_the_class_tokens_and_the_backbone_is_left_as_it_was(folder
 
 def test_batch_size_and_worker_processes_do_not_change_the_features(folders):
     backbone, photos = small_vit(), PhotoSet(folders[1], 32)
-    alone, labels = extract_features(backbone, photos, batch_size=1)
+    alone, labels = class_tokens(backbone, photos, batch_size=1)
     for batch_size, workers in ((9, 0), (4, 1)):
-        features, again = extract_features(backbone, photos, "cpu", batch_size, workers)
+        features, again = class_tokens(backbone, photos, batch_size=batch_size, threads=workers)
         assert torch.allclose(features, alone, atol=1e-5)
         assert torch.equal(labels, again)
 
@@ -165,14 +170,14 @@ def test_features_that_are_no_numbers_are_refused(folders):
     backbone = small_vit()
     backbone.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
-        extract_features(backbone, PhotoSet(folders[1], 32))
+        class_tokens(backbone, PhotoSet(folders[1], 32))
 
 
 def test_an_unreadable_photo_is_named_counted_and_left_out(folders, tmp_path, caplog):
     val = write_photos(tmp_path / "val", COLORS, 2)
     (val / "green" / "0.jpg").write_bytes(b"no photo")
     with caplog.at_level(logging.WARNING):
-        features, labels = extract_features(RawPixels(), PhotoSet(val, 16), batch_size=2)
+        features, labels = class_tokens(RawPixels(), PhotoSet(val, 16), batch_size=2)
     assert labels.tolist() == [0, 0, 1, 2, 2]
     assert len(features) == 5
     assert "0.jpg" in caplog.text
@@ -180,4 +185,4 @@ def test_an_unreadable_photo_is_named_counted_and_left_out(folders, tmp_path, ca
     for photo in val.rglob("*.jpg"):
         photo.write_bytes(b"no photo")
     with pytest.raises(ValueError, match="none of the 6 photos"):
-        extract_features(RawPixels(), PhotoSet(val, 16))
+        class_tokens(RawPixels(), PhotoSet(val, 16))

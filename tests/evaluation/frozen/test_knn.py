@@ -11,23 +11,34 @@ from photo_folders import COLORS, small_vit, write_photos
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+from ibeton.evaluation.command import score_text
 from ibeton.evaluation.frozen import knn
+from ibeton.evaluation.frozen.features import Extraction, extract
 from ibeton.evaluation.frozen.knn import (
     KS,
     RawPixels,
+    centered_pixels,
     classify_by_k,
-    evaluate_knn,
+    classify_features,
     find_neighbors,
-    knn_classify,
     vote,
 )
 from ibeton.evaluation.networks import untrained
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.score_format import score_text
 from ibeton.model.checkpoint import load_backbone
 
 PUBLISHED = np.load(REFERENCE / "knn.npz")
 SETS = ("set0", "set1", "set2")
+
+
+def knn_classify(*sets: torch.Tensor, k: int = 1, **how) -> tuple[float, float]:
+    return classify_by_k(*sets, [k], **how)[k]
+
+
+def evaluate_knn(backbone, train, val, size: int, ks=KS) -> dict[int, tuple[float, float]]:
+    first = PhotoSet(train, size)
+    sets = (first, PhotoSet(val, size, first.classes))
+    return classify_features(*(extract(backbone, s, ("cls",), Extraction()) for s in sets), ks)
 
 
 def published_set(name: str) -> tuple[torch.Tensor, ...]:
@@ -74,7 +85,7 @@ def test_top_1_is_scikit_learns_vote(classes, k):
         k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
     ).fit(train.double().numpy(), labels.numpy())
     right = (theirs.predict(test.double().numpy()) == own.numpy()).mean()
-    assert knn_classify(train, labels, test, own, k)[0] == pytest.approx(100 * right)
+    assert knn_classify(train, labels, test, own, k=k)[0] == pytest.approx(100 * right)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 9])
@@ -86,15 +97,15 @@ def test_tied_photos_and_tied_votes_are_scikit_learns(classes):
         labels, own = (torch.randint(classes, (n,), generator=generator) for n in (72, 12))
         theirs = KNeighborsClassifier(6, metric="cosine").fit(train.numpy(), labels.numpy())
         said = torch.from_numpy(theirs.predict(test.numpy()))
-        assert knn_classify(train, labels, test, said, 6)[0] == 100
+        assert knn_classify(train, labels, test, said, k=6)[0] == 100
         right = float((said == own).double().mean())
-        assert knn_classify(train, labels, test, own, 6)[0] == pytest.approx(100 * right)
+        assert knn_classify(train, labels, test, own, k=6)[0] == pytest.approx(100 * right)
 
 
 def test_one_k_alone_gives_the_figures_of_several_at_once():
     sets = published_set("set1")
     by_k = classify_by_k(*sets, [1, 20, 100])
-    assert by_k == {k: knn_classify(*sets, k) for k in (1, 20, 100)}
+    assert by_k == {k: knn_classify(*sets, k=k) for k in (1, 20, 100)}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -145,7 +156,7 @@ def test_tied_classes_go_by_number_and_a_class_without_votes_is_never_right():
 def test_any_temperature_keeps_the_nearest_vote(temperature):
     train = F.normalize(torch.eye(4) + 0.1, dim=1)
     labels = torch.arange(4)
-    assert knn_classify(train, labels, train, labels, 1, temperature) == (100.0, 100.0)
+    assert knn_classify(train, labels, train, labels, temperature=temperature) == (100.0, 100.0)
 
 
 def test_fewer_classes_photos_and_questions_than_usual_are_fine():
@@ -154,8 +165,8 @@ def test_fewer_classes_photos_and_questions_than_usual_are_fine():
         torch.eye(2),
     )
     train_labels, test_labels = torch.tensor([0, 1, 0]), torch.tensor([0, 1])
-    assert knn_classify(train, train_labels, test, test_labels, 200) == (100.0, 100.0)
-    assert knn_classify(train, train_labels, test[:1], test_labels[:1], 3) == (100.0, 100.0)
+    assert knn_classify(train, train_labels, test, test_labels, k=200) == (100.0, 100.0)
+    assert knn_classify(train, train_labels, test[:1], test_labels[:1], k=3) == (100.0, 100.0)
 
 
 @pytest.mark.parametrize(
@@ -175,20 +186,22 @@ def test_fewer_classes_photos_and_questions_than_usual_are_fine():
     ],
 )
 def test_impossible_questions_are_named(change, message):
-    args = {"train_features": torch.eye(2), "train_labels": torch.arange(2)}
-    args |= {"test_features": torch.eye(2), "test_labels": torch.arange(2), "k": 1} | change
+    names = ("train_features", "train_labels", "test_features", "test_labels")
+    args = dict(zip(names, (torch.eye(2), torch.arange(2)) * 2, strict=True)) | change
+    sets = [args.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
-        knn_classify(**args)
+        knn_classify(*sets, **args)
 
 
 def test_colors_are_told_apart_through_the_real_backbone(folders):
-    result = evaluate_knn(small_vit(), *folders, image_size=32, ks=(1, 5, 200))
+    result = evaluate_knn(small_vit(), *folders, 32, (1, 5, 200))
     assert list(result) == [1, 5, 200]
     assert result[1] == (100.0, 100.0)
     assert result[5][0] == 100.0
-    pixels = evaluate_knn(RawPixels(), *folders, image_size=32, ks=(5,), centered=True)
-    assert pixels[5] == (100.0, 100.0)
-    assert list(evaluate_knn(small_vit(), *folders, image_size=32)) == list(KS)
+    train, val = centered_pixels(*folders, 32, Extraction())
+    assert train["cls"].mean(dim=0).abs().max() < 1e-5
+    assert classify_features(train, val, (5,))[5] == (100.0, 100.0)
+    assert list(evaluate_knn(small_vit(), *folders, 32)) == list(KS)
 
 
 def test_classes_are_matched_by_name(folders, tmp_path):
@@ -247,8 +260,8 @@ def test_the_command_scores_every_k_of_checkpoint_untrained_and_pixels(
             if name == "teacher"
             else untrained(load_backbone(checkpoint)[1])[0],
             *folders,
-            image_size=32,
-            ks=(5,),
+            32,
+            (5,),
         )
         assert by_k[5] == pytest.approx((scores["k5_top1"], scores["k5_top5"]))
 

@@ -16,8 +16,8 @@ from ibeton.evaluation.matching.landmarks import (
     landmark_scores,
     multiscale_feature,
     read_landmarks,
-    read_pickle,
 )
+from ibeton.evaluation.plain_pickle import read_pickle
 from ibeton.evaluation.tasks import Subject
 from ibeton.model.checkpoint import load_backbone
 
@@ -113,12 +113,12 @@ def test_a_pickle_runs_no_code(oxford, tmp_path, monkeypatch):
     for trap in (Trap(), {"imlist": [Trap()]}, print, np.array([Trap()], dtype=object)):
         path.write_bytes(pickle.dumps(trap))
         with pytest.raises(ValueError, match="which may run code"):
-            read_pickle(path)
+            read_pickle(path, "ground truth")
     assert not (tmp_path / "trapped").exists()
 
 
 def test_another_layout_is_one_sentence_and_status_2(checkpoint, oxford, tmp_path, capsys):
-    content = read_pickle(oxford / "gnd_roxford5k.pkl")
+    content = read_pickle(oxford / "gnd_roxford5k.pkl", "ground truth")
 
     def refused(says: str, root: Path = oxford) -> None:
         with pytest.raises(SystemExit) as stopped:
@@ -137,7 +137,7 @@ def test_another_layout_is_one_sentence_and_status_2(checkpoint, oxford, tmp_pat
     write(oxford, [1, 2])
     refused("lacks imlist, qimlist, or gnd")
     (oxford / "gnd_roxford5k.pkl").write_bytes(b"nothing")
-    refused("is not read")
+    refused("is no ground truth, or a damaged one")
     write(oxford, content)
     (oxford / "jpg" / "scene_0_0.jpg").unlink()
     refused("scene_0_0.jpg and 0 more photos are missing")

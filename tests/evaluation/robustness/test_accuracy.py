@@ -182,11 +182,11 @@ def test_a_bad_map_is_refused(content, says, tmp_path):
         read_in9_map(tmp_path / "map.json", 1000)
 
 
-def test_unreadable_photos_are_left_out(tmp_path, capsys):
+def test_unreadable_photos_are_left_out(tmp_path, caplog):
     write(tmp_path / "a", 0)
     (tmp_path / "a" / "broken.png").write_bytes(b"nothing")
     assert top1(Oracle(), PhotoSet(tmp_path, SIDE), Extraction(), "oracle") == 100
-    assert "left out: a/broken.png" in capsys.readouterr().err
+    assert "left out of the evaluation: a/broken.png" in caplog.text
     (tmp_path / "a" / "photo.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none of the 2 photos"):
         top1(Oracle(), PhotoSet(tmp_path, SIDE), Extraction(), "oracle")
