@@ -129,12 +129,14 @@ class RunConfig:
 
 @dataclass
 class Config:
-    """All settings of a run. `notes`: what to tell the user about them."""
+    """All settings of a run. `notes`: what to tell the user about them; `recipe`: the settings
+    that its recipe gave."""
 
     run: RunConfig
     pipeline: PipelineConfig
     model: ModelConfig
     notes: list[str] = dataclasses.field(default_factory=list)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def problems(self, batch_given: bool = False) -> Iterator[str]:
         """A sentence per value that cannot work. `batch_given`: whether --batch-size was."""
@@ -151,7 +153,7 @@ class Config:
     def summary(self) -> str:
         """What differs from the recipe, in one line; config.json in the run folder has the rest."""
         name = self.run.recipe or self.model.arch
-        recipe = {**_defaults(), **RECIPES[name]}
+        recipe = {**_defaults(), **self.recipe}
         changed = [
             f"{flag(key)} {_in_words(value)}"
             for key, value in self.resolved().items()
@@ -208,9 +210,8 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     merged |= shorter
     if (lr := merged.get("lr", RunConfig.lr)) > _HIGH_LR:
         notes.append(f"--lr {lr:g} is far above any published rate (5e-4): expect divergence")
-    config = Config(
-        fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged), notes
-    )
+    parts = (fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged))
+    config = Config(*parts, notes, recipe)
     config.run.output_dir = config.run.output_dir or f"runs/{name}"
     refuse(config.problems("batch_size" in values))
     if not config.run.global_batch_size:
