@@ -27,7 +27,7 @@ from ibeton.training.log.trackers import TRACKERS, missing_packages
 from ibeton.training.recipes import RECIPES, shortened
 from ibeton.training.small import SMALL, small_recipe
 
-PRECISIONS = ("auto", "fp16", "bf16", "fp32")
+PRECISIONS = ("auto", "fast", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 CHOICES = {"precision": PRECISIONS, "optimizer": OPTIMIZERS}
 _HIGH_LR = 1.0  # per 256 images; AdamW's recipes have 5e-4, LARS and SGD use up to 0.3
@@ -66,7 +66,12 @@ class RunConfig:
     lost_after: float = option(60.0, "seconds without a heartbeat until a process counts as lost")
     stall_after: float = option(600.0, "seconds that a step or its batch may take")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
-    precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
+    precision: str = option(
+        "auto",
+        "auto is fp16 on a GPU and fp32 on a CPU; fast is the same, but bf16 on a CPU that has"
+        " instructions for it",
+        PRECISIONS,
+    )
     optimizer: str = option("adamw", "optimizer", OPTIMIZERS)
     lr: float = option(5e-4, "peak learning rate for a global batch of 256, scaled linearly")
     min_lr: float = option(1e-6, "learning rate at the end, not scaled")
