@@ -38,6 +38,7 @@ def test_it_is_what_was_measured_on_cifar10() -> None:
         " --weight-decay-end 0.1 --out-dim 512 --hidden-dim 256 --bottleneck-dim 64"
         " --warmup-teacher-temp-epochs 2 --warmup-teacher-temp 0.015 --teacher-temp 0.015"
         " --warmup-teacher-patch-temp 0.015 --teacher-patch-temp 0.015"
+        " --precision fast --recompute off"
     )
     assert found == parse(line.split()).resolved()
 
