@@ -49,6 +49,7 @@ from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.log.trackers import Trackers
+from ibeton.training.precision import precision_on
 from ibeton.training.problems import check_output_dir, check_readable, explain
 from ibeton.training.rollback import roll_back
 from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, seed_step, try_save
@@ -88,11 +89,7 @@ def _prepare(
     config: Config, device: torch.device, rank: int, world_size: int, watchdog: Watchdog
 ) -> Run:
     config.share_batch(world_size)
-    precision = config.run.precision
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    precision = precision_on(device, config.run.precision)
     if rank == 0:
         check_output_dir(Path(config.run.output_dir))
     data = " ".join(config.pipeline.data)

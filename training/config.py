@@ -29,7 +29,7 @@ from ibeton.training.log.trackers import TRACKERS, missing_packages
 from ibeton.training.recipes import RECIPES, shortened
 from ibeton.training.small import SMALL, small_recipe
 
-PRECISIONS = ("auto", "fp16", "bf16", "fp32")
+PRECISIONS = ("auto", "fast", "fp16", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 _HIGH_LR = 1.0  # per 256 images; AdamW's recipes have 5e-4, LARS and SGD use up to 0.3
 _AT_LEAST: dict[tuple[str, ...], float] = {
@@ -67,7 +67,12 @@ class RunConfig:
     lost_after: float = option(60.0, "seconds without a heartbeat until a process counts as lost")
     stall_after: float = option(600.0, "seconds that a step or its batch may take")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
-    precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
+    precision: str = option(
+        "auto",
+        "auto is fp16 on a GPU and fp32 on a CPU; fast is the same, but bf16 on a CPU that has"
+        " instructions for it",
+        PRECISIONS,
+    )
     optimizer: str = option("adamw", "optimizer", OPTIMIZERS)
     lr: float = option(5e-4, "peak learning rate for a global batch of 256, scaled linearly")
     min_lr: float = option(1e-6, "learning rate at the end, not scaled")
@@ -125,12 +130,14 @@ class RunConfig:
 
 @dataclass
 class Config:
-    """All settings of a run. `notes`: what to tell the user about them."""
+    """All settings of a run. `notes`: what to tell the user about them; `recipe`: the settings
+    that its recipe gave."""
 
     run: RunConfig
     pipeline: PipelineConfig
     model: ModelConfig
     notes: list[str] = dataclasses.field(default_factory=list)
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def problems(self, batch_given: bool = False) -> Iterator[str]:
         """A sentence per value that cannot work. `batch_given`: whether --batch-size was."""
@@ -147,7 +154,7 @@ class Config:
     def summary(self) -> str:
         """What differs from the recipe, in one line; config.json in the run folder has the rest."""
         name = self.run.recipe or self.model.arch
-        recipe = {**_defaults(), **RECIPES[name]}
+        recipe = {**_defaults(), **self.recipe}
         changed = [
             f"{flag(key)} {_in_words(value)}"
             for key, value in self.resolved().items()
@@ -204,9 +211,8 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     merged |= shorter
     if (lr := merged.get("lr", RunConfig.lr)) > _HIGH_LR:
         notes.append(f"--lr {lr:g} is far above any published rate (5e-4): expect divergence")
-    config = Config(
-        fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged), notes
-    )
+    parts = (fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged))
+    config = Config(*parts, notes, recipe)
     config.run.output_dir = config.run.output_dir or f"runs/{name}"
     refuse(config.problems("batch_size" in values))
     if not config.run.global_batch_size:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_runs import Start
 
 from ibeton.training.config import from_values, parse
 from ibeton.training.small import recipe_for
@@ -37,6 +38,7 @@ def test_it_is_what_was_measured_on_cifar10() -> None:
         " --weight-decay-end 0.1 --out-dim 512 --hidden-dim 256 --bottleneck-dim 64"
         " --warmup-teacher-temp-epochs 2 --warmup-teacher-temp 0.015 --teacher-temp 0.015"
         " --warmup-teacher-patch-temp 0.015 --teacher-patch-temp 0.015"
+        " --precision fast --recompute off"
     )
     assert found == parse(line.split()).resolved()
 
@@ -48,6 +50,18 @@ def test_it_looks_at_the_photos_and_options_override_it(tiny_folder: Path, tiny:
         assert (config.run.recipe, config.run.lr) == ("small", 1e-3)
         assert (config.run.epochs, config.model.patch_size, config.model.image_size) == (800, 8, 32)
         assert config.run.output_dir == "runs/small"
+        assert config.summary() == (
+            f"recipe small with --output-dir runs/small, --device cpu, --lr 0.001, --data {data};"
+            " all settings: runs/small/config.json"
+        )
+
+
+def test_a_run_by_the_recipe_starts_and_steps(start: Start, tmp_path: Path) -> None:
+    line = ["--recipe", "small", "--device", "cpu", "--workers", "1", "--stop-after", "1"]
+    run = start(tmp_path / "run", small=line)
+    assert run.wait() == 0, run.said()[-2000:]
+    assert "recipe small with" in run.said()
+    assert len(run.log().splitlines()) == 1
 
 
 def test_photos_that_are_not_there_are_named() -> None:
