@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --data photos.beton      # 1, 2, 4 workers, batches of 16 to 256
     python benchmarks/loader.py --decode gpu             # nvJPEG alone, cores alone, both
+    python benchmarks/loader.py --borders                # waits at the borders of short epochs
 
 All sides use the same threads and the same photos, in rounds that take turns.
 """
@@ -9,6 +10,7 @@ All sides use the same threads and the same photos, in rounds that take turns.
 import argparse
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import count
@@ -22,7 +24,7 @@ from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import ratios, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
-from ibeton.pipeline import PipelineConfig
+from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan
 from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.loaders.context import context_of
@@ -33,6 +35,7 @@ from ibeton.progress import plain_console
 from ibeton.workers import cores
 
 BATCHES = 8  # of a round at least: the first ones fill an empty pipeline, the last ones empty it
+EPOCHS, STEPS, SMALL_BATCH = 10, 20, 16  # of --borders
 
 
 class Sides:
@@ -132,10 +135,40 @@ def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) 
     return {"images_per_s": rates, "good": good, "tried": tried, "mean": mean, "most": most}
 
 
+def borders(data: str | Path, console: Console) -> object:
+    """How long each step of short epochs waits for its batch, where a step takes 1.5 times as long
+    as the loader needs. First steps of epochs are listed apart."""
+    size = {"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2}
+    config = PipelineConfig(data=(str(data),), batch_size=SMALL_BATCH, patch_size=8, **size)  # type: ignore[arg-type]
+    loader = build_loader(config)
+    list(loader.epoch(0))  # compiles
+    began = time.perf_counter()
+    steps = len(list(loader.epoch(1)))
+    pause = 1.5 * (time.perf_counter() - began) / steps
+    waits: dict[str, list[float]] = {"first of an epoch": [], "others": []}
+    for epoch in range(2, 2 + EPOCHS):
+        batches = loader.epoch(epoch)
+        for step in range(loader.steps_per_epoch):
+            began = time.perf_counter()
+            next(batches)
+            waited = 1000 * (time.perf_counter() - began)
+            waits["others" if step else "first of an epoch"].append(waited)
+            time.sleep(pause)
+        next(batches, None)
+    loader.close()
+    title = f"{EPOCHS} epochs of {loader.steps_per_epoch} steps, {1000 * pause:.1f} ms each"
+    table = harness.figures("step", "waits", "ms", "longest ms", title=title)
+    for name, ms in waits.items():
+        table.add_row(name, str(len(ms)), spread(ms), f"{max(ms):.2f}")
+    console.print(table)
+    return waits
+
+
 def arguments() -> argparse.Namespace:
     parser, positive = harness.make_parser(__doc__), harness.integer(1)
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
     parser.add_argument("--decode", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--borders", action="store_true", help="list waits of short epochs instead")
     parser.add_argument("--workers", type=positive, nargs="+", help="(default: 1 2 4; all cores)")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[16, 64, 256])
     parser.add_argument(
@@ -160,8 +193,13 @@ def main() -> None:
     keep_freed_memory()
     console, on_gpu = plain_console(width=100), args.decode == "gpu"
     with tempfile.TemporaryDirectory() as folder:
-        reader = BetonReader(args.data or synthetic_beton(Path(folder)))
-        results = (gpu_decode if on_gpu else idle_workers)(args, reader, console)
+        if args.borders:
+            data = args.data or synthetic_beton(Path(folder), 1 + STEPS * SMALL_BATCH // 10)
+            results = borders(data, console)
+        else:
+            run = gpu_decode if on_gpu else idle_workers
+            reader = BetonReader(args.data or synthetic_beton(Path(folder)))
+            results = run(args, reader, console)
     about = harness.machine("torch", "torchvision", "numba")
     if on_gpu:
         about["processor"] += f", {torch.cuda.get_device_name()}"
