@@ -13,7 +13,7 @@ EXTRAS = {
     "cluster": ["scikit-learn>=1.5", "scipy>=1.13"],  # also --eval-every, and DAVIS
     "export": ["timm>=1.0", "transformers>=5"],  # weights for Hugging Face
     # UperNet's head, and COCO's average precision
-    "dense": ["timm>=1.0", "transformers>=5", "faster-coco-eval>=1.7"],
+    "dense": ["timm>=1.0", "transformers>=5", "faster-coco-eval>=1.8"],
     "dali": ["nvidia-dali-cuda120>=2.0; platform_system == 'Linux'"],
     "trackers": ["wandb>=0.19", "mlflow-skinny>=2.20"],  # that --log-to names
 }

@@ -71,8 +71,9 @@ class CocoPhotos:
         for name, listed in (("image_id", self.set.imgs), ("category_id", self.set.cats)):
             if one[name] not in listed:
                 raise ValueError(f"{where} has {name} {one[name]}, which is not listed")
-        numbers = [isinstance(value, int | float) for value in (*one["bbox"], one["area"])]
-        if numbers != [True] * 5 or not {"segmentation", "iscrowd"} <= one.keys():
+        numbers = [*(one.get("bbox") or ()), one.get("area")]
+        usable = [isinstance(number, int | float) for number in numbers] == [True] * 5
+        if not usable or not {"segmentation", "iscrowd"} <= one.keys():
             raise ValueError(f"{where} lacks bbox (four numbers), area, segmentation or iscrowd")
 
     def _objects(self, image: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command of a dense task: a run in a folder, from its begin to an exit status."""
+"""The command of a dense task: a run in a folder, from its start to its exit status."""
 
 import dataclasses
 import math

@@ -40,7 +40,7 @@ class Place:
         return items[self.rank :: self.world_size]
 
     def gathered(self, own: Any) -> list[Any]:
-        """What the ranks give, each its own, on rank 0, and [] on others. All ranks must call."""
+        """What each rank gives, on rank 0; [] on the others. All ranks must call."""
         if self.world_size == 1:
             return [own]
         parts: list[Any] = [None] * self.world_size if self.rank == 0 else []
@@ -122,7 +122,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, place: Place) -> Scores:
-        """Scores in percent, on rank 0, and {} on others. All ranks must call."""
+        """Scores in percent, on rank 0; {} on the others. All ranks must call."""
 
     @abstractmethod
     def picture(self, index: int, device: torch.device, folder: Path) -> Any:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from ibeton.evaluation.dense.coco import (
     to_photo,
     training_view,
 )
+from ibeton.evaluation.detect import main
 
 
 @pytest.fixture
@@ -137,11 +139,15 @@ def edit(path, change):
         (lambda c: c.update(images=[], annotations=[]), "lists no usable photos"),
     ],
 )
-def test_a_bad_json_is_named_with_its_object(broken, change, message):
-    path = broken / "annotations/instances_train2017.json"
-    edit(path, change)
-    with pytest.raises(ValueError, match=rf"instances_train2017\.json.*{message}"):
-        CocoPhotos(broken, "train")
+def test_a_bad_json_is_named_with_its_object_before_anything_is_written(
+    broken, checkpoint, tmp_path, capsys, change, message
+):
+    edit(broken / "annotations/instances_train2017.json", change)
+    paths = ("--checkpoint", checkpoint, "--data", broken, "--output-dir", tmp_path / "run")
+    assert main([*map(str, paths), "--device", "cpu", "--workers", "0"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.fullmatch(rf"error: .*instances_train2017\.json.*{message}.*", said), said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_photo_a_wrong_size_and_what_is_no_json_are_named(broken):
@@ -152,12 +158,31 @@ def test_a_bad_photo_a_wrong_size_and_what_is_no_json_are_named(broken):
     (broken / "train2017/000000000001.jpg").write_bytes(b"?")
     with pytest.raises(ValueError, match=r"000000000001\.jpg cannot be read"):
         CocoPhotos(broken, "train").photo(1)
+    (broken / "train2017/000000000001.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists .*000000000001\.jpg, which is missing"):
+        CocoPhotos(broken, "train")
     path.write_text("{]")
     with pytest.raises(ValueError, match=r"instances_train2017\.json is not .* format: Expecting"):
         CocoPhotos(broken, "train")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"No such file.*instances_train2017\.json"):
         CocoPhotos(broken, "train")
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ("?", r"bad masks of 000000000000\.jpg"),
+        ([], r"bad masks of 000000000000\.jpg"),
+        ({"counts": "!!", "size": [48, 64]}, r"bad masks of 000000000000\.jpg"),
+        ({"counts": [0, 4], "size": [2, 2]}, r"masks of 000000000000\.jpg differ from it in size"),
+    ],
+)
+def test_a_bad_segmentation_is_named_with_its_photo(broken, segmentation, message):
+    path = broken / "annotations/instances_train2017.json"
+    edit(path, lambda c: c["annotations"][0].update(segmentation=segmentation))
+    with pytest.raises(ValueError, match=rf"instances_train2017\.json: {message}"):
+        CocoPhotos(broken, "train").truth(0)
 
 
 def test_crowds_are_not_learned_from_and_photos_with_nothing_else_are_left_out(broken):

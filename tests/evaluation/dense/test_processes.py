@@ -12,6 +12,7 @@ from run_processes import Forker, two_ranks
 from small_runs import HOLD
 
 from ibeton.model.checkpoint import load_checkpoint
+from ibeton.training.health.stop_signals import STOPPED
 
 COMMON = (
     "--warmup-steps 2 --workers 0 --device cpu --log-steps 1 --pictures 0 --drop-path 0 --lr 1e-3"
@@ -97,10 +98,11 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
 
 
 @pytest.mark.parametrize("start", list(TASKS), indirect=True)
-def test_two_processes_do_what_one_does(start, whole, tmp_path):
+def test_two_processes_that_are_stopped_and_resumed_do_what_one_does(start, whole, tmp_path):
     folder = tmp_path / "two"
-    for run in [start(folder, environment=rank) for rank in two_ranks()]:
-        assert run.wait() == 0, run.said()[-3000:]
+    for options, status in ((("--max-hours", "1e-9"), STOPPED), (("--resume", "auto"), 0)):
+        for run in [start(folder, *options, environment=rank) for rank in two_ranks()]:
+            assert run.wait() == status, run.said()[-3000:]
     expected, found = losses(whole), losses(folder)
     assert found.keys() == expected.keys()
     # Rounding grows from step to step under AdamW. Without the mean of gradients over processes,

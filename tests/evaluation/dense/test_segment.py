@@ -9,7 +9,7 @@ from PIL import Image
 
 from ibeton.evaluation.dense.photos import palette
 from ibeton.evaluation.dense.segmentation_data import IGNORED
-from ibeton.evaluation.dense.segmenter import Segmenter, pixel_loss, starts
+from ibeton.evaluation.dense.segmenter import Dropout, Segmenter, pixel_loss, starts
 from ibeton.evaluation.segment import main
 from ibeton.model.checkpoint import load_backbone, load_checkpoint
 
@@ -141,6 +141,20 @@ def test_one_window_is_the_prediction_itself_and_several_are_averaged():
     assert torch.allclose(model.slide(image, 32, 16), expected, atol=1e-6)
     small = model.slide(image[:, :20, :24], 32, 16)
     assert small.shape == (3, 20, 24)
+
+
+def test_dropout_draws_for_each_image_from_its_own_seed():
+    def dropped(*seeds):
+        layer = Dropout().train()
+        layer.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return layer(torch.ones(len(seeds), 400, 1, 1))
+
+    both = dropped(1, 2)
+    assert torch.equal(both[1:], dropped(2))
+    assert not torch.equal(both[0], both[1])
+    assert both.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert both.mean() == pytest.approx(1, abs=0.1)
+    assert torch.equal(Dropout().eval()(both), both)
 
 
 def test_unlabeled_pixels_count_as_no_loss_in_a_mean_over_all():
