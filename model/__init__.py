@@ -1,5 +1,5 @@
-"""The iBOT model: a batch in, a loss out. `build(ModelConfig())` is the door; `load_backbone(path)`
-is the other one, to what was trained."""
+"""The iBOT model: a batch in, a loss out. `build(ModelConfig())` makes one; `load_backbone(path)`
+loads the backbone of one that was trained."""
 
 from ibeton.model.checkpoint import load_backbone
 from ibeton.model.config import ModelConfig

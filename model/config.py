@@ -33,7 +33,7 @@ CHOICES = {
     "cuda_graphs": GRAPHS,
     "kernels": KERNELS,
 }
-MOST = 1000  # layers, or views: more would fill any memory
+MOST = 1000  # layers, or views: more would not fit in any memory
 TEMPERATURES = (
     *("teacher_temp", "warmup_teacher_temp", "student_temp"),
     *("teacher_patch_temp", "warmup_teacher_patch_temp"),
@@ -55,7 +55,7 @@ class ModelConfig:
     drop_path: float = option(0.1, "stochastic depth of the student's last block")
     layer_scale: float = option(0.0, "initial layer scale (0: no layer scale)")
     mean_pool: bool = option(False, "class output is the normed mean of the patch tokens")
-    micro_steps: int = option(1, "parts of a batch that pass one by one: less memory, same step")
+    micro_steps: int = option(1, "parts of a batch, one after the other: less memory, same step")
     checkpoint_blocks: bool = option(False, "compute blocks again in the backward: less memory")
     recompute: str = option(
         "auto",
@@ -164,7 +164,7 @@ class ModelConfig:
             yield f"--embed-dim {self.embed_dim} of a Swin must be a multiple of 24"
         for name in ONLY_VIT:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                yield f"{flag(name)} is an option of ViTs: --arch {self.arch} has none"
+                yield f"{flag(name)} is for ViTs: --arch {self.arch} does not take it"
 
     def _out_of_range(self) -> Iterator[str]:
         at_least = {

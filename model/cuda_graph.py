@@ -96,11 +96,11 @@ class GraphedStep:
         else:
             metrics = self._run_eagerly(inputs, epoch)
         self._seen.add(key)
-        set_rates(optimizer, lr, weight_decay)  # numbers again, for whoever looks at them
+        set_rates(optimizer, lr, weight_decay)  # numbers again, for those who read them
         return metrics
 
     def key(self, inputs: StepInputs, epoch: int) -> Key:
-        """What tells graphs apart: shapes, dtypes, and whether the prototypes are frozen."""
+        """What a graph is made for: shapes, dtypes, and whether the prototypes are frozen."""
         shapes = (None if t is None else (tuple(t.shape), t.dtype) for t in inputs)
         return (self._step.is_frozen(epoch), *shapes)
 
@@ -220,8 +220,8 @@ class GraphedStep:
 
 
 class Recorder:
-    """Records nothing: a replay runs the function again. For devices without graphs, where it shows
-    that inputs, draws, and keys are complete."""
+    """Records nothing: a replay runs the function again. For devices without graphs, on which tests
+    show that inputs, draws, and keys are complete."""
 
     def record(self, function: Callable[[], Result], draws: HostInputs) -> Callable[[], Result]:
         """What repeats `function` on the values that its tensors hold then."""

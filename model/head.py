@@ -74,14 +74,14 @@ class IBOTHead(nn.Module):
             self.last_layer2.weight_g.requires_grad_(False)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """Tokens [..., C] -> unit vectors [..., bottleneck_dim], in float32 at least, or as matrix
-        products take them."""
-        # Batch norm wants one long list of tokens: its statistics run over images and tokens.
+        """Tokens [..., C] -> unit vectors [..., bottleneck_dim], in float32 at least, or by the
+        kernels in the dtype of matrix products."""
+        # One list of tokens, as the statistics of a batch norm are over images and tokens.
         rows = x.flatten(0, -2)
         if self._can_fuse(rows):
             return fused_bottleneck(rows, self._layers()).unflatten(0, x.shape[:-1])
         x = self.mlp(rows).unflatten(0, x.shape[:-1])
-        # The squares leave the range of fp16.
+        # In fp16 the squares would overflow.
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
     def bottleneck_and_mean(self, x: Tensor) -> tuple[Tensor, Tensor]:

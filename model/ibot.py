@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class IBOT(nn.Module):
     """The student learns from the teacher, which is the student's exponential moving average.
 
-    `student_call` is what runs the student: itself, or its DDP wrapper after `wrap_ddp`. It is no
-    registered submodule, so state dicts keep `student.*`, `teacher.*`, `loss.*`.
+    `student_call` is what runs the student: itself, or its DDP wrapper after `wrap_ddp`. It is not
+    a registered submodule, so state dicts keep `student.*`, `teacher.*`, `loss.*`.
     """
 
     student_call: Callable[..., Logits]

@@ -166,7 +166,7 @@ class IBOTLoss(nn.Module):
         if local_rows != self.local_views * batch:
             raise ValueError(
                 f"{local_rows} local class logits for {batch} images: expected"
-                f" --local-crops-number {self.local_views} an image"
+                f" --local-crops-number {self.local_views} per image"
             )
         if cls.shape != teacher.cls.shape or patch.shape != teacher.patch.shape:
             raise ValueError(
@@ -176,12 +176,12 @@ class IBOTLoss(nn.Module):
         if len(patches.weight) != len(patch):
             raise ValueError(
                 f"{len(patches.weight)} masked patches for patch logits {list(patch.shape)}:"
-                " expected one weight a row"
+                " expected one weight per row"
             )
 
 
 def _together(cls: Tensor, local_cls: Tensor) -> Tensor:
-    """Both below each other: without a copy if they are the two parts of one tensor."""
+    """Both concatenated: without a copy if they are the two parts of one tensor."""
     whole = cls._base
     both = (len(cls) + len(local_cls), *cls.shape[1:])
     if whole is not None and whole is local_cls._base and whole.shape == both:

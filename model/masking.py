@@ -1,4 +1,4 @@
-"""The masked patches of a batch, and what each of them counts in the loss."""
+"""The masked patches of a batch, and the weight of each in the loss."""
 
 from typing import NamedTuple
 

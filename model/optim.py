@@ -38,9 +38,9 @@ class AdamW(torch.optim.AdamW):
     found_inf: Tensor | None = None
 
     def _cuda_graph_capture_health_check(self) -> None:
-        """Fused steps can be captured: only the other ones need `capturable`."""
+        """Fused steps can be captured; only others need `capturable`."""
 
-    # The name since torch 2.12
+    # Its name since torch 2.12
     _accelerator_graph_capture_health_check = _cuda_graph_capture_health_check
 
     @overload
@@ -132,8 +132,8 @@ def is_sharded(optimizer: Optimizer) -> bool:
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
-    """The state dict for a checkpoint. All ranks must ask for that of a sharded optimizer: it is an
-    unsharded one's on rank 0, and None on the others."""
+    """The state dict for a checkpoint. All ranks must call this for a sharded optimizer: rank 0
+    gets the whole state, the others None."""
     if not is_sharded(optimizer):
         return optimizer.state_dict()
     sharded: Any = optimizer
@@ -146,16 +146,16 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Continue from what `optimizer_state` gave, sharded or not, on any number of ranks. AdamW's
-    betas stay the optimizer's own: they are settings, not state."""
+    """Load what `optimizer_state` returned, sharded or not, on any number of ranks. AdamW's betas
+    stay the optimizer's own: they are settings, not state."""
     own = {name: v for name, v in optimizer.param_groups[0].items() if name == "betas"}
     state = {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
     if not is_sharded(optimizer):
         optimizer.load_state_dict(state)
         return
     sharded: Any = optimizer
-    optimizer.load_state_dict({**state, "state": dict(state["state"])})  # it empties what it reads
-    optimizer.state.clear()  # a second copy: what counts is in `optimizer.optim`
+    optimizer.load_state_dict({**state, "state": dict(state["state"])})  # it empties its argument
+    optimizer.state.clear()  # a second copy: `optimizer.optim` has the state
     for parameter, own in sharded.optim.state.items():
         if "step" in own:  # on the CPU by now, where fused AdamW does not look for it
             own["step"] = own["step"].to(parameter.device)
@@ -202,7 +202,7 @@ class LARS(Optimizer):
             update = update.add(parameter, alpha=group["weight_decay"])
             weight_norm, update_norm = parameter.norm(), update.norm()
             trust = group["eta"] * weight_norm / update_norm
-            # Zero weights or gradients have no ratio: their step is not scaled.
+            # With zero weights or gradients there is no ratio: the step is not scaled.
             update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0)
         state = self.state[parameter]
         if "mu" not in state:

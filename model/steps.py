@@ -1,9 +1,9 @@
 """One training step, in the published order.
 
 A step has three parts, so that a CUDA graph can hold the second and the third: what the host
-decides (`step_inputs`), forward and backward (`compute_gradients`), and the update
-(`update_weights`). The host waits for the device in none of them, unless the optimizer must be told
-from the host whether to step (SGD, LARS, a sharded one).
+decides (`Step.inputs`), forward and backward (`compute_gradients`), and the update
+(`update_weights`). The host waits for the device in none of them, unless the host must tell the
+optimizer whether to step (SGD, LARS, a sharded one).
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def training_step(
     step = Step(ibot, optimizer, scaler, clip_grad, freeze_last_layer, autocast_dtype)
     inputs = step.inputs(global_crops, local_crops, masks, epoch, lr, weight_decay, momentum)
     metrics = step.run(inputs.on(global_crops.device, takes_scalars(optimizer)), epoch)
-    set_rates(optimizer, lr, weight_decay)  # numbers again, for whoever looks at them
+    set_rates(optimizer, lr, weight_decay)  # numbers again, for those who read them
     return metrics
 
 
@@ -229,7 +229,7 @@ class Step:
 
 def _nan_if_not_finite(loss: Tensor) -> Tensor:
     """The gradient of the loss itself: 1, or NaN unless it is finite. Ranks average their
-    gradients, so all of them learn of it without another message."""
+    gradients, so that all of them see it without another message."""
     return 1 + 0 * loss
 
 

@@ -1,7 +1,7 @@
 """The transformer block on packed tokens, under timm's parameter names.
 
-Packed means: the tokens of all images of all crop sizes below each other in one tensor [T, C], and
-beside it `shapes`, one (images, tokens per image) for each crop size. Norms, projections and MLPs
+Packed means: the tokens of all images of all crop sizes, one after the other in one tensor [T, C],
+with `shapes`, one (images, tokens per image) for each crop size. Norms, projections and MLPs
 see [T, C]; attention runs once for each crop size. In shapes: H attention heads, D = C / H.
 """
 
@@ -26,9 +26,9 @@ Branch = Callable[[Tensor, Shapes], Tensor]
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases for linear layers; others are left alone.
+    """Truncated normal weights and zero biases for linear layers; others do not change.
 
-    The cut is at +-2 in absolute terms, a hundred standard deviations off (published code).
+    The values are cut at +-2, a hundred standard deviations away (published code).
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=INIT_STD)
@@ -37,8 +37,8 @@ def init_linear(module: nn.Module) -> None:
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth, the simple way: zero the whole of a sample's x [B, ...] with probability
-    `rate`, and scale the others up so that the mean stays."""
+    """Stochastic depth, written plainly: zero a whole sample of x [B, ...] with probability `rate`,
+    and scale the others up so that the mean stays the same."""
     if not training or rate == 0:
         return x
     keep = 1 - rate
@@ -47,22 +47,22 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 class Kept(NamedTuple):
-    """The samples that a residual branch keeps under stochastic depth."""
+    """The samples that stochastic depth keeps in a residual branch."""
 
-    tokens: Tensor | None  # int64 [T'], the places of their tokens; None: `factor` says it
+    tokens: Tensor | None  # int64 [T'], the indices of their tokens; None: see `factor`
     shapes: Shapes  # what the kept tokens are
     scale: float  # 1 / (1 - rate)
     factor: Tensor | None  # [T, 1], 0 or `scale`; None: the tokens are gathered
 
 
 def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
-    """For each branch with its rate, the samples it keeps: each is dropped by itself, with that
+    """For each branch with its rate, the samples it keeps: each is dropped independently with that
     probability. None for a rate of 0.
 
     Drawn from the CPU's generator, so that the host knows how many are kept without asking the
-    device. On a CPU the branch then runs on the kept samples alone. On CUDA it runs on all: shapes
-    that stay the same are worth more there to allocator and graphs than the 5 % of arithmetic
-    which the published rates would save (not measured).
+    device. On a CPU the branch then runs on the kept samples alone. On CUDA it runs on all:
+    allocator and graphs need shapes that stay the same, and the published rates would save only 5 %
+    of the arithmetic.
     """
     samples = sum(images for images, _ in shapes)
     if device.type == "cpu":
@@ -107,8 +107,8 @@ def _gathered(kept: Tensor, token_of: Tensor, rate: float, shapes: Shapes) -> Ke
 
 
 def among(kept: Kept, rows: Tensor, total: int) -> Kept:
-    """The same samples, for a branch that sees only the tokens `rows` int64 [R] of all `total`, and
-    looks at none but its own."""
+    """The same samples, for a branch that runs on the tokens `rows` int64 [R] of all `total`, each
+    by itself."""
     if kept.tokens is None:
         assert kept.factor is not None
         return kept._replace(factor=kept.factor.index_select(0, rows))
@@ -129,7 +129,7 @@ def add_branch(x: Tensor, branch: Branch, shapes: Shapes, kept: Kept | None) -> 
 
 
 def as_factor(kept: Kept | None, tokens: int, device: torch.device) -> Kept | None:
-    """The same samples by a factor for each of `tokens` tokens rather than by the tokens kept."""
+    """The same samples, as a factor for each of `tokens` tokens instead of the tokens kept."""
     if kept is None or kept.tokens is None:
         return kept
     factor = torch.zeros(tokens, 1, device=device)
@@ -189,8 +189,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on packed tokens, with stochastic depth and optional layer scale.
 
-    Kept for the backward are the branches' inputs, query, key, value, what attention gives, and
-    what enters the GELU; norms and GELU are computed again (`model.kernels`).
+    With recomputing, the backward keeps the branches' inputs, query, key, value, the output of
+    attention and the input of the GELU; it computes norms and GELU again (`model.kernels`).
     """
 
     def __init__(self, config: ModelConfig) -> None:

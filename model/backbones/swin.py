@@ -1,8 +1,8 @@
 """The Swin transformer as iBOT trains it: timm's parts in the published assembly.
 
 timm's own model has other parameter names (patch merging opens a stage; index tables are not
-saved). Its outputs differ where windows do not tile a map, as at 96 pixels: timm shifts and then
-pads, while the published code pads and then shifts.
+saved). Its outputs differ where windows do not tile a map, as at 96 pixels: timm shifts before it
+pads, the published code after it.
 
 In shapes: B images, C channels, h x w map of a stage, W windows of T tokens, H attention heads.
 """
@@ -58,10 +58,10 @@ class Attention(WindowAttention):
 
 
 class Block(nn.Module):
-    """Pre-norm block on maps [B, h, w, C]; `shift` moves the windows by so many tokens.
+    """Pre-norm block on maps [B, h, w, C]; `shift` moves the windows by that many tokens.
 
-    Maps that windows do not tile are filled up with zeros right and below, after the norm; these
-    take part in attention, through the biases of query, key and value (published code).
+    Maps that windows do not tile are padded with zeros on the right and below, after the norm;
+    these take part in attention, through the biases of query, key and value (published code).
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float) -> None:
@@ -78,7 +78,7 @@ class Block(nn.Module):
         """`mask` is what `attention_mask` gives for a block that shifts, None for the others."""
         height, width = x.shape[1:3]
         out = self.attn(self.windows(x), mask).unflatten(1, (self.window, self.window))
-        full = (_filled(height, self.window), _filled(width, self.window))
+        full = (_padded(height, self.window), _padded(width, self.window))
         out = window_reverse(out, (self.window, self.window), *full)
         if self.shift:
             out = out.roll((self.shift, self.shift), (1, 2))
@@ -86,16 +86,16 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def windows(self, x: Tensor) -> Tensor:
-        """What attention sees of a map [B, h, w, C]: [B * W, T, C]."""
+        """The windows of a map [B, h, w, C] after the norm: [B * W, T, C]."""
         height, width = x.shape[1:3]
-        below, right = _filled(height, self.window) - height, _filled(width, self.window) - width
+        below, right = _padded(height, self.window) - height, _padded(width, self.window) - width
         x = F.pad(self.norm1(x), (0, 0, 0, right, 0, below))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
         return window_partition(x, (self.window, self.window)).flatten(1, 2)
 
 
-def _filled(side: int, window: int) -> int:
+def _padded(side: int, window: int) -> int:
     """`side` rounded up to whole windows."""
     return -(-side // window) * window
 
@@ -103,10 +103,10 @@ def _filled(side: int, window: int) -> int:
 def attention_mask(x: Tensor, window: int, shift: int) -> Tensor:
     """What is added to the attention scores of a shifted map x [B, h, w, C]: [W, T, T], dtype of x.
 
-    The roll brings the first rows (columns) of the map behind its last ones. Tokens of a window
-    see each other only if they lie on the same side of that seam.
+    The roll moves the first rows (columns) of the map behind its last ones. Tokens of a window
+    attend to each other only if they lie on the same side of that border.
     """
-    sides = [_filled(side, window) for side in x.shape[1:3]]
+    sides = [_padded(side, window) for side in x.shape[1:3]]
     rows, columns = (torch.arange(s, device=x.device) >= s - shift for s in sides)
     regions = 2 * rows[:, None] + columns  # [h, w], 0 .. 3
     regions = window_partition(regions[None, :, :, None], (window, window)).flatten(1)  # [W, T]
@@ -124,13 +124,13 @@ class Downsample(PatchMerging):
         self.norm = LayerNorm(4 * dim)
 
 
-# What a block got and gave, for looking inside: block, map before, attention mask, map after.
+# What a block computed: the block, its input map, attention mask, output map.
 Step = tuple[Block, Tensor, Tensor | None, Tensor]
 
 
 class Stage(nn.Module):
-    """Blocks of one width, every other one shifted by half a window, then the down-sampling if it
-    is not the last stage. There is a block for each rate of `drop_path`.
+    """Blocks of one width, every other one shifted by half a window, then down-sampling, except in
+    the last stage. There is a block for each rate of `drop_path`.
 
     A map whose side (at the image size that the network is built for) is not above `window` is
     one window, and nothing shifts. At other image sizes windows and shifts stay as built.
@@ -151,7 +151,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, trace: list[Step] | None = None) -> Tensor:
         """[B, h, w, C] -> [B, h / 2, w / 2, 2 C], or the same size in the last stage. A `trace`
-        takes a step of every block."""
+        receives a `Step` for every block."""
         mask = attention_mask(x, self.window, self.shift) if self.shift else None
         for block in cast(list[Block], self.blocks):
             before, block_mask = x, mask if block.shift else None
@@ -218,8 +218,8 @@ class SwinTransformer(nn.Module):
     def embed(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """What enters the first block: images [B, in_chans, H, W] -> [B, H / 4, W / 4, C].
 
-        True in `masks` [B, H / 32, W / 32] puts `masked_embed` in the place of the 8 x 8 normed
-        embeddings of that cell. Raises ValueError for images and masks of another shape or dtype,
+        True in `masks` [B, H / 32, W / 32] replaces the 8 x 8 normed embeddings of that cell
+        by `masked_embed`. Raises ValueError for images and masks of another shape or dtype,
         or a backbone built without masking.
         """
         channels = self.patch_embed.proj.in_channels
@@ -242,7 +242,7 @@ class SwinTransformer(nn.Module):
         if list(masks.shape) != expected or masks.dtype != torch.bool:
             raise ValueError(
                 f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
-                f" one value a {self.patch_size} x {self.patch_size} pixel cell"
+                f" one value per cell of {self.patch_size} x {self.patch_size} pixels"
             )
         masked = masks.repeat_interleave(self.mask_cell, 1).repeat_interleave(self.mask_cell, 2)
         return torch.where(masked.unsqueeze(-1), self.masked_embed.to(tokens.dtype), tokens)
@@ -250,8 +250,8 @@ class SwinTransformer(nn.Module):
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, in_chans, H, W], masks bool [B, H / 32, W / 32] or None -> [B, 1 + N, C].
 
-        There is no class token: the class output is the mean of all final tokens, those in masked
-        places too (published code).
+        There is no class token: the class output is the mean of all final tokens, masked ones too
+        (published code).
         """
         x = self.embed(x, masks)
         for stage in self.layers:
@@ -259,7 +259,7 @@ class SwinTransformer(nn.Module):
         return with_mean(self.norm(x))
 
     def trace(self, x: Tensor) -> list[Step]:
-        """What happens to images [B, in_chans, H, W], block by block."""
+        """The steps of all blocks for images [B, in_chans, H, W]."""
         steps: list[Step] = []
         x = self.embed(x)
         for stage in self.layers:
@@ -268,10 +268,10 @@ class SwinTransformer(nn.Module):
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last `n` blocks, each [B, 1 + N, C] of its own stage, the mean first; all
-        blocks where `n` is above their number. The final norm fits, and is applied to, those of
-        the last stage alone. Raises ValueError for n below 1."""
+        blocks where `n` is above their number. The final norm is applied to those of the last
+        stage, whose width it has. Raises ValueError for n below 1."""
         if n < 1:
-            raise ValueError(f"n = {n} blocks asked for: expected at least 1")
+            raise ValueError(f"n = {n} blocks: expected at least 1")
         outputs = [after for *_, after in self.trace(x)[-n:]]
         return [with_mean(self.norm(o) if o.shape[-1] == self.embed_dim else o) for o in outputs]
 

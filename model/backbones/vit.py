@@ -123,8 +123,8 @@ class VisionTransformer(nn.Module):
     def embed(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """What enters the first block: images [B, in_chans, H, W] -> [B, 1 + N, C].
 
-        True in `masks` [B, h, w] puts `masked_embed` in the place of the patch, before positions
-        are added (iBOT, section 3.1). Raises ValueError for masks of another shape or dtype, or a
+        True in `masks` [B, h, w] replaces the patch by `masked_embed`, before positions are added
+        (iBOT, section 3.1). Raises ValueError for masks of another shape or dtype, or a
         backbone built without masking.
         """
         patches = self.patch_embed(x)  # [B, N, C]
@@ -175,7 +175,7 @@ class VisionTransformer(nn.Module):
         return self._tokens(x, masks)
 
     def tokens_for_product(self, x: Tensor) -> Tensor:
-        """`forward`, in float32 or as matrix products take it."""
+        """`forward`, in float32 or in the dtype of matrix products."""
         return self._tokens(x, None, for_product=True)
 
     def _tokens(self, x: Tensor, masks: Tensor | None, for_product: bool = False) -> Tensor:
@@ -210,8 +210,8 @@ class VisionTransformer(nn.Module):
         ]
 
     def selected(self, views: list[Tensor], masks: list[Tensor | None], index: Tensor) -> Tensor:
-        """As `forward_views`, as one tensor: the class tokens of all crop sizes, then the patches
-        of the first size in `index` int64 [M]. Float32, or as matrix products take it."""
+        """`forward_views` as one tensor: the class tokens of all crop sizes, then the patches
+        of the first size in `index` int64 [M]. In float32 or in the dtype of matrix products."""
         none = index.new_empty(0)
         indices: list[Tensor | None] = [index, *[none] * (len(views) - 1)]
         if self.fc_norm is None:
@@ -222,14 +222,14 @@ class VisionTransformer(nn.Module):
     def _selected(
         self, x: Tensor, shapes: Shapes, indices: list[Tensor | None], for_product: bool = False
     ) -> Tensor:
-        """Packed tokens [T, C] -> those of `selected_rows`, as the last block's MLP gives them."""
+        """Packed tokens [T, C] -> those of `selected_rows` after all blocks and `norm`."""
         return self._normed(x, shapes, selected_rows(shapes, indices, x.device), for_product)
 
     def _normed(
         self, x: Tensor, shapes: Shapes, rows: Tensor | None = None, for_product: bool = False
     ) -> Tensor:
-        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens. By the
-        kernels it is float32, or with `for_product` in the dtype of matrix products."""
+        """Packed tokens [T, C] after all blocks and `norm`; with `rows`, only these tokens. Kernels
+        return float32, or with `for_product` the dtype of matrix products."""
         if not kernels_run_on(x) or _hooked(self.blocks):
             return self.norm(self._blocks(x, shapes, rows))
         x, branch = self._fused_blocks(x, shapes, rows)
@@ -285,7 +285,7 @@ class VisionTransformer(nn.Module):
         return draw_kept(rates, shapes, x.device)
 
     def _blocks(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
-        """Packed tokens [T, C] through all blocks; with `rows`, only these leave the last."""
+        """Packed tokens [T, C] after all blocks; with `rows`, only these tokens."""
         kept = self._draw_kept(x, shapes)
         if rows is not None and (last_kept := kept[-1]) is not None:
             kept[-1] = among(last_kept, rows, len(x))
@@ -311,7 +311,7 @@ class VisionTransformer(nn.Module):
         """Outputs of the last `n` blocks, each [B, 1 + N, C] after the final norm; all blocks where
         `n` is above the depth. Raises ValueError for n below 1."""
         if n < 1:
-            raise ValueError(f"n = {n} blocks asked for: expected at least 1")
+            raise ValueError(f"n = {n} blocks: expected at least 1")
         x = self.embed(x)
         shapes = [(x.shape[0], x.shape[1])]
         outputs, packed = [], x.flatten(0, 1)

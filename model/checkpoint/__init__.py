@@ -1,4 +1,4 @@
-"""Checkpoints: this program's own, those of others read in, and exports that others read.
+"""Checkpoints: this program's own, imports of others, and exports to others.
 
 `python -m model.checkpoint import|export|inspect` is the command.
 """

@@ -1,7 +1,7 @@
 """A backbone alone as one safetensors file, with a model card beside it.
 
-The file holds the backbone's own tensor names and, in its header, the run's settings: everything
-that reads a checkpoint of this program reads it too.
+The file holds the backbone's own tensor names and, in its header, the run's settings: whatever
+reads a checkpoint of this program reads it too.
 """
 
 import json
@@ -57,7 +57,7 @@ def read_backbone(path: str | Path) -> dict[str, Any] | None:
 
 
 def refuse_other_files(path: Path) -> None:
-    """Raise FileNotFoundError or ValueError for what is told by its first bytes."""
+    """Raise FileNotFoundError, or ValueError for what cannot be a checkpoint by its first bytes."""
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder: give a file in it")
     if not path.is_file():

@@ -1,9 +1,9 @@
-"""What every export does: it is loaded by the program that it is for, and must give the features
-that our backbone gives, before it appears under its name.
+"""What all exports do: the program that an export is for loads it, and must compute the same
+features as our backbone, before the file gets its name.
 
-timm and transformers resize the position table of a ViT by rules of their own, which move features
-by far more than rounding. Here the published rule is applied, once, for one image size: an export
-is for that size, and exact at it.
+timm and transformers resize the position table of a ViT by other rules, which change features by
+much more than rounding. Here the published rule is applied once, for one image size: an export is
+for that size, and exact there.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ibeton.model.checkpoint.foreign import State
 
-TOLERANCE = 1e-5  # largest difference, as a part of the largest feature
+TOLERANCE = 1e-5  # of the largest feature
 
 
 def check_features(
@@ -24,7 +24,7 @@ def check_features(
     theirs: Callable[[Tensor], Tensor],
     side: int,
 ) -> None:
-    """Raise ValueError unless both give the same tokens for the same images."""
+    """Raise ValueError unless both compute the same tokens for the same images."""
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, given = backbone(images), theirs(images)
@@ -44,7 +44,7 @@ def check_side(side: int, patch: int) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise FileExistsError for what is there, FileNotFoundError where its folder is not."""
+    """Raise FileExistsError if it exists, FileNotFoundError if its folder does not."""
     if target.exists():
         raise FileExistsError(f"{target} exists: remove it, or give another name")
     if not target.parent.is_dir():
@@ -52,15 +52,15 @@ def refuse_existing(target: Path) -> None:
 
 
 def partial_name(target: Path) -> Path:
-    """What `target` is called until it has been checked."""
+    """The name of `target` until it has been checked."""
     return target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
 
 
 def save_tensors(state: State, path: Path, facts: dict[str, str]) -> None:
-    """Write tensors as safetensors, with `facts` in its header, and bind them to the disk."""
+    """Write tensors as safetensors, with `facts` in the header, through to the disk."""
     from safetensors.torch import save
 
-    with open(path, "wb") as file:  # safetensors' own save_file makes files that only we can read
+    with open(path, "wb") as file:  # save_file's could be read by their owner alone
         file.write(save(state, {"format": "pt", **facts}))
         file.flush()
         os.fsync(file.fileno())

@@ -37,7 +37,7 @@ def export_huggingface(
 ) -> str:
     """Write a ViT backbone as a folder that `transformers.ViTModel` loads.
 
-    As `export_timm`. Raises ValueError too for a network that ViTModel has no words for, or where
+    As `export_timm`. Also raises ValueError for a network that ViTModel cannot express, or if
     transformers is not installed.
     """
     refuse_existing(target)
@@ -98,9 +98,9 @@ def _huggingface_config(config: ModelConfig, side: int) -> Any:
 
 
 def huggingface_state(state: State) -> State:
-    """timm's names of a ViT -> those of `transformers.ViTModel`, with query, key and value apart.
+    """timm's names of a ViT -> those of `transformers.ViTModel`, query, key and value apart.
 
-    They are those of transformers 4, which its version 5 reads too.
+    The names are those of transformers 4, which version 5 reads too.
     """
     renamed = {}
     for name, tensor in state.items():

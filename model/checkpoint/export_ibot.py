@@ -24,8 +24,8 @@ PUBLISHED_NAMES = {
 
 def export_ibot(source: Path, target: Path, network: str = "teacher") -> str:
     """Write a whole checkpoint in the published layout: student (behind `module.`), teacher,
-    ibot_loss, epoch and args. Optimizer and scaler stay behind, as their state is of this program.
-    """
+    ibot_loss, epoch and args. Optimizer and scaler are left out: only this program reads their
+    state."""
     refuse_existing(target)
     content = load_checkpoint(source)
     if "student" not in content:
@@ -62,7 +62,7 @@ def _arguments(settings: dict[str, Any]) -> argparse.Namespace:
 
 
 def _heads(settings: dict[str, Any]) -> int:
-    """A ViT's attention heads, which no tensor tells; 0 for a Swin."""
+    """A ViT's attention heads, which no tensor shows; 0 for a Swin."""
     config = fill(ModelConfig, settings)
     return 0 if config.arch in SWINS else config.backbone_shape()[2]
 

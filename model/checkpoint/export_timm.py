@@ -43,8 +43,8 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     """Write the backbone of checkpoint `source` as safetensors that timm loads.
 
     `image_size`: side in pixels that the file is for (0: the checkpoint's own). Returns the call
-    that loads it. Raises FileExistsError for a `target` that is there, ValueError for one that does
-    not end in .safetensors, or if the model in timm gives other features.
+    that loads it. Raises FileExistsError if `target` exists, ValueError if it does not end in
+    .safetensors, or if the model in timm computes other features.
     """
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: give a name that ends in .safetensors, by which timm knows it")
@@ -56,7 +56,7 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     side = image_size or config.image_size
     check_side(side, config.patch_size)
     name, options = timm_options(config, side)
-    # What names and shapes do not tell, for reading the file back.
+    # What names and shapes do not show, for reading the file back.
     facts = {"image_size": str(side), "arch": config.arch}
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
@@ -125,7 +125,7 @@ def _shown(value: Any) -> str:
 
 
 def _timm_tokens(theirs: nn.Module, images: Tensor) -> Tensor:
-    """[B, 1 + N, C]: what timm pools (its `num_classes=0` output), then the patch tokens."""
+    """[B, 1 + N, C]: timm's pooled output (of `num_classes=0`), then the patch tokens."""
     tokens = cast(Any, theirs).forward_features(images)
     patches = tokens.flatten(1, 2) if tokens.dim() == 4 else tokens[:, 1:]
     return torch.cat([theirs(images).unsqueeze(1), patches], dim=1)

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: written whole or not at all, refused with a clear word where they misfit.
+"""Checkpoints on disk: written atomically, and refused with a clear message if they do not fit.
 
 A checkpoint of a run holds `student`, `teacher`, `ibot_loss` and the run's `config` (and what the
-run needs to go on). One that was imported from a backbone alone holds a `teacher` without a head, a
+run needs to continue). One imported from a backbone alone holds a `teacher` without a head, a
 `config`, and nothing else.
 """
 
@@ -71,8 +71,8 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_through(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to the disk itself, not only to its cache. Raises OSError, also where
-    torch.save has another word for a disk that is full."""
+    """Write `content` to the disk itself, not only to its cache. Raises OSError, also for a full
+    disk, which torch.save may report as a RuntimeError."""
     with open(path, "wb") as file:
         try:
             torch.save(content, file)
@@ -85,10 +85,10 @@ def write_through(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote under `path`, on the CPU. Nothing in the file is executed: besides
-    tensors and plain values, only `argparse.Namespace` and NumPy's numbers are let in, which
-    published checkpoints hold. Every record is held against the CRC-32 that torch.save wrote with
-    it; torch.load does not check it. A .safetensors file of this program reads as a checkpoint.
+    """What torch.save wrote to `path`, on the CPU. Nothing in the file is executed: besides tensors
+    and plain values, only `argparse.Namespace` and NumPy's numbers are allowed, which published
+    checkpoints hold. Every record is checked against the CRC-32 that torch.save wrote with it,
+    which torch.load does not do. A .safetensors file of this program reads as a checkpoint.
 
     Raises FileNotFoundError, or ValueError for what is not a whole file of this kind.
     """
@@ -105,7 +105,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
                     raise zipfile.BadZipFile(f"{damaged} fails its checksum")
         with torch.serialization.safe_globals(_SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what damage leads to has no bounds
+    except Exception as error:  # a damaged file may cause any
         # torch's own message advises to load the file with weights_only=False: to run its code.
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -128,8 +128,8 @@ def is_own(content: Mapping[str, Any]) -> bool:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of this program onto the CPU. Nothing in the file is executed.
 
-    Raises FileNotFoundError, or ValueError for what is not a whole checkpoint, or another
-    program's.
+    Raises FileNotFoundError, or ValueError for a damaged checkpoint or one of another
+    program.
     """
     content = read_file(path)
     if not is_own(content):
@@ -142,7 +142,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_same_model(path: str | Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise ValueError, naming options and values, where a checkpoint is of another model."""
+    """Raise ValueError, naming options and values, if a checkpoint is of another model."""
     differing = [
         f"{flag(name)} {saved.get(name)} (now {wanted[name]})"
         for name in SHAPE_SETTINGS
@@ -156,8 +156,8 @@ def check_same_model(path: str | Path, saved: dict[str, Any], wanted: dict[str, 
 
 
 def check_tensors(where: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming them, where tensors of `state` are missing, left over or of another
-    shape than those of `expected`. `where` names the file and the network."""
+    """Raise ValueError, naming them, if tensors of `state` are missing, unknown or of another shape
+    than those of `expected`. `where` names the file and the network."""
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     shapes = [
@@ -187,7 +187,7 @@ def model_state(ibot: IBOT) -> dict[str, Any]:
 
 
 def restore_model(ibot: IBOT, content: dict[str, Any]) -> None:
-    """Load what `model_state` gave; every tensor must be there, none may be left over."""
+    """Load what `model_state` returned: the same tensors, no more and no fewer."""
     ibot.student.load_state_dict(content["student"])
     ibot.teacher.load_state_dict(content["teacher"])
     ibot.loss.load_state_dict(content["ibot_loss"])
@@ -218,8 +218,8 @@ def load_backbone(path: str | Path, network: str = "teacher") -> tuple[nn.Module
     """The backbone of a checkpoint's `network` ("teacher" or "student"), in eval mode on the CPU,
     and the run's settings.
 
-    The backbone takes images float32 [B, 3, H, W], normalized, and gives tokens [B, 1 + N, C], the
-    class token first (Swin: the mean of the others), then N patch tokens row by row. Raises as
+    The backbone takes images float32 [B, 3, H, W], normalized, and returns tokens [B, 1 + N, C],
+    the class token first (Swin: the mean of the others), then N patch tokens row by row. Raises as
     `load_checkpoint`, and ValueError for another network or tensors that do not fit the settings.
     """
     return backbone_of(load_checkpoint(path), path, network)

@@ -1,4 +1,4 @@
-"""Weights of others: the layouts of iBOT, DINO and timm, turned into checkpoints of this program.
+"""Checkpoints of iBOT, DINO and timm, converted to those of this program.
 
 Layouts (published code, `tests/reference/checkpoint_inventory.json`):
 - iBOT, full: `student` (names behind `module.`), `teacher`, `ibot_loss`, `args` and more.
@@ -42,7 +42,7 @@ WRAPPERS = (
     *("state_dict", "model", "model_state_dict", "module", "backbone", "encoder", "net"),
     *("network", "weights", "params", "model_ema", "ema", "state_dict_ema"),
 )
-# What only a backbone holds, behind any prefix that ends in a dot.
+# Names that only a backbone has, after any prefix that ends in a dot.
 ANCHOR = re.compile(
     r"((?:.*?\.)??)(?:patch_embed\.proj\.|cls_token$|pos_embed$|blocks\.\d+\.|layers\.\d+\.)"
 )
@@ -51,7 +51,7 @@ LEFT_OUT = re.compile(
     r"(?:head|heads|fc|classifier|decoder|projector|projection_head|predictor|head_dist)(?:\.|$)"
     r"|decoder_|mask_token$"
 )
-# The published trainer's names -> ours, for what names and shapes do not tell.
+# The published trainer's names -> ours, for what tensors' names and shapes do not show.
 PUBLISHED_ARCHITECTURES = {
     **{"vit_tiny": "vit_t", "vit_small": "vit_s", "vit_base": "vit_b", "vit_large": "vit_l"},
     **{"deit_tiny": "vit_t", "deit_small": "vit_s"},
@@ -64,15 +64,16 @@ class Foreign:
 
     layout: str
     content: dict[str, Any]  # what `save_checkpoint` takes
-    unused: list[str]  # names of tensors and entries that were left behind
+    unused: list[str]  # names of tensors and entries that were left out
 
 
 def read_foreign(path: str | Path, network: str = "teacher", num_heads: int = 0) -> Foreign:
     """Read a checkpoint of iBOT, DINO or timm.
 
-    `network` chooses the backbone where there are two and no iBOT head. `num_heads` must be given
-    for a ViT of no published width and depth, unless the file tells. Raises FileNotFoundError, or
-    ValueError for a file or tensor that does not fit: nothing is loaded in part.
+    `network` chooses the backbone if there are two and no iBOT head. `num_heads` must be given for
+    a ViT whose width and depth are not published ones, unless the file has it. Raises
+    FileNotFoundError, or ValueError for a file or tensor that does not fit: nothing is loaded in
+    part.
     """
     if network not in NETWORKS:
         raise ValueError(f"--network {network}: expected teacher or student")
@@ -91,9 +92,9 @@ def read_foreign(path: str | Path, network: str = "teacher", num_heads: int = 0)
 
 def load_weights_into(ibot: IBOT, path: str | Path, network: str = "teacher") -> list[str]:
     """Start student and teacher from the backbone of a checkpoint: of this program, or any that
-    `read_foreign` reads. Heads stay as they are.
+    `read_foreign` reads. Heads do not change.
 
-    Returns the names of what stays fresh in the student's backbone: `masked_embed`, where the file
+    Returns the names of what is not loaded in the student's backbone: `masked_embed`, if the file
     has none. Raises ValueError, naming the tensors, for a backbone of another architecture.
     """
     content = _content_of(path, network)
@@ -118,7 +119,7 @@ def _content_of(path: str | Path, network: str) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's entries, and the settings that it tells of itself."""
+    """The file's entries, and the settings that it holds."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         content = read_file(path)
         if is_own(content):
@@ -214,7 +215,7 @@ def _backbone(
     network: str,
     others: list[str],
 ) -> Foreign:
-    """A backbone alone; a head behind it is left, and named, as it belongs to another task."""
+    """A backbone alone. A head is left out, and named, as it belongs to another task."""
     prefix = _prefix(path, state, network)
     inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     heads = [name for name in inside if LEFT_OUT.match(name)]
@@ -237,8 +238,8 @@ def _backbone(
 
 
 def _prefix(path: str | Path, state: State, network: str) -> str:
-    """What stands before the names of the backbone. Raises ValueError where several backbones are
-    there and `network` tells none of them."""
+    """The prefix of the backbone's names. Raises ValueError if there are several backbones and
+    `network` does not select one."""
     found = Counter(match[1] for name in state if (match := ANCHOR.match(name)))
     if len(found) < 2:
         return next(iter(found), "")

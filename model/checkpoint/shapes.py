@@ -1,7 +1,7 @@
 """Settings of a network from the names and shapes of its tensors.
 
-Where several tensors tell a size, most of them decide: one of another shape is then refused by its
-own name. What is missing altogether gets the default, for the same reason.
+If several tensors show a size, the majority decides, so that a tensor of another shape is later
+refused by its own name. What no tensor shows gets the default, for the same reason.
 """
 
 import math
@@ -21,8 +21,8 @@ SWIN_BLOCKS = [2, 2, 6, 2]  # of Swin-T, by stage
 
 
 def infer_backbone(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's fields of ModelConfig. `settings` are what the file says of itself. Raises
-    ValueError for what is no ViT or Swin of this program."""
+    """The backbone's fields of ModelConfig. `settings` are those that the file holds. Raises
+    ValueError for other networks than the ViTs and Swins of this program."""
     if any(name.startswith("blocks.") for name in state):
         return _vit(path, state, settings)
     if any(name.startswith("layers.") and ".attn." in name for name in state):
@@ -133,7 +133,7 @@ def _is_layer(state: State, name: str) -> bool:
 
 
 def _is_shared(state: State) -> bool:
-    """Whether class token and patches have one last layer, which then stands there twice."""
+    """Whether class token and patches share one last layer, which is then saved twice."""
     first, second = (state.get(f"head.{name}.weight_v") for name in ("last_layer", "last_layer2"))
     return first is not None and second is not None and torch.equal(first, second)
 

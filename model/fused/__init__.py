@@ -1,2 +1,2 @@
 """Parts of the step as autograd functions over the Triton kernels of `model.kernels`. The plain
-modules define the values."""
+modules are their references."""

@@ -1,10 +1,11 @@
 """The transformer block as one autograd function over the Triton kernels of `model.kernels`.
 
-`Block.forward` defines the values. Here the MLP's output is not added at the block's end: it leaves
-as a `Branch`, which the first kernel of the next block adds together with its norm. Matrix products
-run in the dtype of autocast; residual stream, statistics, sums and weight gradients are float32.
+`Block.forward` is the reference. Here the MLP's output is not added at the block's end: it is
+returned as a `Branch`, which the first kernel of the next block adds together with its norm.
+Matrix products run in the dtype of autocast; residual stream, statistics, sums and weight
+gradients are float32.
 
-In shapes: T packed tokens, R of them that the MLP takes, C channels.
+In shapes: T packed tokens, R of them enter the MLP, C channels.
 """
 
 from typing import Any, NamedTuple
@@ -33,17 +34,17 @@ class Call(NamedTuple):
     num_heads: int
     eps: float
     dtype: torch.dtype  # of the matrix products
-    factor_before: Tensor | None  # [T, 1], stochastic depth of the branch that comes in
+    factor_before: Tensor | None  # [T, 1], stochastic depth of the incoming branch
     factor: Tensor | None  # [R, 1], of the attention
-    rows: Tensor | None  # int64 [R], the tokens that the MLP takes; None: all
-    recompute: bool  # norms and GELU in the backward
+    rows: Tensor | None  # int64 [R], the tokens that enter the MLP; None: all
+    recompute: bool  # norms and GELU, in the backward
     needs_grad: bool
 
 
 class Weights(NamedTuple):
     """The parameters of a block whose gradients its function computes, in this order."""
 
-    bias_before: Tensor | None  # of the branch that comes in
+    bias_before: Tensor | None  # of the incoming branch
     scale_before: Tensor | None
     norm1: Tensor
     norm1_bias: Tensor
@@ -178,7 +179,7 @@ class _Block(torch.autograd.Function):
         )
         assert grad_projected is not None
         del grad_hidden, normed2
-        if call.rows is not None:  # a token may be there twice, as padding is
+        if call.rows is not None:  # a token may occur twice, as padding does
             grad_x, grad_projected = (
                 grad.new_zeros(first_x.shape).index_add_(0, call.rows, grad)
                 for grad in (grad_x, grad_projected)

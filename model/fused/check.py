@@ -21,13 +21,13 @@ from ibeton.model.steps import Step, takes_scalars
 
 IMAGES, MASKED = 2, 0.3
 # Rounding in half precision moves a loss or the gradient of a tensor by a percent or so, and turns
-# few of the signs that AdamW's first step follows. A wrong kernel does far more.
+# few of the signs that AdamW's first step follows. A wrong kernel changes far more.
 CLOSE, ALIGNED = 0.1, 0.8
 SCALES = (2.0**10, 2.0**5, 1.0)  # of the loss in float16: the first without overflow is taken
 
 
 class _Taken(NamedTuple):
-    """What a step computed."""
+    """The results of a step."""
 
     terms: dict[str, float]  # of the loss
     gradients: dict[str, Tensor]  # of the loss times the scale, float32, by name of the parameter
@@ -98,7 +98,7 @@ def _step(
 ) -> _Taken:
     torch.manual_seed(0)
     small = config if config.arch in SWINS else replace(config, depth=2)
-    # Without stochastic depth: of two images it leaves too little to compare.
+    # Without stochastic depth, which of two images would leave too little to compare.
     whole = replace(small, drop_path=0.0, micro_steps=1, epochs=1, warmup_teacher_temp_epochs=0)
     ibot = build(whole).to(device)
     half = dtype is torch.float16
@@ -134,7 +134,7 @@ def _vector(network: nn.Module) -> Tensor:
 
 def _check_usable(device: torch.device, fault: str) -> None:
     """Raise Failure if the device no longer computes: a kernel that reads or writes where it must
-    not ends all work of the process."""
+    not makes the device unusable for the process."""
     try:
         torch.ones(1, device=device).add(1).item()
     except Exception as error:

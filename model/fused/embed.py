@@ -1,7 +1,7 @@
 """The embedding of all crop sizes as one autograd function over the kernels of
 `model.kernels.embed_tokens`, with one product for all patches.
 
-`VisionTransformer.embed` defines the values. In shapes: T tokens, L patches of all sizes, D values
+`VisionTransformer.embed` is the reference. In shapes: T tokens, L patches of all sizes, D values
 of a patch, C channels.
 """
 

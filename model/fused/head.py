@@ -1,7 +1,7 @@
 """The projection head as two autograd functions over the Triton kernels of `model.kernels`: tokens
 to unit vectors, and unit vectors to logits.
 
-`IBOTHead` defines the values. Products run in the dtype of autocast; lengths, biases, sums and
+`IBOTHead` is the reference. Products run in the dtype of autocast; lengths, biases, sums and
 weight gradients are float32. In shapes: R tokens, C channels, D of the bottleneck, K prototypes.
 """
 

@@ -1,5 +1,5 @@
-"""The update after a backward by the kernels of `model.kernels.update`: which tensors belong
-together, and the state of optimizer and scaler, which stays that of PyTorch's."""
+"""The update after a backward by the kernels of `model.kernels.update`, on the state that PyTorch's
+optimizer and scaler keep."""
 
 from functools import lru_cache
 from typing import Any
@@ -95,7 +95,7 @@ class FusedUpdate:
         return slots
 
     def _state(self, weight: Tensor) -> dict[str, Tensor]:
-        """What AdamW keeps, as it would start it."""
+        """AdamW's state of a parameter, initialized as AdamW does."""
         state = self._optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)

@@ -40,7 +40,7 @@ def bias_gelu_backward(
     partial: Tensor,  # float32 [P, D], a view; receives the sums that make the bias's gradient
     with_out: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of x, and the output once more if it is wanted."""
+    """Gradient of x, and the output again if `with_out`."""
     tokens, width = x.shape
     grad = torch.empty_like(x)
     out = torch.empty_like(x) if with_out else None

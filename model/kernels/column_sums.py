@@ -7,18 +7,18 @@ from torch import Tensor
 from ibeton.model.kernels.launch import jit, launch, tl, triton
 
 PROGRAMS = 512  # of a backward with sums: several for each multiprocessor
-TOKENS = 32  # at least so many rows for each program, where there are few
+TOKENS = 32  # rows for each program at least
 COLUMNS, ROWS = 64, 32  # of a tile of the second step
 
 
 def partial_sums(x: Tensor, columns: int) -> Tensor:
-    """Room for the sums over the rows of x [T, ...]: float32 [P, columns], not initialized."""
+    """Memory for the sums over the rows of x [T, ...]: float32 [P, columns], not initialized."""
     programs = min(PROGRAMS, max(4, -(-len(x) // TOKENS)))
     return torch.empty(programs, columns, dtype=torch.float32, device=x.device)
 
 
 def shares(partial: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
-    """`partial` [P, ...] cut in proportion to the counts, with one row at least for each."""
+    """`partial` [P, ...] split in proportion to the counts, at least one row for each."""
     rows = [max(1, len(partial) * count // max(1, sum(counts))) for count in counts]
     rows[0] += len(partial) - sum(rows)
     return partial.split(rows)

@@ -1,7 +1,7 @@
-"""From the products of patches to the tokens that enter the first block, in one pass, and back.
+"""From the products of patches to the tokens that enter the first block, in one pass.
 
-The pass adds the bias, puts the mask token in the place of masked patches, puts the class token
-before the patches of each image, and adds the position table. The way back also sums the gradients
+The pass adds the bias, replaces masked patches by the mask token, puts the class token before the
+patches of each image, and adds the position table. The backward, also one pass, sums the gradients
 of all of these.
 
 In shapes: B images of one crop size with N patches each, C channels, P programs for each token.
@@ -18,7 +18,7 @@ PROGRAMS = 8  # for each token of an image
 
 
 class Added(NamedTuple):
-    """What is added to patches, or put in their place. All float32."""
+    """What is added to patches, or replaces them. All float32."""
 
     bias: Tensor  # [C]
     cls_token: Tensor  # [1, 1, C]

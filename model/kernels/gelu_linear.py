@@ -1,4 +1,4 @@
-"""Exact GELU followed by a linear layer, keeping only what enters the GELU for the backward.
+"""Exact GELU followed by a linear layer, keeping only the GELU's input for the backward.
 
 The gradient of the layer's weights needs the GELU's output, which is computed again. Saves 4 C
 values per token in a block's MLP, its largest tensor.

@@ -1,5 +1,5 @@
-"""Weights in the precision of matrix products, copied once per step for all networks, and float32
-gradients of weights."""
+"""Copies of weights in the precision of matrix products, made once per step for all networks, and
+float32 gradients of weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,8 +52,8 @@ class HalfWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy all parameters in one go if PyTorch has changed one since: loaded a checkpoint, or
-        taken a step."""
+        """Copy all parameters in one call if PyTorch has changed one since, as by loading a
+        checkpoint."""
         versions = [parameter._version for parameter in self.copies]
         if versions != self._versions:
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))

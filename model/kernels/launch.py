@@ -55,7 +55,7 @@ def counted() -> bool:
 
 
 def kernels_run_on(x: Tensor) -> bool:
-    """Whether Triton kernels take `x`: it is on CUDA and no float64, Triton is installed, and the
+    """Whether Triton kernels take `x`: it is on CUDA and not float64, Triton is installed, and the
     kernels are not switched off. In the interpreter, or while launches are counted, the device does
     not matter."""
     if triton is None or _switched_off or x.dtype is torch.float64:
@@ -64,21 +64,21 @@ def kernels_run_on(x: Tensor) -> bool:
 
 
 def switch_off(off: bool = True) -> None:
-    """From now on PyTorch's own operations run instead of the kernels, in this process."""
+    """Run PyTorch's own operations instead of the kernels from now on, in this process."""
     global _switched_off
     _switched_off = off
 
 
 def matrix_units(x: Tensor) -> bool:
     """Whether Triton multiplies matrices like `x` at the speed of the device: in half precision on
-    sm_80 and later. In the interpreter always, so that it can show what those devices compute."""
+    sm_80 and later. Always true in the interpreter, so that it shows what those devices compute."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return interpreted() or (half and capability(x) >= MATRIX_UNITS)
 
 
 def capability(x: Tensor) -> int:
-    """80 for sm_80, and so on: of the device of `x`, or of the one that launches are counted for;
-    0 in the interpreter."""
+    """The compute capability, 80 for sm_80 and so on, of the device of `x`, or of the one that
+    launches are counted for; 0 in the interpreter."""
     if _observers:
         return _observers[-1][1]
     if not x.is_cuda:
@@ -110,7 +110,7 @@ def row_tile(width: int) -> dict[str, Any]:
 
 @contextmanager
 def counting(observer: Observer, capability: int = 90) -> Iterator[None]:
-    """Inside, kernels do not run: `observer` gets each launch, as sm_`capability` makes them."""
+    """Report the launches inside to `observer`, as on sm_`capability`, without running them."""
     _observers.append((observer, capability))
     try:
         yield

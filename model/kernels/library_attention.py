@@ -1,5 +1,5 @@
 """PyTorch's attention on packed tokens, once per crop size, and one kernel per size that packs the
-gradients of query, key and value into one tensor and sums the bias gradient on the way.
+gradients of query, key and value into one tensor and sums the bias gradient in the same pass.
 
 In shapes: T tokens of all crop sizes, B images of one size with N tokens each, H heads, D channels
 per head, C = H * D, P programs of a backward.

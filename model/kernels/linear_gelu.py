@@ -1,10 +1,10 @@
-"""A linear layer and the GELU behind it, and what leads back through both, each as one kernel.
+"""A linear layer and the GELU after it as one kernel, and the backward of both as another.
 
-`hidden` is what the layer gives before its bias is added: all that the backward needs. The kernels
+`hidden` is the layer's output without its bias, which is all that the backward needs. The kernels
 need matrix units that Triton can use (sm_80 and later, half precision); elsewhere the product is
 the library's, and `bias_gelu` follows it.
 
-In shapes: T tokens, K channels that come in, D hidden channels, P programs of a backward.
+In shapes: T tokens, K input channels, D hidden channels, P programs of a backward.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ def linear_gelu_backward(
     partial: Tensor,  # float32 [P, D], a view; receives the sums that make the gradient of the bias
     with_active: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `hidden`, and what left the GELU if it is wanted again."""
+    """The gradient of `hidden`, and the GELU's output again if `with_active`."""
     if not matrix_units(grad):
         return bias_gelu_backward(grad @ weight, hidden, bias, partial, with_active)
     grad_hidden = torch.empty_like(hidden)
@@ -132,8 +132,8 @@ def _tile_product(  # type: ignore[no-untyped-def]
 
 @jit
 def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The left and the right half of a tile: what follows takes them one after the other, with
-    half of the registers."""
+    """The left and the right half of a tile. Taken one after the other they need half of the
+    registers."""
     return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
 
 
@@ -152,8 +152,8 @@ def _linear_gelu_kernel(  # type: ignore[no-untyped-def]
     INNER: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One tile. Programs that follow each other take the same rows: they read them together,
-    and the weights stay in the cache."""
+    """One tile. Consecutive programs take the same rows, so that these are read once, and the
+    weights stay in the cache."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) * COLUMNS
     product = _tile_product(

@@ -1,5 +1,5 @@
 """Self-attention on packed tokens: one kernel for all crop sizes forward, and one backward that
-writes the gradients of query, key and value into one tensor and sums the bias gradient on the way.
+writes the gradients of query, key and value into one tensor and sums the bias gradient as well.
 
 The kernels need matrix units that Triton can use, those of sm_80 and later in half precision, and
 heads of at most 64 channels. Elsewhere PyTorch's attention runs (`library_attention`).
@@ -24,7 +24,7 @@ from ibeton.model.kernels.library_attention import (
 )
 
 TOKENS = 64  # of a tile of queries or keys
-STEP = 32  # of those that a backward takes at a time; more would not fit into registers
+STEP = 32  # tokens that a backward takes at a time; more would not fit into registers
 CHANNELS = 64  # per head at most; more would not fit either
 
 Shapes = list[tuple[int, int]]  # (images, tokens per image) of each crop size

@@ -1,4 +1,4 @@
-"""Adding a branch to the residual stream and the layer norm after it, in one pass over the tokens.
+"""Add a branch to the residual stream and apply the layer norm after it, in one pass.
 
 In shapes: T tokens, C channels, P programs of a backward. The backward adds the gradient through
 the norm to that of the stream, and sums those of gamma, beta, bias and layer scale over the tokens
@@ -32,7 +32,7 @@ class Branch(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """The stream after the addition, and what the norm makes of it."""
+    """The stream after the addition, and its norm."""
 
     x: Tensor  # float32 [T, C]
     out: Tensor  # [T, C]
@@ -88,8 +88,8 @@ def residual_norm_backward(
     partial: Tensor,  # float32 [P, columns of `partial_columns`], a view; receives the sums
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the stream before the addition, float32, and of `branch.out` in its dtype. The
-    columns of `partial` are those of gamma, beta, bias and scale, C each, as far as there are
-    any."""
+    columns of `partial` are those of gamma, beta, bias and scale, C each; bias and scale only if
+    the branch has them."""
     grad = torch.empty_like(normed.x)
     grad_branch = torch.empty_like(branch.out) if branch is not None else None
     launch(

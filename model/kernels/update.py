@@ -1,9 +1,9 @@
-"""The whole update after a backward in four launches: norms of all gradients, whether the step
-counts, AdamW with clipping, and the teacher's moving average with the copies in half precision.
+"""The whole update after a backward in four launches: norms of all gradients (two), whether to
+skip the step, and AdamW with clipping, the teacher's moving average and the half-precision copies.
 
 The kernels reach the tensors by a table of addresses, one row per parameter, so their number does
-not grow with that of the parameters. Gradients stay scaled and unclipped: the factors are applied
-on the way. `model.steps` has the same update in plain PyTorch.
+not grow with that of the parameters. Gradients stay scaled and unclipped: the update applies the
+factors as it reads them. `model.steps` has the same update in plain PyTorch.
 
 In shapes: P parameters, N chunks of all of them.
 """
@@ -185,7 +185,7 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, P at least
 ):
-    """What becomes of the step, and what each parameter needs for it."""
+    """Whether to skip the step, and the factors of each parameter."""
     i = tl.arange(0, BLOCK)
     inside = i < count
     unscale = 1.0

@@ -26,7 +26,7 @@ BAD = [
     ({"head_layers": 0}, "--head-layers 0 must be at least 1"),
     (
         {"arch": "swin_t7", "patch_size": 32, "recompute": "on"},
-        "--recompute is an option of ViTs",
+        "--recompute is for ViTs",
     ),
     ({"layer_scale": -0.1}, "--layer-scale -0.1 must be at least 0"),
 ]

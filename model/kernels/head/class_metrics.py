@@ -1,4 +1,4 @@
-"""What is logged of the class logits: the entropy of the teacher's targets, and how often teacher
+"""Metrics of the class logits: the entropy of the teacher's targets, and how often teacher
 and student agree on the likeliest prototype.
 
 In shapes: V global views, B images, K prototypes.

@@ -1,8 +1,8 @@
-"""Cross-entropy of the student's prototypes with the teacher's, and its gradient in the same pass.
+"""Cross-entropy of the student's logits with the teacher's, and its gradient in the same pass.
 
 In shapes: R student rows, T teacher rows, K prototypes, Q teacher rows at most for a student row.
-A class token of the student meets one teacher view or several, a masked patch exactly one. Cross
-entropy is linear in its target, so the targets of a student row are added up first.
+A class token of the student is compared with one or more teacher views, a masked patch with one.
+Cross-entropy is linear in its target, so the targets of a student row are added up first.
 
 On CUDA a Triton program takes a row: rows that fit stay in registers, so that each logit is read
 once; longer ones take two sweeps. Elsewhere rows go in chunks that stay in the cache. Both compute

@@ -1,4 +1,4 @@
-"""Rows with a bias, scaled to length one, and what leads back.
+"""Add a bias to rows and scale them to length one, and the backward.
 
 The pass can also sum the unit vectors over the patches of images: their mean gives the mean logits
 of all patches, as the last layer is linear.
@@ -25,7 +25,7 @@ def unit_rows(
     x: Tensor, bias: Tensor, partial: Tensor | None = None, period: int = 1
 ) -> tuple[Tensor, Tensor]:
     """`unit_rows_reference` in the dtype of x, and the factor of each row, float32 [R]. `partial`
-    float32 [P, D] receives sums over all rows but each `period`-th, which is a class token."""
+    float32 [P, D] receives sums over all rows but every `period`-th, which is a class token."""
     rows, width = x.shape
     out, factor = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     tile = row_tile(width)

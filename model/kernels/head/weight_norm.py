@@ -1,4 +1,4 @@
-"""The prototypes g * v / |v| in one pass, in the precision of matrix products, and what leads back.
+"""The prototypes g * v / |v| in one pass, in the precision of matrix products, and the backward.
 
 In shapes: K prototypes, D channels.
 """
