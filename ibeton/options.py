@@ -272,6 +272,15 @@ def _in_words(hint: Any) -> str:
     return kind if kinds[-1] is Ellipsis else f"{len(kinds)} {kind}"
 
 
+def changes(values: dict[str, Any], usual: dict[str, Any], leave_out: Iterable[str] = ()) -> str:
+    """The settings of `values` that differ from `usual`, as the command line takes them."""
+    return ", ".join(
+        f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in values.items()
+        if name not in leave_out and value != usual[name]
+    )
+
+
 def too_low(settings: Any, least: dict[tuple[str, ...], float]) -> Iterator[str]:
     """A sentence for each setting below the least value that `least` gives its name."""
     for names, limit in least.items():

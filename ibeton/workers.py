@@ -35,9 +35,10 @@ def cores() -> int:
 
 def stop_with_launcher() -> None:
     """Have the kernel ask this process to stop when torchrun, its parent, dies: torchrun cannot do
-    so itself after a SIGKILL. Does nothing without torchrun. To be called before imports that take
-    seconds."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    so itself after a SIGKILL. Does nothing without torchrun, and in worker processes. To be called
+    before imports that take seconds."""
+    of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and multiprocessing.parent_process() is None
+    if of_torchrun and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 

@@ -17,24 +17,22 @@ from paths import ROOT
 FIRST_PORT, PORT_STEP = 20_000, 16  # job ids share no port: the program's own rule
 
 
-_LOCKS: list[int] = []  # of this process's jobs, as long as it lives
+_TAKEN: set[int] = set()  # by this process, which holds a lock on a byte for each
+_LOCKS = os.open(f"{tempfile.gettempdir()}/ibeton-test-jobs-{os.getuid()}", os.O_CREAT | os.O_RDWR)
 
 
 def free_job() -> int:
     """A job id whose port is free here, and which no other process of tests is given."""
-    jobs = list(range(625))
+    jobs = [job for job in range(625) if job not in _TAKEN]
     random.SystemRandom().shuffle(jobs)
     for job in jobs:
-        port = FIRST_PORT + PORT_STEP * job
-        lock = os.open(f"{tempfile.gettempdir()}/ibeton-tests-{os.getuid()}-{port}", os.O_CREAT)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(_LOCKS, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, job)
             with socket.socket() as one:
-                one.bind(("", port))
+                one.bind(("", FIRST_PORT + PORT_STEP * job))
         except OSError:
-            os.close(lock)
             continue
-        _LOCKS.append(lock)
+        _TAKEN.add(job)
         return job
     raise RuntimeError("no free port")
 

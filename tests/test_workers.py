@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
 
 import pytest
+from paths import ROOT
 
 from ibeton.workers import in_order, interrupts_held_back
 
@@ -38,6 +41,25 @@ def dies_while_it_answers(job: int) -> bytes:
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return bytes(1 << 28)
     return b"small"
+
+
+DEATH_SIGNAL = """
+import ctypes, sys
+import {module}
+signal = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG
+print(signal.value, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("under", [{}, {"TORCHELASTIC_RUN_ID": "a"}])
+def test_an_evaluation_ends_with_torchrun_from_before_it_imports_torch(
+    under: dict[str, str],
+) -> None:
+    program = [sys.executable, "-c", DEATH_SIGNAL.format(module="ibeton.evaluation")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **under}
+    said = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(int(signal.SIGTERM) if under else 0), "False"]
 
 
 def test_results_come_in_the_order_of_the_jobs_from_all_workers() -> None:

@@ -25,7 +25,9 @@ from ibeton.model.checkpoint import load_checkpoint, write_through
 NEWEST, DIVERGED = "checkpoint.pt", "diverged.pt"
 _ROLLING = re.compile(r"checkpoint-(\d+)\.pt")
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pt")
-_PARTIAL = re.compile(r"\.checkpoint.*\.partial")
+_PARTIAL = re.compile(
+    r"\.[\w-]+\.\w+(-link)?\.[0-9a-f]+\.partial(\.\w+)?"
+)  # also of `ibeton.atomic`
 
 
 def write(
@@ -157,7 +159,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove partial files of a killed process."""
+    """Remove what a killed process of the run left half written, under whichever name."""
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from ibeton.model.config import ARCHITECTURES, SWINS, ModelConfig
 from ibeton.options import (
     Parser,
     add_options,
+    changes,
     expand,
     fill,
     flag,
@@ -155,13 +156,8 @@ class Config:
         """What differs from the recipe, in one line; config.json in the run folder has the rest."""
         name = self.run.recipe or self.model.arch
         recipe = {**_defaults(), **self.recipe}
-        changed = [
-            f"{flag(key)} {_in_words(value)}"
-            for key, value in self.resolved().items()
-            if key not in ("recipe", "arch", "image_size") and value != recipe[key]
-        ]
-        where = f"all settings: {self.run.output_dir}/config.json"
-        return f"recipe {name} with {', '.join(changed)}; {where}"
+        changed = changes(self.resolved(), recipe, ("recipe", "arch", "image_size"))
+        return f"recipe {name} with {changed}; all settings: {self.run.output_dir}/config.json"
 
     def share_batch(self, world_size: int) -> None:
         """Give each of `world_size` processes its part of --global-batch-size, if that is given.
@@ -228,10 +224,6 @@ def _with_data(values: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     return {f.name: f.default for part in _PARTS for f in dataclasses.fields(part)}
-
-
-def _in_words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _shortening(values: dict[str, Any], shorter: dict[str, int]) -> str:

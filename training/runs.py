@@ -44,8 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def list_runs(folder: Path) -> int:
-    """Print a line per run folder in `folder`; returns 0."""
-    print_table([_HEADS, *(_row(run) for run in run_folders(folder))])
+    """Print a line per run folder in `folder`, and why a damaged one cannot be read; returns 0."""
+    rows, damaged = [_HEADS], []
+    for run in run_folders(folder):
+        try:
+            rows.append(_row(run))
+        except (ValueError, KeyError, OSError) as error:  # one does not hide the others
+            rows.append((run.name, *["-"] * 5, "unreadable", "-"))
+            damaged.append(f"unreadable: {error}")
+    print_table(rows)
+    for line in damaged:
+        print(line)
     return 0
 
 
@@ -122,10 +131,7 @@ def _last(log: bytes, holds: bytes, *names: str) -> dict[str, Any]:
 
 
 def _row(folder: Path) -> tuple[str, ...]:
-    try:
-        run = summary(folder)
-    except (ValueError, KeyError, OSError) as error:  # one damaged run does not hide the others
-        return (folder.name, *["-"] * 5, f"unreadable: {error}", "-")
+    run = summary(folder)
 
     def number(name: str, form: str) -> str:
         return "-" if run[name] is None else format(run[name], form)

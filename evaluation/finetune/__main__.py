@@ -7,7 +7,6 @@ torchrun --nproc_per_node 8 -m evaluation.finetune ...        the same on eight 
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from ibeton.command import refusal
 from ibeton.distributed import join_processes
 from ibeton.evaluation.command import write_json
-from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse, resolved
+from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder, prepare
 from ibeton.evaluation.finetune.train import build_monitor, report, task_name, train, write_report
 from ibeton.model.checkpoint import load_checkpoint
@@ -127,7 +126,7 @@ def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> in
 
 def _start_log(run: FinetuneRun) -> RunLog:
     log = RunLog(run.folder, run.step, run.steps, run.loader.steps_per_epoch)
-    log.say(json.dumps(resolved(run.config), indent=2))
+    log.say(run.config.summary(run.backbone_config["arch"]))
     start = "fresh weights" if run.config.from_scratch else run.config.checkpoint
     log.say(
         f"{run.backbone_config['arch']} from {start}: {len(run.sets.train):,} photos to train on,"

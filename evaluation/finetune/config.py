@@ -5,11 +5,12 @@ transfer. Values that are not given come from the recipe; any option overrides o
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ibeton.evaluation.trainable import PRECISIONS
-from ibeton.options import Parser, add_options, fill, flag, option, refuse, too_low
+from ibeton.options import Parser, add_options, changes, fill, flag, option, refuse, too_low
 
 RECIPES = ("imagenet", "semi", "transfer")
 DATASETS = ("cifar10", "cifar100", "flowers", "cars", "inat18", "inat19")
@@ -122,33 +123,37 @@ class FinetuneConfig:
     lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
     stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
 
-    def check(self) -> None:
-        """Raise ValueError, naming the option, for values that cannot work."""
+    def problems(self) -> Iterator[str]:
+        """A sentence per value that cannot work, naming the option."""
         if not self.checkpoint:
-            raise ValueError("--checkpoint is missing: give the backbone to start from")
+            yield "--checkpoint is missing: give the backbone to start from"
         if self.dataset:
             if not self.root or self.train or self.val:
-                raise ValueError(f"--dataset {self.dataset} takes --root, and no --train or --val")
+                yield f"--dataset {self.dataset} takes --root, and no --train or --val"
         elif not (self.train and self.val) or self.root:
-            raise ValueError("give --train and --val, or --dataset and --root")
-        refuse(too_low(self, _AT_LEAST))
+            yield "give --train and --val, or --dataset and --root"
+        yield from too_low(self, _AT_LEAST)
         for name in ("drop_path", "ema", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} must be in [0, 1)")
+                yield f"{flag(name)} {getattr(self, name)} must be in [0, 1)"
         for name in ("layer_decay", "lr"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{flag(name)} must be above 0")
+                yield f"{flag(name)} {getattr(self, name)} must be above 0"
         if any(rate <= 0 for rate in self.sweep) or len(set(self.sweep)) < len(self.sweep):
-            raise ValueError("--sweep takes different learning rates above 0")
+            yield "--sweep takes different learning rates above 0"
         if not 0 <= self.erasing <= 1:
-            raise ValueError(f"--erasing {self.erasing}: expected a share, 0 to 1")
+            yield f"--erasing {self.erasing}: expected a share, 0 to 1"
         low, high = self.scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"--scale {low} {high}: expected 0 < from <= to <= 1")
+            yield f"--scale {low} {high}: expected 0 < from <= to <= 1"
         if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
-            )
+            yield f"--warmup-epochs {self.warmup_epochs} does not fit in --epochs {self.epochs}"
+
+    def summary(self, arch: str) -> str:
+        """What differs from the recipe, in one line; config.json in the run folder has the rest."""
+        usual = resolved(fill(FinetuneConfig, recipe(self.recipe, arch, self.dataset)))
+        changed = changes(resolved(self), usual, ("recipe",))
+        return f"recipe {self.recipe} with {changed}; all settings: {self.output_dir}/config.json"
 
     def mixes(self) -> bool:
         """Whether photos of a batch are mixed."""
@@ -202,7 +207,7 @@ def from_values(values: dict[str, Any], arch: str) -> FinetuneConfig:
     name = values.get("recipe") or ("transfer" if dataset else "imagenet")
     config = fill(FinetuneConfig, {**recipe(name, arch, dataset), **values, "recipe": name})
     config.output_dir = config.output_dir or f"runs/finetune-{dataset or arch}"
-    config.check()
+    refuse(config.problems())
     return config
 
 

@@ -99,7 +99,8 @@ class Journal:
     ) -> None:
         self._disk.shutdown(wait=True)
         if error is None or not self._keep:
-            partial_path(self.dst).unlink(missing_ok=True)
+            if not isinstance(error, FileExistsError):  # else it is a user's link
+                partial_path(self.dst).unlink(missing_ok=True)
             journal_path(self.dst).unlink(missing_ok=True)
         os.close(self._file)
 

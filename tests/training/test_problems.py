@@ -126,6 +126,7 @@ def test_a_damaged_run_does_not_hide_the_others(
         (tmp_path / name / "config.json").write_text('{"arch": "vit_s", "epochs": 3}')
         (tmp_path / name / "run.json").write_text(text)
     assert runs.main([str(tmp_path)]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert any(row.startswith("good") and "finished" in row for row in rows)
-    assert any(row.startswith("bad") for row in rows)
+    _, bad, good, why = capsys.readouterr().out.splitlines()
+    assert good.split() == ["good", "vit_s", "-/3", "-", "-", "-", "finished", "-"]
+    assert bad.split() == ["bad", *"-----", "unreadable", "-"]
+    assert why.startswith(f"unreadable: {tmp_path / 'bad' / 'run.json'} is damaged")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_runs import PER_EPOCH, Start, losses
 
+from ibeton.atomic import replacing
 from ibeton.training import runs
 from ibeton.training.run_folder import RunFolder, is_held, read_run
 
@@ -24,6 +25,19 @@ def test_a_folder_is_held_by_one_process_and_belongs_to_one_run(tmp_path: Path) 
     assert run["id"] == "a"
     assert [start["step"] for start in run["starts"]] == [0, 7]
     assert run["starts"][0]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("best.pt", "log.jsonl", "backbone0001.safetensors"):
+        with replacing(tmp_path / name) as partial:
+            pass
+        partial.touch()  # as after a kill
+    with replacing(tmp_path / "curves.png", ".png") as partial:
+        pass
+    partial.touch()
+    (tmp_path / ".mine.partial").touch()
+    RunFolder(tmp_path, "a", "", {}, {}).close("finished")
+    assert [path.name for path in tmp_path.glob(".*.partial*")] == [".mine.partial"]
 
 
 def test_two_runs_do_not_mix(start: Start, tmp_path: Path, tiny: Path) -> None:

@@ -82,7 +82,8 @@ def checkpoint_bytes(ibot: IBOT, optimizer: str) -> float:
 def disk_line(checkpoint: float, to_come: int, free: float) -> str:
     """Whether `to_come` checkpoints and the one being written fit."""
     need = checkpoint * (to_come + 1)
-    head = f"{gib(need)} for {to_come} checkpoints of {gib(checkpoint)}, {gib(free)} free: "
+    what = f"{to_come} checkpoint{'s' * (to_come != 1)} of {gib(checkpoint)}"
+    head = f"{gib(need)} for {what}, {gib(free)} free: "
     return head + (
         "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
     )
