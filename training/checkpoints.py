@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ibeton.atomic import sync_folder
 from ibeton.model.checkpoint import load_checkpoint, write_through
+from ibeton.training.health.nonfinite_guard import RunError
 
 NEWEST, DIVERGED = "checkpoint.pt", "diverged.pt"
 _ROLLING = re.compile(r"checkpoint-(\d+)\.pt")
@@ -40,7 +41,7 @@ def write(
     """Make `content` the newest checkpoint of `folder`; with `epoch` also one that is kept.
 
     At least two are kept, because only later steps show whether the newest is usable. `replace`:
-    overwrite the newest instead of keeping it as checkpoint-1.pt. Raises OSError, for example on a
+    overwrite the newest instead of keeping it as checkpoint-1.pt. Raises RunError, for example on a
     full disk; the checkpoints are then unchanged.
     """
     newest = folder / NEWEST
@@ -52,9 +53,12 @@ def write(
         os.replace(partial, newest)
         if epoch is not None:
             _put(newest, folder / f"checkpoint{epoch:04d}.pt")
+        sync_folder(folder)
+    except OSError as error:
+        step = content["step"]
+        raise RunError(f"no checkpoint could be written at step {step} ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(folder)
 
 
 def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any], list[str]] | None:

@@ -192,10 +192,7 @@ def save(run: Run) -> None:
     }
     keep = options.keep_every
     stays = epoch if keep and run.step % per_epoch == 0 and epoch % keep == 0 else None
-    try:
-        checkpoints.write(run.folder, content, options.keep_last, stays, replace)
-    except OSError as error:
-        raise RunError(f"no checkpoint could be written at step {run.step} ({error})") from error
+    checkpoints.write(run.folder, content, options.keep_last, stays, replace)
     if stays is not None:
         export_backbone(run, stays)
     if run.step == options.epochs * per_epoch:

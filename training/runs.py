@@ -15,7 +15,7 @@ from typing import Any
 
 from ibeton.command import run_command
 from ibeton.options import Parser, check_output_file, flag
-from ibeton.training.log.curves import compare_curves
+from ibeton.training.log.curves import draw_curves
 from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
 
 _PNG = b"\x89PNG"  # how a picture begins
@@ -77,7 +77,7 @@ def compare(first: Path, second: Path, png: Path) -> int:
     figures = zip(_HEADS[2:6], _row(first)[2:6], _row(second)[2:6], strict=True)
     titles = [f.name if first.name != second.name else str(f) for f in (first, second)]
     print_table([("", *titles), *rows, *figures])
-    picture = compare_curves([first, second], png)
+    picture = draw_curves([first, second], png)
     print(f"curves: {picture}" if picture else "no curves: neither run has logged a step")
     return 0
 

@@ -59,7 +59,9 @@ class PhotoSource(Protocol):
         self, plans: Iterator[BatchPlan]
     ) -> Generator[tuple[BatchPlan, Decoded], None, None]: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what outlives a stream, such as worker processes: by default nothing does."""
+        return
 
 
 class Cutter(Protocol):
@@ -72,4 +74,5 @@ class Cutter(Protocol):
         ahead, also those of the next epoch. Closing the generator ends the work on them."""
 
     def close(self) -> None:
-        """End what outlives a stream, such as worker processes."""
+        """As `PhotoSource.close`."""
+        return

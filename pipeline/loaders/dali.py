@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ibeton.pipeline.batch import BatchPlan, Crops, Decoded
 from ibeton.pipeline.crops.cpu import cut_views
-from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.context import Cutter, LoaderContext, PhotoSource
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
 from ibeton.pipeline.loaders.read_ahead import ahead
 from ibeton.pipeline.sampling.draws import draw_batch, spec_table, stack_shape
@@ -46,7 +46,7 @@ class Read(NamedTuple):
     data: np.ndarray
 
 
-class DaliPixels:
+class DaliPixels(PhotoSource):
     """Reads and decodes the photos of each planned batch on `context.device`."""
 
     def __init__(self, context: LoaderContext) -> None:
@@ -68,9 +68,6 @@ class DaliPixels:
 
         with closing(ahead(decoded(), self._ahead)) as batches:
             yield from batches
-
-    def close(self) -> None:
-        """Nothing outlives a stream."""
 
     def decoded(
         self, pool: Executor, plans: Iterator[BatchPlan]
@@ -150,7 +147,7 @@ class DaliPixels:
         return Decoded(photos, offsets, heights, widths, torch.tensor(indices))
 
 
-class DaliCrops:
+class DaliCrops(Cutter):
     """Views cut on the CPU, by threads beside DALI's."""
 
     def __init__(self, context: LoaderContext) -> None:
@@ -174,9 +171,6 @@ class DaliCrops:
                 work.add("crop", spent, len(draws), workers)
                 global_crops, local_crops = (torch.from_numpy(some) for some in views)
                 yield plan, Crops(global_crops, local_crops, photos.indices)
-
-    def close(self) -> None:
-        """Nothing outlives a stream."""
 
 
 def _cut_timed(

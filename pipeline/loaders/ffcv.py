@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ibeton.pipeline.batch import BatchPlan, Crops, Decoded
-from ibeton.pipeline.loaders.context import LoaderContext
+from ibeton.pipeline.loaders.context import Cutter, LoaderContext, PhotoSource
 from ibeton.pipeline.loaders.decode_loop import STAGES, Task, stored, work_on
 from ibeton.pipeline.loaders.gpu_decode import GpuPhotos
 from ibeton.pipeline.loaders.shared_work import Job, Worker, share
@@ -42,7 +42,7 @@ class _Batch(Job):
     failed: list[int] = field(default_factory=list)
 
 
-class FfcvCrops:
+class FfcvCrops(Cutter):
     """Views cut on the CPU."""
 
     def __init__(self, context: LoaderContext) -> None:
@@ -71,11 +71,8 @@ class FfcvCrops:
         index = int(task.indices[i])
         task.indices[i] = fill(index, task.epoch, task.global_crops[i], task.local_crops[i])
 
-    def close(self) -> None:
-        """Nothing outlives a stream."""
 
-
-class FfcvPixels:
+class FfcvPixels(PhotoSource):
     """Decoded photos, packed, for croppers on another device. For a GPU, those of the CPU are in
     page-locked memory, from which it copies meanwhile."""
 
@@ -132,9 +129,6 @@ class FfcvPixels:
             heights[i], widths[i] = pixels.shape[:2]
             end += pixels.size
         return Decoded(parts, offsets, heights, widths, torch.from_numpy(indices))
-
-    def close(self) -> None:
-        """Nothing outlives a stream."""
 
 
 class _Threads:

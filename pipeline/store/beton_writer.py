@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 from stat import S_ISREG
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -64,12 +63,7 @@ class BetonWriter:
     def __enter__(self) -> "BetonWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         os.close(self.file)
         if not self._theirs:
             self.partial.unlink(missing_ok=True)

@@ -23,12 +23,7 @@ def plot_curves(folder: Path) -> Path | None:
     matplotlib."""
     if find_spec("matplotlib") is None:
         return None
-    return _draw([folder], folder / "curves.png")
-
-
-def compare_curves(folders: Sequence[Path], path: Path) -> Path | None:
-    """Draw the curves of two runs over each other as a PNG; None if neither has any."""
-    return _draw(folders, path)
+    return draw_curves([folder], folder / "curves.png")
 
 
 def model_facts(folder: Path, step: int, per_epoch: int) -> dict[str, str]:
@@ -44,7 +39,8 @@ def model_facts(folder: Path, step: int, per_epoch: int) -> dict[str, str]:
     return facts
 
 
-def _draw(folders: Sequence[Path], path: Path) -> Path | None:
+def draw_curves(folders: Sequence[Path], path: Path) -> Path | None:
+    """Draw the curves of a run, or of two over each other, as a PNG; None if there are none."""
     runs = {folder.name: read_records(folder / "log.jsonl") for folder in folders}
     losses = {name: [r for r in log if r.get("loss") is not None] for name, log in runs.items()}
     scores = {name: [r for r in log if "knn_top1" in r] for name, log in runs.items()}
