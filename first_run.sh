@@ -37,7 +37,7 @@ fi
     --lr 4e-3 --min-lr 1e-5 --momentum-teacher 0.99 --weight-decay-end 0.1 \
     --out-dim 128 --hidden-dim 256 --bottleneck-dim 64 --norm-in-head bn \
     --warmup-teacher-temp-epochs 1 --warmup-teacher-temp 0.02 --teacher-temp 0.02 \
-    --warmup-teacher-patch-temp 0.02 --teacher-patch-temp 0.02
+    --warmup-teacher-patch-temp 0.02 --teacher-patch-temp 0.02 --precision fast --recompute off
 # The result beside what it has to beat: the same network before training, and the photos' pixels.
 if [ -n "$classes" ]; then
     "$PY" -m evaluation.frozen.knn --checkpoint "$RUN/checkpoint.pt" --train "$RUN/train.beton" \

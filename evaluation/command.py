@@ -25,10 +25,10 @@ from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser, check_output_file
 from ibeton.progress import plain_console
+from ibeton.training.config import PRECISIONS
 
 Scores = dict[str, float]
 # How names of scores end, by unit
@@ -101,7 +101,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the forward pass (default: auto, fp16 on a GPU and fp32 on a CPU)",
+        help="of the forward pass (default: auto, fp16 on a GPU and fp32 on a CPU; fast: bf16 on a"
+        " CPU with instructions for it)",
     )
     add("--json", type=Path, help="file for the scores (default: beside the checkpoint)")
 

@@ -10,22 +10,18 @@ from torch import nn
 
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_backbone
+from ibeton.training import precision as training
+from ibeton.training.config import PRECISIONS
 
 _DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = ("auto", *_DTYPES)
 
 
 def precision_on(device: torch.device | str, name: str) -> tuple[str, torch.dtype | None]:
-    """The precision that `name` means on a device, auto being fp16 on a GPU and fp32 on a CPU, and
-    what autocast computes in: None for fp32. Raises ValueError for fp16 on a CPU, or another
-    word."""
-    on_cpu = torch.device(device).type == "cpu"
-    if name == "auto":
-        name = "fp32" if on_cpu else "fp16"
-    if name not in _DTYPES:
+    """The precision that `name` means on a device, as in pre-training, and what autocast computes
+    in: None for fp32. Raises ValueError for fp16 on a CPU, or another word."""
+    if name not in PRECISIONS:
         raise ValueError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
-    if name == "fp16" and on_cpu:
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    name = training.precision_on(torch.device(device), name)
     return name, _DTYPES[name]
 
 

@@ -29,11 +29,11 @@ from ibeton.evaluation.frozen.features import (
     tokens_of,
 )
 from ibeton.evaluation.photos import PhotoSet, view_batches
-from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_network
 from ibeton.options import add_options, fill
 from ibeton.progress import plain_console
+from ibeton.training.config import PRECISIONS
 
 NAMES = ("blocks", "cls", "parts", "patch_mean", "prototype")  # what evaluation.all asks for
 LOADER, FORWARD, WHOLE = "decoding alone", "network alone", "extraction"

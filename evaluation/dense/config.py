@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.options import Parser, add_options, fill, flag, option
+from ibeton.training.config import PRECISIONS
 
 
 @dataclass

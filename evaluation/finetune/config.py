@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ibeton.evaluation.trainable import PRECISIONS
 from ibeton.options import Parser, add_options, changes, fill, flag, option, refuse, too_low
+from ibeton.training.config import PRECISIONS
 
 RECIPES = ("imagenet", "semi", "transfer")
 DATASETS = ("cifar10", "cifar100", "flowers", "cars", "inat18", "inat19")
