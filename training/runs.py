@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def list_runs(folder: Path) -> int:
     """Print a line per run folder in `folder`, and why a damaged one cannot be read; returns 0."""
-    rows, damaged = [_HEADS], []
+    rows: list[tuple[str, ...]] = [_HEADS]
+    damaged = []
     for run in run_folders(folder):
         try:
             rows.append(_row(run))

@@ -387,7 +387,9 @@ def test_images_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("masks", [torch.zeros(1, 24, 24).bool(), torch.zeros(1, 3, 3)])
 def test_wrong_masks_are_refused(masks):
     swin = small_swin(is_student=True)
-    with pytest.raises(ValueError, match=r"expected bool \[1, 3, 3\], one value per cell of 32 x 32"):
+    with pytest.raises(
+        ValueError, match=r"expected bool \[1, 3, 3\], one value per cell of 32 x 32"
+    ):
         swin(torch.zeros(1, 3, 96, 96), masks)
 
 
