@@ -69,7 +69,7 @@ class Training:
 
     def train_step(self, batch: Any) -> dict[str, Tensor]:
         """One step on this rank's batch and its seeds; the named losses, on the device."""
-        seed_all(self.config.seed, self.step, self.place.rank)  # dropout, stochastic depth
+        seed_all(self.config.seed, self.step, self.place.rank)  # for stochastic depth
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
         self.model.train()
