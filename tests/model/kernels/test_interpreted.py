@@ -18,17 +18,22 @@ PATHS = [  # the published backbone; the step against the reference
     f"{STEP}::test_every_setting[dtype0-not_recomputed]",
     f"{STEP}::test_half_precision[plain-dtype1]",
 ]
-LONG = [
-    *(BLOCK, f"{STEP}::test_every_setting", f"{STEP}::test_half_precision"),
-    *(f"{STEP}::test_every_batch", "tests/model/test_loss.py", "tests/model/test_trajectory.py"),
-    *("tests/model/test_head.py", "tests/model/test_ibot.py"),
-]
+LONG = {  # minutes each
+    "kernels": ["-m", "slow or not slow", *KERNELS],
+    "backbone": [BLOCK],
+    "head": ["tests/model/test_head.py"],
+    "loss": ["tests/model/test_loss.py"],
+    "settings": [STEP],
+    "published steps": [  # without the plain paths
+        *("tests/model/test_trajectory.py", "-k", "(fast or not_recomputed) and not float64"),
+    ],
+}
 
 
 def in_interpreter(*tests):
     """Run these tests in the interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-o", "timeout=0", "-p", "no:cacheprovider", *tests],
         capture_output=True,
         text=True,
         check=False,
@@ -49,5 +54,6 @@ def test_the_published_backbone_and_the_step_hold():
 
 
 @pytest.mark.slow
-def test_every_fixture_and_setting_holds():
-    in_interpreter("-m", "slow or not slow", *KERNELS, *LONG)
+@pytest.mark.parametrize("tests", LONG.values(), ids=LONG)
+def test_every_fixture_and_setting_holds(tests):
+    in_interpreter(*tests)
