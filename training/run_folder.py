@@ -169,7 +169,8 @@ def _code_state() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(_CODE), *arguments]
+    # `git status` locks the index for a moment, in which a user's `git commit` would fail.
+    command = ["git", "--no-optional-locks", "-C", str(_CODE), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=_GIT_S
     ).stdout

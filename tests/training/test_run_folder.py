@@ -1,5 +1,8 @@
 """A folder belongs to one run, and one process at a time writes to it."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from small_runs import PER_EPOCH, Start, losses
 
 from ibeton.atomic import replacing
-from ibeton.training import runs
+from ibeton.training import run_folder, runs
 from ibeton.training.run_folder import RunFolder, is_held, read_run
 
 
@@ -38,6 +41,22 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Pat
     (tmp_path / ".mine.partial").touch()
     RunFolder(tmp_path, "a", "", {}, {}).close("finished")
     assert [path.name for path in tmp_path.glob(".*.partial*")] == [".mine.partial"]
+
+
+def test_the_note_of_the_code_leaves_the_git_index_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    file, index = tmp_path / "code.py", tmp_path / ".git" / "index"
+    file.write_text("pass")
+    for words in ("init -q", "add code.py", "-c user.name=a -c user.email=a@b commit -qm first"):
+        subprocess.run(["git", "-C", str(tmp_path), *words.split()], check=True)
+    os.utime(file, (1, 1))  # `git status` would note that in the index, and lock it to do so
+    before = index.read_bytes()
+    monkeypatch.setattr(run_folder, "_CODE", tmp_path)
+    assert run_folder._git("status", "--porcelain") == ""
+    assert index.read_bytes() == before
 
 
 def test_two_runs_do_not_mix(start: Start, tmp_path: Path, tiny: Path) -> None:

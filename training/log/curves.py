@@ -10,7 +10,7 @@ from ibeton.training.log.run_log import read_records
 
 _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
 _LINES = ("-", "--")  # of the first run and of the second
-_ROOM = 1.12  # of the k-NN axis beyond the last epoch, for its label
+_ROOM = 1.17  # of the k-NN axis beyond the last epoch, for its label
 _HOW_TO_READ = (
     "The class loss cannot fall below the entropy of the teacher's targets. Centering spreads\n"
     "the targets over more prototypes, which raises both. The shaded gap between them is\n"
@@ -62,7 +62,8 @@ def draw_curves(folders: Sequence[Path], path: Path) -> Path | None:
             _draw_floor(axes[0][0], losses[name])
             figure.text(0.02, 0.02, _HOW_TO_READ, color=_INK, fontsize=8)
     axes[0][0].set(title="Loss", xlabel="step", ylabel="nats")
-    axes[0][0].margins(y=0.14)  # room for the legend
+    low, high = axes[0][0].get_ylim()
+    axes[0][0].set_ylim(low, high + 0.25 * (high - low))  # room for the legend
     axes[0][0].legend(frameon=False, ncols=2, loc="upper center")
     if both:
         _finish_scores(axes[0][1], [r for log in scores.values() for r in log])
