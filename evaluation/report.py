@@ -10,7 +10,7 @@ import base64
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ _TITLE = "# Evaluation"
 _PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>"
 _HEADINGS = ("task", "network", "measured", "published", "file")
 _ALL = ("protocol", "score", "network", "measured", "published")
+_EXPLANATION = (
+    "Measured figures beside those that the iBOT paper publishes for the same architecture,"
+    " pre-trained and evaluated on full data sets (top-1 in percent where nothing else is said)."
+    " Figures of other data, or of shorter runs, are not comparable with them. An empty cell means"
+    " that no published figure of this kind is on record."
+)
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;"
@@ -123,95 +129,69 @@ def _scores(report: dict[str, Any], path: Path) -> list[Score]:
     ]
 
 
-def headline_rows(backbone: Backbone) -> list[tuple[str, ...]]:
-    """A row for each score that has a published counterpart."""
-    return [
-        (
-            task,
-            s.network,
-            f"{s.value:.2f}",
-            published(s.protocol, s.name, backbone.arch),
-            str(s.path),
-        )
-        for s in backbone.scores
-        if (task := task_of(s.protocol, s.name))
-    ]
-
-
-def all_rows(backbone: Backbone) -> list[tuple[str, ...]]:
-    """A row for every score."""
-    return [
-        (
-            s.protocol,
-            s.name,
-            s.network,
-            f"{s.value:.4g}",
-            published(s.protocol, s.name, backbone.arch),
-        )
-        for s in backbone.scores
-    ]
+def content(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """The page in order: "h1", "h2", "h3" and "p" with their text, "table" with its rows, headings
+    first, and "picture" with its path."""
+    yield "h1", "Evaluation"
+    yield "p", _EXPLANATION
+    for backbone in backbones:
+        yield "h2", f"{backbone.arch}: {backbone.checkpoint}"
+        known, every = [_HEADINGS], [_ALL]
+        for s in backbone.scores:
+            beside = published(s.protocol, s.name, backbone.arch)
+            every.append((s.protocol, s.name, s.network, f"{s.value:.4g}", beside))
+            if task := task_of(s.protocol, s.name):
+                known.append((task, s.network, f"{s.value:.2f}", beside, str(s.path)))
+        if len(known) > 1:
+            yield "table", known
+        yield "h3", "All scores"
+        yield "table", every
+        for name, why in backbone.left_out.items():
+            yield "p", f"left out: {name}: {why}"
+    if pictures:
+        yield "h2", "Pictures"
+    for path in pictures:
+        yield "picture", path
 
 
 def markdown(backbones: Sequence[Backbone], pictures: Sequence[Path], beside: Path) -> str:
     """The page in Markdown, with paths of pictures relative to the folder `beside`."""
-    lines = [_TITLE, "", _explanation(), ""]
-    for backbone in backbones:
-        lines += [f"## {backbone.arch}: {backbone.checkpoint}", ""]
-        if rows := headline_rows(backbone):
-            lines += [*_markdown_table(_HEADINGS, rows), ""]
-        lines += ["### All scores", "", *_markdown_table(_ALL, all_rows(backbone)), ""]
-        lines += [f"- left out: {name}: {why}" for name, why in backbone.left_out.items()]
-    if pictures:
-        lines += ["## Pictures", ""]
-        for path in pictures:
-            lines += [f"![{path.name}]({os.path.relpath(path, beside)})", f"*{path}*", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "| --- " * len(headings) + "|", *lines[1:]]
+    marks = {"h1": "# ", "h2": "## ", "h3": "### ", "p": ""}
+    lines: list[str] = []
+    for kind, what in content(backbones, pictures):
+        if kind == "table":
+            rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in what]
+            lines += [f"| {rows[0]} |", "| --- " * len(what[0]) + "|"]
+            lines += [f"| {row} |" for row in rows[1:]]
+        elif kind == "picture":
+            lines += [f"![{what.name}]({os.path.relpath(what, beside)})", f"*{what}*"]
+        else:
+            lines.append(marks[kind] + what)
+        lines.append("")
+    return "\n".join(lines)
 
 
 def page(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> str:
     """The page in HTML, one self-contained file."""
-    parts = [
-        _PAGE,
-        f"<style>{_STYLE}</style><h1>Evaluation</h1><p>{html.escape(_explanation())}</p>",
-    ]
-    for backbone in backbones:
-        parts.append(f"<h2>{html.escape(f'{backbone.arch}: {backbone.checkpoint}')}</h2>")
-        if rows := headline_rows(backbone):
-            parts.append(_html_table(_HEADINGS, rows))
-        parts.append("<h3>All scores</h3>" + _html_table(_ALL, all_rows(backbone)))
-        for name, why in backbone.left_out.items():
-            parts.append(f"<p>left out: {html.escape(f'{name}: {why}')}</p>")
-    for path in pictures:
-        data = base64.b64encode(path.read_bytes()).decode()
-        caption = html.escape(str(path))
-        parts.append(
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+    parts = [_PAGE, f"<style>{_STYLE}</style>"]
+    for kind, what in content(backbones, pictures):
+        if kind == "table":
+            rows = [_html_row(row, "td" if number else "th") for number, row in enumerate(what)]
+            parts.append(f"<table>{''.join(rows)}</table>")
+        elif kind == "picture":
+            data = base64.b64encode(what.read_bytes()).decode()
+            caption = html.escape(str(what))
+            parts.append(
+                f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+        else:
+            parts.append(f"<{kind}>{html.escape(what)}</{kind}>")
     return "\n".join(parts) + "\n</html>\n"
 
 
-def _html_table(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f"<table>{line(headings, 'th')}{body}</table>"
-
-
-def _explanation() -> str:
-    return (
-        "Measured figures beside those that the iBOT paper publishes for the same architecture,"
-        " pre-trained and evaluated on full data sets (top-1 in percent where nothing else is"
-        " said). Figures of other data, or of shorter runs, are not comparable with them. An empty"
-        " cell means that no published figure of this kind is on record."
-    )
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,24 +52,6 @@ def carry(
     return (weights.unsqueeze(2) * labels.flatten(0, 1)[index]).sum(dim=1)
 
 
-def carry_reference(
-    target: Tensor, sources: Tensor, labels: Tensor, near: Tensor, how: Propagation
-) -> Tensor:
-    """What `carry` is held against: patch by patch."""
-    out = torch.zeros(len(target), labels.shape[2], dtype=labels.dtype)
-    for i, patch in enumerate(target):
-        found = []
-        for frame, own in zip(sources, labels, strict=True):
-            for j in near[i].nonzero().flatten().tolist():
-                likeness = float(torch.exp(patch @ frame[j] / how.temperature))
-                found.append((likeness, own[j]))
-        found.sort(key=lambda pair: -pair[0])
-        total = sum(likeness for likeness, _ in found[: how.top])
-        for likeness, label in found[: how.top]:
-            out[i] += likeness / total * label
-    return out
-
-
 def propagate(
     frames: Iterable[Tensor],  # patches [N, C] of each frame, the first one's first
     first: Tensor,  # labels of the first frame, one-hot float [N, K]

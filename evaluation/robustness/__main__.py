@@ -23,22 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_or_exit
-from ibeton.evaluation.command import (
-    Scores,
-    add_checkpoint_options,
-    extraction_of,
-)
+from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.photos import PhotoSet
-from ibeton.evaluation.robustness.accuracy import (
-    background_scores,
-    corruption_scores,
-    read_backgrounds,
-    read_corruptions,
-    read_in9_map,
-    read_variant,
-    top1,
-)
+from ibeton.evaluation.robustness import accuracy
 from ibeton.evaluation.robustness.classifier import Classifier, load_classifier
 from ibeton.evaluation.robustness.curves import Saliency, curve_scores, draw_curves, measure
 from ibeton.evaluation.tasks import finish, one_process, settings_of
@@ -112,14 +100,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _variant_job(classifier: Classifier, name: str, path: Path, how: Extraction) -> Job:
-    photos, candidates = read_variant(
+    photos, candidates = accuracy.read_variant(
         name, path, classifier.size, classifier.classes, classifier.view
     )
     key = f"imagenet_{name}"
 
     def job() -> dict[str, Scores]:
         say(f"{key}: {len(photos)} photos, {len(candidates)} classes")
-        return {key: {"top1": top1(classifier.model, photos, how, key, candidates)}}
+        return {key: {"top1": accuracy.top1(classifier.model, photos, how, key, candidates)}}
 
     return job
 
@@ -127,16 +115,16 @@ def _variant_job(classifier: Classifier, name: str, path: Path, how: Extraction)
 def _corruption_job(
     classifier: Classifier, path: Path, how: Extraction, left_out: dict[str, str]
 ) -> Job:
-    sets = read_corruptions(path, classifier.size, classifier.classes)
+    sets = accuracy.read_corruptions(path, classifier.size, classifier.classes)
 
     def job() -> dict[str, Scores]:
         errors: dict[str, list[float]] = {}
         for name, levels in sets.items():
             for level, photos in levels.items():
                 say(f"imagenet_c: {name} {level}, {len(photos)} photos")
-                right = top1(classifier.model, photos, how, f"{name} {level}")
+                right = accuracy.top1(classifier.model, photos, how, f"{name} {level}")
                 errors.setdefault(name, []).append(100 - right)
-        scores = corruption_scores(errors)
+        scores = accuracy.corruption_scores(errors)
         if "mce" not in scores:
             left_out["mce"] = f"{path} lacks some of the 15 standard corruptions"
         return {"imagenet_c": scores}
@@ -145,15 +133,17 @@ def _corruption_job(
 
 
 def _background_job(classifier: Classifier, args: argparse.Namespace, how: Extraction) -> Job:
-    sets = read_backgrounds(args.in9, classifier.size)
-    mapped = read_in9_map(args.in9_map, classifier.num_classes)
+    sets = accuracy.read_backgrounds(args.in9, classifier.size)
+    mapped = accuracy.read_in9_map(args.in9_map, classifier.num_classes)
 
     def job() -> dict[str, Scores]:
         accuracies = {}
         for name, photos in sets.items():
             say(f"in9: {name}, {len(photos)} photos")
-            accuracies[name] = top1(classifier.model, photos, how, f"in9 {name}", mapped=mapped)
-        return {"in9": background_scores(accuracies)}
+            accuracies[name] = accuracy.top1(
+                classifier.model, photos, how, f"in9 {name}", mapped=mapped
+            )
+        return {"in9": accuracy.background_scores(accuracies)}
 
     return job
 

@@ -3,15 +3,33 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ibeton.evaluation.matching.propagation import (
     Propagation,
     carry,
-    carry_reference,
     neighborhood,
     propagate,
     to_mask,
 )
+
+
+def carry_reference(
+    target: Tensor, sources: Tensor, labels: Tensor, near: Tensor, how: Propagation
+) -> Tensor:
+    """`carry`, patch by patch."""
+    out = torch.zeros(len(target), labels.shape[2], dtype=labels.dtype)
+    for i, patch in enumerate(target):
+        found = []
+        for frame, own in zip(sources, labels, strict=True):
+            for j in near[i].nonzero().flatten().tolist():
+                likeness = float(torch.exp(patch @ frame[j] / how.temperature))
+                found.append((likeness, own[j]))
+        found.sort(key=lambda pair: -pair[0])
+        total = sum(likeness for likeness, _ in found[: how.top])
+        for likeness, label in found[: how.top]:
+            out[i] += likeness / total * label
+    return out
 
 
 def test_carrying_equals_the_plain_loop():
