@@ -94,6 +94,7 @@ class Bench:
             patch_size=config.patch_size,
             image_size=config.global_crops_size,
             local_crops_number=config.local_crops_number,
+            **SMALL_MODEL if self.device.type == "cpu" else {},
         )
         self.ibot = build(settings).to(self.device)
         self.optimizer = build_optimizer(self.ibot.student)
@@ -168,6 +169,10 @@ class Bench:
         return time.perf_counter()
 
 
+SMALL_MODEL: dict[str, Any] = {
+    **{"embed_dim": 32, "depth": 1, "num_heads": 2},
+    **{"hidden_dim": 32, "bottleneck_dim": 16, "out_dim": 64},
+}
 SMALL_VIEWS: dict[str, Any] = {
     "global_crops_size": 32,
     "local_crops_size": 16,
@@ -200,11 +205,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp16")
     parser.add_argument(
-        "--interpreted", action="store_true", help="on the CPU, by Triton's interpreter, tiny"
+        "--interpreted", action="store_true", help="on the CPU, by Triton's interpreter, tiny model"
     )
     args = parser.parse_args()
     if args.interpreted:
-        args.arch, args.batch_size, args.precision = "vit_t", 2, "fp32"
+        args.batch_size, args.precision = 2, "fp32"
     elif not torch.cuda.is_available():
         parser.error("no CUDA device is usable here; --interpreted shows that all of it runs")
     return args
@@ -218,7 +223,8 @@ def main() -> None:
         adapt_interpreter()
     console = plain_console(width=100)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, args.data or synthetic_beton(Path(folder)))
+        data = args.data or synthetic_beton(Path(folder), 1 if args.interpreted else 12)
+        bench = Bench(args, data)
         rates = take_turns(bench.sides(), args.rounds, bench.clock)
     times = {name: [1 / rate for rate in values] for name, values in rates.items()}
     report(times, args.batch_size, bench.source.decoded.parts[0].numel() / 1e9, console)
