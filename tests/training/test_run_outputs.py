@@ -124,6 +124,8 @@ def test_records_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for patience in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # its service may start slowly
+        monkeypatch.setenv(patience, "3000")
     trackers = Trackers(["wandb"], "abc123", tmp_path, {"lr": 1e-3, "log_to": ("wandb",)})
     for record in RECORDS:
         trackers.record(record)
