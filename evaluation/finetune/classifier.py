@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.trainable import trainable_backbone
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.model.checkpoint.files import backbone_state, check_tensors
@@ -62,39 +63,27 @@ class Classifier(nn.Module):
         }
 
 
-def build_classifier(
-    path: str | Path,
-    network: str,
-    classes: int,
-    *,
-    drop_path: float = 0.0,
-    projection: bool = False,
-    init_scale: float = 1.0,
-    from_scratch: bool = False,
-    checkpoint_blocks: bool = False,
-    content: dict[str, Any] | None = None,
-) -> Classifier:
-    """A new classifier on the backbone of a checkpoint, from torch's random state.
+def build_classifier(config: FinetuneConfig, content: dict[str, Any], classes: int) -> Classifier:
+    """A new classifier on the backbone of the checkpoint `content`, from torch's random state.
 
-    `content` is the checkpoint where it has been read. Raises ValueError for a checkpoint without
-    that network, of other tensors than its settings say, or without a projection head where
-    `projection` wants one.
+    Raises ValueError for a checkpoint without the network, of other tensors than its settings say,
+    or without a projection head where --projection wants one.
     """
-    content = load_checkpoint(path) if content is None else content
+    path, network = config.checkpoint, config.network
     weights = backbone_state(content, network, path)
     weights.pop("masked_embed", None)
     settings = fill(ModelConfig, content["config"])
-    backbone = trainable_backbone(settings, drop_path, checkpoint_blocks)
+    backbone = trainable_backbone(settings, config.drop_path, config.checkpoint_blocks)
     check_tensors(f"{path}: backbone of {settings.arch}", weights, backbone.state_dict())
     first = {k: content[network].get(f"head.mlp.0.{k}") for k in ("weight", "bias")}
-    if projection and first["weight"] is None:
+    if config.projection and first["weight"] is None:
         raise ValueError(
             f"{path} has no projection head, whose first layer --projection starts from: give"
             " --no-projection, or the checkpoint of a run"
         )
-    hidden = len(first["weight"]) if projection and first["weight"] is not None else 0
-    classifier = Classifier(backbone, classes, hidden, init_scale)
-    if not from_scratch:
+    hidden = len(first["weight"]) if config.projection else 0
+    classifier = Classifier(backbone, classes, hidden, config.head_init_scale)
+    if not config.from_scratch:
         backbone.load_state_dict(weights)
         if classifier.neck is not None:
             classifier.neck[0].load_state_dict(first)

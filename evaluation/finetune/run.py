@@ -116,17 +116,7 @@ def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) ->
     pinned = device.type == "cuda"
     loader = Loader(sets.train, settings, own, rank, world_size, config.workers, pinned)
     seed_all(config.seed)  # the same weights on every rank
-    classifier = build_classifier(
-        config.checkpoint,
-        config.network,
-        len(sets.classes),
-        drop_path=config.drop_path,
-        projection=config.projection,
-        init_scale=config.head_init_scale,
-        from_scratch=config.from_scratch,
-        checkpoint_blocks=config.checkpoint_blocks,
-        content=content,
-    ).to(device)
+    classifier = build_classifier(config, content, len(sets.classes)).to(device)
     optimizer = build_optimizer(classifier, config)
     scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     run = FinetuneRun(

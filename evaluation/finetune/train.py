@@ -1,14 +1,21 @@
 """The loop of fine-tuning: train an epoch, score it, save; and what a run says and leaves."""
 
 import itertools
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
 from ibeton.evaluation.command import write_json
+from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.finetune.run import FinetuneRun, save
 from ibeton.evaluation.finetune.score import score
-from ibeton.evaluation.finetune.steps import train_step
+from ibeton.evaluation.finetune.steps import soft_cross_entropy
 from ibeton.evaluation.frozen.features import Extraction
+from ibeton.evaluation.trainable import seed_all
 from ibeton.stages import stage
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
@@ -68,10 +75,7 @@ def _train_epoch(
             run.schedule.step_update(run.step)
             lr = max(group["lr"] for group in run.optimizer.param_groups)
             with monitor.counting():
-                metrics = train_step(
-                    run.model, run.optimizer, run.scaler, batch, run.mixer, config, run.step,
-                    here.rank, run.group, run.dtype,
-                )  # fmt: skip
+                metrics = train_step(run, batch)
             if run.average is not None:
                 with stage("ema"):
                     run.average.update(run.classifier)
@@ -89,6 +93,64 @@ def _train_epoch(
                     save(run)
                 monitor.clock.start()
         _log_step(run, delayed.resolve(), log, monitor, always=run.step == run.steps)
+
+
+def train_step(run: FinetuneRun, batch: Batch) -> dict[str, Tensor]:
+    """Train on a process's share of a batch in --accumulate parts; the learning rates are those
+    that the optimizer holds.
+
+    Returns loss, acc (share of images whose heaviest target is predicted) and grad_norm, scalars
+    without gradient. A step whose loss or gradients are not finite leaves weights and optimizer
+    unchanged on all ranks.
+    """
+    config, model, device, dtype = run.config, run.model, run.here.device, run.dtype
+    run.optimizer.zero_grad(set_to_none=True)
+    scaler = run.scaler or torch.amp.GradScaler(device.type, enabled=False)
+    results = []
+    for i, (images, targets) in enumerate(_parts(run, batch)):
+        seed_all(config.seed, run.step, run.here.rank, i, 1)  # stochastic depth
+        with nullcontext() if i == config.accumulate - 1 else _without_reduction(model):
+            with (
+                stage("student"),
+                torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            ):
+                logits = model(images)
+            with stage("loss"):
+                loss = soft_cross_entropy(logits, targets)
+            with stage("backward"):
+                scaler.scale(loss / config.accumulate).backward()
+        right = logits.detach().argmax(1) == targets.argmax(1)
+        results.append(torch.stack([loss.detach(), right.float().mean()]))
+    with stage("optimizer"):
+        scaler.unscale_(run.optimizer)
+        limit = config.clip_grad or float("inf")
+        norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+        if scaler.is_enabled():
+            scaler.step(run.optimizer)
+            scaler.update()
+        elif norm.isfinite():
+            run.optimizer.step()
+    loss, acc = torch.stack(results).mean(dim=0)
+    return {"loss": loss, "acc": acc, "grad_norm": norm.detach()}
+
+
+def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:
+    """Gradients of what runs in it stay on this rank until the next backward outside it."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _parts(run: FinetuneRun, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts of a batch, each mixed group by group."""
+    group, count = run.group, len(batch.images)
+    each, first = count // run.config.accumulate, run.here.rank * count // group
+    for start in range(0, count, each):
+        with stage("copy"):
+            mixed = []
+            for at in range(start, start + each, group):
+                images, labels = batch.images[at : at + group], batch.labels[at : at + group]
+                mixed.append(run.mixer(images, labels, run.step, first + at // group))
+            images, targets = (torch.cat(tensors) for tensors in zip(*mixed, strict=True))
+        yield images, targets
 
 
 def _log_step(

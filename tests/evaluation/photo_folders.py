@@ -6,8 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ibeton.evaluation.finetune.classifier import Classifier, build_classifier
+from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.model import ModelConfig
 from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.checkpoint import load_checkpoint
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 
@@ -32,6 +35,13 @@ def wait_for_another_time(folder: Path) -> None:
     first = probe.stat().st_ctime_ns
     while probe.stat().st_ctime_ns == first:
         probe.write_text("")
+
+
+def new_classifier(checkpoint, classes: int, **settings) -> Classifier:
+    """As fine-tuning builds it, without stochastic depth where nothing else is said."""
+    plain = {"drop_path": 0.0, "head_init_scale": 1.0, **settings}
+    config = FinetuneConfig(checkpoint=str(checkpoint), **plain)
+    return build_classifier(config, load_checkpoint(checkpoint), classes)
 
 
 def small_vit(is_student=False, **options) -> VisionTransformer:

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from photo_folders import new_classifier
 
 from ibeton.evaluation.finetune.classifier import (
     Classifier,
-    build_classifier,
     classifier_state,
     load_classifier,
 )
@@ -119,7 +119,9 @@ def test_a_swin_is_judged_by_the_mean_of_its_tokens():
 
 def test_it_starts_from_the_checkpoints_backbone_and_the_heads_first_layer(checkpoint):
     content = load_checkpoint(checkpoint)
-    classifier = build_classifier(checkpoint, "student", 5, projection=True, init_scale=0.001)
+    classifier = new_classifier(
+        checkpoint, 5, network="student", projection=True, head_init_scale=0.001
+    )
     saved = content["student"]
     for name, tensor in classifier.backbone.state_dict().items():
         assert torch.equal(tensor, saved[f"backbone.{name}"]), name
@@ -132,8 +134,8 @@ def test_it_starts_from_the_checkpoints_backbone_and_the_heads_first_layer(check
 
 def test_from_scratch_keeps_the_architecture_alone(checkpoint):
     torch.manual_seed(3)
-    fresh = build_classifier(checkpoint, "teacher", 5, from_scratch=True)
-    trained = build_classifier(checkpoint, "teacher", 5)
+    fresh = new_classifier(checkpoint, 5, from_scratch=True)
+    trained = new_classifier(checkpoint, 5)
     fresh_state, trained_state = fresh.state_dict(), trained.state_dict()
     assert fresh_state.keys() == trained_state.keys()
     name = "backbone.blocks.0.attn.qkv.weight"
@@ -141,13 +143,13 @@ def test_from_scratch_keeps_the_architecture_alone(checkpoint):
 
 
 def test_stochastic_depth_rises_to_the_last_block(checkpoint):
-    classifier = build_classifier(checkpoint, "teacher", 5, drop_path=0.4)
+    classifier = new_classifier(checkpoint, 5, drop_path=0.4)
     assert classifier.backbone.drop_path_rates == [0.0, 0.4]
 
 
 def test_a_checkpoint_of_it_gives_back_the_classifier_and_the_backbone(checkpoint, tmp_path):
     torch.manual_seed(0)
-    classifier = build_classifier(checkpoint, "teacher", 3, projection=True).eval()
+    classifier = new_classifier(checkpoint, 3, projection=True).eval()
     content = {
         **classifier_state(classifier),
         **{"config": load_checkpoint(checkpoint)["config"], "classes": ["a", "b", "c"]},

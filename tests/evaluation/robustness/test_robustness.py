@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photo_folders import new_classifier
 from PIL import Image
 
 from ibeton.__main__ import main as ibeton
-from ibeton.evaluation.finetune.classifier import build_classifier, classifier_state
+from ibeton.evaluation.finetune.classifier import classifier_state
 from ibeton.evaluation.frozen.features import Extraction, normalized
 from ibeton.evaluation.photos import PhotoSet, bilinear_view
 from ibeton.evaluation.robustness.classifier import load_classifier
@@ -157,7 +158,7 @@ def test_a_head_is_kept_only_where_its_folder_is(checkpoint, folders, tmp_path, 
 def test_a_fine_tuned_classifier_needs_no_head(checkpoint, folders, tmp_path):
     content = load_checkpoint(checkpoint)
     torch.manual_seed(0)
-    model = build_classifier(checkpoint, "teacher", 3)
+    model = new_classifier(checkpoint, 3)
     saved = {
         **classifier_state(model),
         "ema": None,
