@@ -56,6 +56,7 @@ def test_the_cache_forgets_a_caller_when_what_it_calls_changes(tmp_path: Path) -
     (package / "compiled.py").write_text((ROOT / "pipeline" / "compiled.py").read_text())
     (package / "caller.py").write_text(CALLER)
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # which tells sources apart by whole seconds
     for value in (1, 2):
         (package / "callee.py").write_text(
             f"from pipeline.compiled import compiled\n@compiled\ndef value():\n    return {value}\n"
