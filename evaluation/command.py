@@ -20,7 +20,7 @@ from torch import nn
 
 from ibeton.atomic import write_text
 from ibeton.command import run_or_exit
-from ibeton.distributed import join_processes
+from ibeton.distributed import join_processes, rank_and_size
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
         for column, parts in networks.items()
     }
     scores: dict[str, dict[str, Scores]] = {}
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_size()[0] == 0:
         for column, task in tasks.items():
             scores[column] = {protocol.name: protocol.scores(task) for protocol in fitting}
     given: dict[str, Any] = {

@@ -4,7 +4,8 @@ import datetime
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,23 @@ def leave_group(together: bool) -> None:
         except RuntimeError:
             pass  # another rank, perhaps with the store, is gone
     dist.destroy_process_group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank, and how many processes its group has; 0 and 1 without a group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def from_rank_0(action: Callable[[], Any], device: torch.device | None = None) -> Any:
+    """What `action()` returns on rank 0, on every rank. All ranks must call it. `device`: by which
+    it is sent, the GPU of the group where it has one."""
+    rank, world_size = rank_and_size()
+    box = [action() if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(box, device=device)
+    return box[0]
 
 
 def checked_device(name: str) -> torch.device:

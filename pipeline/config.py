@@ -69,7 +69,7 @@ class PipelineConfig:
             self.data = (self.data,) if self.data else ()
 
     def views(self) -> list[ViewSpec]:
-        """The views per image is cut into, global ones first."""
+        """The views that each image is cut into, global ones first."""
         brightness, contrast, saturation, hue = self.color_jitter
         return published_views(
             self.global_crops_number,

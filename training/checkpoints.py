@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ibeton.atomic import sync_folder
+from ibeton.distributed import from_rank_0
 from ibeton.model.checkpoint import load_checkpoint, write_through
 from ibeton.training.health.nonfinite_guard import RunError
 
@@ -86,14 +86,14 @@ def newest_of_rank_0(
 ) -> tuple[Path | None, list[str]]:
     """The path of the `newest` checkpoint as rank 0 finds it, or None, and on rank 0 the sentences
     on damaged ones. All ranks must call this."""
-    grouped = dist.is_available() and dist.is_initialized()
-    found = newest(folder, up_to) if not grouped or dist.get_rank() == 0 else None
-    path, _, damaged = found or (None, {}, [])
-    if grouped:
-        box = [path]
-        dist.broadcast_object_list(box, device=device)
-        path = box[0]
-    return path, damaged
+    damaged: list[str] = []
+
+    def find() -> Path | None:
+        path, _, sentences = newest(folder, up_to) or (None, {}, [])
+        damaged.extend(sentences)
+        return path
+
+    return from_rank_0(find, device), damaged
 
 
 def resume_advice(folder: Path) -> str:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ibeton.distributed import rank_and_size
 from ibeton.evaluation.frozen.features import Extraction, evaluating, normalized
 from ibeton.evaluation.photos import PhotoViews, view_batches
 
@@ -24,7 +25,7 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 def score(classifier: nn.Module, views: PhotoViews, how: Extraction) -> dict[str, float]:
     """top1 and top5 in percent over the photos that can be read, and how many cannot. In a process
     group every rank calls it and scores its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_size()
     device = torch.device(how.device)
     counts = torch.zeros(4, dtype=torch.int64, device=device)  # first, five, scored, unreadable
     own = np.arange(rank, len(views), world)

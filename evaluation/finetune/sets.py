@@ -116,7 +116,7 @@ def open_labeled(train: str, val: str) -> LabeledSets:
     if empty:
         raise ValueError(
             f"{train} has no photo of {len(empty)} of its {len(classes)} classes"
-            f" ({_few(empty)}): nothing could be learned of them"
+            f" ({_few(empty)}): nothing could be learned about them"
         )
     if learned.classes and judged.classes:
         judged = _renumbered(val, judged, classes)

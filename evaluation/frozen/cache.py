@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 import ibeton
+from ibeton.distributed import from_rank_0, rank_and_size
 from ibeton.evaluation.frozen.features import (
     Extraction,
     Features,
@@ -55,7 +56,7 @@ def cached_features(
     Raises ValueError if no photo can be read or a cached array is damaged.
     """
     key = features_key(backbone, config, photos, how, head)
-    entry = _agreed(lambda: _find(folder / key, names))
+    entry = from_rank_0(lambda: _find(folder / key, names))
     if entry is None:
         entry = _extract_to(folder / key, backbone, photos, sorted(names), how, head)
     indices = _load(entry / "index.npy")
@@ -112,21 +113,6 @@ def _load(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({error}); remove {path.parent}") from error
 
 
-def _ranks() -> tuple[int, int]:
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _agreed(action: Any) -> Any:
-    """What `action()` gives on rank 0, on every rank."""
-    rank, world = _ranks()
-    result = [action() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
 def _extract_to(
     folder: Path,
     backbone: nn.Module,
@@ -136,13 +122,13 @@ def _extract_to(
     head: IBOTHead | None,
 ) -> Path:
     """Compute all features, each rank a run of the photos, and give the entry that holds them."""
-    rank, world = _ranks()
+    rank, world = rank_and_size()
 
     def begin() -> str:
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix=".partial-", dir=folder)
 
-    partial = Path(_agreed(begin))
+    partial = Path(from_rank_0(begin))
     try:
         share = np.array_split(np.arange(len(photos)), world)[rank]
 
@@ -159,7 +145,7 @@ def _extract_to(
         del arrays
         if world > 1:
             dist.barrier()
-        return _agreed(lambda: _finish(partial, folder / "+".join(names), names, photos, world))
+        return from_rank_0(lambda: _finish(partial, folder / "+".join(names), names, photos, world))
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
