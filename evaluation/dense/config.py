@@ -12,11 +12,11 @@ from ibeton.training.config import PRECISIONS
 class DenseConfig:
     """Training of a dense task."""
 
-    checkpoint: str = option("", "checkpoint of the backbone, of train.py or imported")
+    checkpoint: str = option("", "checkpoint of the backbone, of train.py or imported", path=True)
     network: str = option("teacher", "which of its networks", ("teacher", "student"))
     untrained: bool = option(False, "the same backbone with new weights, to compare with")
-    data: str = option("", "folder of the data set")
-    output_dir: str = option("", "folder of the run")
+    data: str = option("", "folder of the data set", path=True)
+    output_dir: str = option("", "folder of the run", path=True)
     resume: str = option("no", "no, or auto: continue the run of --output-dir", ("no", "auto"))
     batch_size: int = option(16, "images per step, over all processes")
     lr: float = option(0.0, "peak learning rate (0: as published for the architecture)")
