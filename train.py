@@ -415,6 +415,7 @@ def report(run: Run, log: RunLog) -> None:
     """Say in a few lines what the run produced."""
     from ibeton.training.log.curves import plot_curves
 
+    log.say_progress()
     picture = plot_curves(run.folder) or f"none ({missing_extra('matplotlib')})"
     newest = run.folder / checkpoints.NEWEST
     log.say(f"checkpoint {newest}, log {run.folder / 'log.jsonl'}, plot {picture}")

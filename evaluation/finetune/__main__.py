@@ -141,6 +141,7 @@ def _start_log(run: FinetuneRun) -> RunLog:
 
 def _finish(run: FinetuneRun, log: RunLog) -> None:
     """Report the result and write finetune.json."""
+    log.say_progress()
     for reason in run.loader.unreadable.values():
         log.say(f"unreadable: {reason}")
     if not run.scores:

@@ -118,9 +118,9 @@ class RunLog:
             return
         self._unsaid = progress_line(fields, 1000)
         if time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
-            self._say_progress()
+            self.say_progress()
 
-    def _say_progress(self) -> None:
+    def say_progress(self) -> None:
         """Print the last progress line, where there is no terminal, unless that was done."""
         if self._unsaid:
             self._last_plain = time.monotonic()
@@ -135,7 +135,7 @@ class RunLog:
 
     def close(self) -> None:
         """End the progress line and flush everything."""
-        self._say_progress()
+        self.say_progress()
         self._progress.stop()
         if self.trackers is not None:
             self.trackers.close()

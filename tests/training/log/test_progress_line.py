@@ -44,3 +44,4 @@ def test_a_short_piped_run_prints_its_losses(start: Start, tmp_path) -> None:
     places = [line.split("  ")[1] for line in lines]
     assert (places[0], places[-1]) == ("step 1/24", "step 3/24")  # step 2 on a very slow machine
     assert not any(line.startswith(("{", "}")) for line in process.said().splitlines())
+    assert process.said().splitlines()[-1].startswith("checkpoint "), "the result comes last"
