@@ -48,8 +48,10 @@ class Process:
         return self.output.read_text() if self.output.exists() else ""  # it has yet to begin
 
     def log(self) -> str:
+        """The whole lines of the log: the last one may be half written."""
         path = self.folder / "log.jsonl"
-        return path.read_text() if path.exists() else ""
+        text = path.read_text() if path.exists() else ""
+        return text[: text.rfind("\n") + 1]
 
     def wait(self) -> int:
         assert self._forker.stdout is not None

@@ -68,6 +68,7 @@ def test_help_lists_each_option_by_one_spelling_and_names_its_default_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit):
         parse(["--help"])
     said = capsys.readouterr().out

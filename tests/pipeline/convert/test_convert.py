@@ -400,10 +400,10 @@ def test_a_file_without_checksums_is_decoded_and_said_to_be(copied: Path) -> Non
     [
         ({"quality": 0}, "--quality 0: expected 1 to 100"),
         ({"quality": 101}, "--quality 101: expected 1 to 100"),
-        ({"max_resolution": -1}, "--max-resolution -1: expected 0 or more"),
-        ({"workers": -2}, "--workers -2: expected 0 or more"),
+        ({"max_resolution": -1}, "--max-resolution -1 must be at least 0"),
+        ({"workers": -2}, "--workers -2 must be at least 0"),
         ({"subset": 49}, "--subset 49: .* has 48 photos"),
-        ({"write_mode": "png"}, "--write-mode png: expected keep, jpg, raw, smart"),
+        ({"write_mode": "png"}, "--write-mode png: expected one of keep, jpg, raw, smart"),
         ({"write_mode": "smart"}, "--smart-threshold BYTES go together"),
         ({"smart_threshold": 5}, "--smart-threshold BYTES go together"),
     ],
