@@ -23,7 +23,8 @@ LONG = {  # minutes each
     "backbone": [BLOCK],
     "head": ["tests/model/test_head.py"],
     "loss": ["tests/model/test_loss.py"],
-    "settings": [STEP],
+    "settings": [f"{STEP}::test_{name}" for name in ("every_setting", "every_batch")],
+    "half precision": [f"{STEP}::test_half_precision"],
     "published steps": [  # without the plain paths
         *("tests/model/test_trajectory.py", "-k", "(fast or not_recomputed) and not float64"),
     ],
