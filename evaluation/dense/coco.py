@@ -72,8 +72,8 @@ class CocoPhotos:
             if one[name] not in listed:
                 raise ValueError(f"{where} has {name} {one[name]}, which is not listed")
         numbers = [*(one.get("bbox") or ()), one.get("area")]
-        usable = [isinstance(number, int | float) for number in numbers] == [True] * 5
-        if not usable or not {"segmentation", "iscrowd"} <= one.keys():
+        usable = [isinstance(n, int | float) and -1e9 < n < 1e9 for n in numbers] == [True] * 5
+        if not usable or min(numbers[2:]) < 0 or not {"segmentation", "iscrowd"} <= one.keys():
             raise ValueError(f"{where} lacks bbox (four numbers), area, segmentation or iscrowd")
 
     def _objects(self, image: int) -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def scores(matrix: np.ndarray, names: list[str]) -> dict[str, float]:
     truth no accuracy; means leave them out. Raises ValueError where no pixel counts.
     """
     if not matrix.any():
-        raise ValueError("no pixel of the photos to evaluate on has a label")
+        raise ValueError("--data: no pixel of the photos to evaluate on has a label")
     matrix = matrix.astype(np.float64)
     right, true, said = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     union = true + said - right

@@ -136,6 +136,8 @@ def edit(path, change):
         (lambda c: c["annotations"][0].update(image_id=77), "object 1 has image_id 77"),
         (lambda c: c["annotations"][1].update(category_id=3), "object 2 has category_id 3"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2]), "object 2 lacks bbox"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, float("nan")]), "object 2 lacks bbox"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, -3, 4]), "object 2 lacks bbox"),
         (lambda c: c.update(images=[], annotations=[]), "lists no usable photos"),
     ],
 )
