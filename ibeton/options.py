@@ -79,8 +79,8 @@ def whole(text: str) -> int:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Lists each option by its dashed spelling, with a short name for its value. The usage line
-    leaves out the options if they are many."""
+    """Lists options with a short name for their values. The usage line leaves them out if they are
+    many."""
 
     MANY = 8
     VALUES: ClassVar[dict[Any, str]] = {int: "N", float: "X", Path: "PATH", expand: "PATH"}
@@ -92,16 +92,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
         text = super()._format_usage(usage, needed, [], prefix)
         return text.replace(self._prog, f"{self._prog} [OPTIONS]", 1)
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        spellings = action.option_strings
-        dashed = [name for name in spellings if name.replace("_", "-") not in spellings]
-        dashed += [name for name in spellings if "_" not in name]
-        action.option_strings = dashed
-        try:
-            return super()._format_action_invocation(action)
-        finally:
-            action.option_strings = spellings
-
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return self.VALUES.get(action.type) or super()._get_default_metavar_for_optional(action)
 
@@ -110,7 +100,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that reports every mistake of a command line at once, one sentence each,
     with exit status 2, and suggests the nearest option or value. Options are not abbreviated, `~`
     is expanded in paths (`type=Path` or `type=expand`), floats are finite, and integers have 64
-    bits. As a subcommand of `ibeton` it goes by that name."""
+    bits. Underscores in options, the published spelling, count as dashes. As a subcommand of
+    `ibeton` it goes by that name."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         command = sys.argv[0]
@@ -132,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; unknown options are errors."""
-        words = self._plain_switches(list(sys.argv[1:] if args is None else args))
+        words = self._our_spelling(list(sys.argv[1:] if args is None else args))
         found, unknown = super().parse_known_args(words, namespace)
         known = list(self._option_string_actions)
         for action in self._actions:
@@ -146,20 +137,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; unknown options are returned."""
-        words = self._plain_switches(list(sys.argv[1:] if args is None else args))
+        words = self._our_spelling(list(sys.argv[1:] if args is None else args))
         found = super().parse_known_args(words, namespace)
         self._report()
         return found
 
-    def _plain_switches(self, words: list[str]) -> list[str]:
-        """`--name true` and `--name false`, as the published trainers have them, as `--name` and
-        `--no-name`."""
+    def _our_spelling(self, words: list[str]) -> list[str]:
+        """The words in our spelling, where the published trainers have another: `--a_name` as
+        `--a-name`, `--name true` as `--name`, `--name false` as `--no-name`."""
         plain: list[str] = []
-        for word in words:
+        known = self._option_string_actions
+        for i, word in enumerate(words):
+            if word == "--":  # no options below
+                return plain + words[i:]
+            name, equals, value = word.partition("=")
+            if word.startswith("--") and (dashed := name.replace("_", "-")) in known:
+                word = dashed + equals + value
             before = plain[-1] if plain else ""
-            switch = isinstance(
-                self._option_string_actions.get(before), argparse.BooleanOptionalAction
-            )
+            switch = isinstance(known.get(before), argparse.BooleanOptionalAction)
             if not switch or before.startswith("--no-") or word.lower() not in _SWITCH:
                 plain.append(word)
             elif not _SWITCH[word.lower()]:
@@ -206,9 +201,8 @@ def _add_option(group: Any, item: dataclasses.Field, hint: Any) -> None:
         "default": argparse.SUPPRESS,
         "help": _help(item).replace("%", "%%"),
     }
-    names = list(dict.fromkeys((flag(item.name), f"--{item.name}")))  # published spelling too
     if hint is bool:
-        group.add_argument(*names, action=argparse.BooleanOptionalAction, **arguments)
+        group.add_argument(flag(item.name), action=argparse.BooleanOptionalAction, **arguments)
         return
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
@@ -216,7 +210,7 @@ def _add_option(group: Any, item: dataclasses.Field, hint: Any) -> None:
         hint = kinds[0]
     if item.metadata.get("choices"):
         arguments["choices"] = item.metadata["choices"]
-    group.add_argument(*names, type=expand if item.metadata["path"] else hint, **arguments)
+    group.add_argument(flag(item.name), type=expand if item.metadata["path"] else hint, **arguments)
 
 
 def _help(item: dataclasses.Field) -> str:
@@ -290,11 +284,12 @@ def too_low(settings: Any, least: dict[tuple[str, ...], float]) -> Iterator[str]
 
 
 def unknown_choices(settings: Any) -> Iterator[str]:
-    """A sentence for each setting that is neither one of its choices nor its default."""
+    """A sentence for each setting, or item of one, that is neither a choice nor the default."""
     for item in dataclasses.fields(settings):
         value, choices = getattr(settings, item.name), item.metadata.get("choices")
-        if choices and value not in (*choices, item.default):
-            yield f"{flag(item.name)} {value}: expected one of {', '.join(choices)}"
+        for one in value if isinstance(value, tuple) else (value,):
+            if choices and one not in (*choices, item.default):
+                yield f"{flag(item.name)} {one}: expected one of {', '.join(choices)}"
 
 
 def refuse(problems: Iterable[str]) -> None:

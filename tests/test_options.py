@@ -1,13 +1,14 @@
 """Options as the command line takes them."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from ibeton.evaluation import show
 from ibeton.evaluation.frozen import knn
-from ibeton.options import check_output_file
-from ibeton.training.config import parse
+from ibeton.options import Parser, check_output_file, option, unknown_choices
+from ibeton.training.config import from_values, parse
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "NaN", "1e999"])
@@ -88,3 +89,36 @@ def test_help_of_a_subcommand_goes_by_its_whole_name(
         show.main(["attention", "--help"])
     usage = capsys.readouterr().out.split("\n\n")[0]
     assert " ".join(usage.split()).startswith("usage: ibeton show attention [-h] --checkpoint")
+
+
+@dataclass
+class Chosen:
+    """Settings with choices, one and several."""
+
+    color: str = option("red", "a color", ("red", "green"))
+    sizes: tuple[str, ...] = option((), "sizes", ("small", "large"))
+
+
+def test_each_item_of_a_list_is_held_against_the_choices() -> None:
+    assert not list(unknown_choices(Chosen("green", ("large", "small"))))
+    assert list(unknown_choices(Chosen("blue", ("large", "huge")))) == [
+        "--color blue: expected one of red, green",
+        "--sizes huge: expected one of small, large",
+    ]
+
+
+def test_trackers_that_are_installed_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert parse(["--data", "x", "--log-to", "wandb", "mlflow"]).run.log_to == ("wandb", "mlflow")
+    with pytest.raises(ValueError, match=r"--log-to comet: expected one of wandb, mlflow"):
+        from_values({"data": ("x",), "log_to": ("comet",)})
+
+
+def test_underscores_count_as_dashes_in_options_alone() -> None:
+    config = parse(["--data", "a_b", "--global_batch_size=64", "--no-shared_head"])
+    assert (config.run.global_batch_size, config.model.shared_head) == (64, False)
+    assert config.pipeline.data == ("a_b",)
+    parser = Parser()
+    parser.add_argument("--a-b")
+    parser.add_argument("rest", nargs="*")
+    assert parser.parse_args(["--a_b", "c_d", "--", "--a_b"]).rest == ["--a_b"]

@@ -75,11 +75,9 @@ _KINDS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
 def missing_packages(names: Sequence[str]) -> Iterator[str]:
-    """A sentence per tracker of `names` that is unknown or not installed."""
+    """A sentence per tracker of `names` that is not installed."""
     for name in names:
-        if name not in TRACKERS:
-            yield f"--log-to {name}: expected one of {', '.join(TRACKERS)}"
-        elif importlib.util.find_spec(name) is None:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
             yield f"--log-to {name}: not installed; install it: pip install {_PACKAGES[name]}"
 
 
