@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ibeton.command import missing_extra, protect_output, refusal
-from ibeton.distributed import join_processes
+from ibeton.distributed import join_processes, leave_group
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.fused.check import kernel_fault
@@ -49,7 +48,7 @@ from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.log.trackers import Trackers
-from ibeton.training.precision import precision_on
+from ibeton.training.precision import DTYPES, precision_on
 from ibeton.training.problems import check_output_dir, check_readable, explain
 from ibeton.training.rollback import roll_back
 from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, seed_step, try_save
@@ -59,8 +58,6 @@ from ibeton.training.timing.forecast import preflight
 from ibeton.training.timing.monitor import StepMonitor
 from ibeton.training.timing.speed import cores_a_process
 from ibeton.workers import cores
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 
 @dataclass
@@ -369,8 +366,7 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
             if folder is not None:
                 folder.close(state)
         run.watchdog.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
     return status
 
 

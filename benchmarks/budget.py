@@ -20,11 +20,11 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.budget_launches import CATEGORIES, Launches, Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category, host_seconds
-from ibeton.benchmarks.model import DTYPES
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import RECOMPUTE
 from ibeton.progress import plain_console
+from ibeton.training.precision import DTYPES
 
 
 def summary(launches: list[Launches], device: Device) -> dict[str, dict[str, float]]:

@@ -39,8 +39,8 @@ from ibeton.pipeline.loaders.gpu_stream import GpuCrops
 from ibeton.pipeline.sampling import MaskConfig, draw_batch, draw_masks, spec_table
 from ibeton.pipeline.store import BetonReader
 from ibeton.progress import plain_console
+from ibeton.training.precision import DTYPES
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 8  # of a turn
 
 

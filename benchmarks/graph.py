@@ -24,13 +24,14 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine
 from ibeton.benchmarks.harness.model_step import Baseline, Batch
-from ibeton.benchmarks.model import DTYPES, peak_flops
+from ibeton.benchmarks.model import peak_flops
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import build_optimizer
 from ibeton.model.steps import Step
 from ibeton.progress import plain_console
+from ibeton.training.precision import DTYPES
 from ibeton.training.timing.flops import flop_counter
 
 CASES = (

@@ -29,9 +29,8 @@ from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Clock, 
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.progress import plain_console
+from ibeton.training.precision import DTYPES
 from ibeton.training.timing.flops import flop_counter
-
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def flops(side: Side, batch: Batch) -> float:

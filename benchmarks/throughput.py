@@ -38,6 +38,7 @@ from ibeton.benchmarks.harness.throughput_floors import (
 from ibeton.benchmarks.harness.throughput_report import compare, print_report, write_html, write_png
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_command
+from ibeton.distributed import leave_group
 from ibeton.options import Parser
 from ibeton.progress import plain_console
 from ibeton.stages import PARTS, stage
@@ -82,8 +83,7 @@ def leave(run: Run) -> None:
     """End threads, worker processes and the group."""
     run.loader.close()
     run.watchdog.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_group()
 
 
 def of_ranks(bench: Bench) -> list[dict[str, float]]:

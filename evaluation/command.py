@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
 from ibeton.atomic import write_text
 from ibeton.command import run_or_exit
-from ibeton.distributed import join_processes, rank_and_size
+from ibeton.distributed import join_processes, leave_group, rank_and_size
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
@@ -220,8 +219,7 @@ def command(
     try:
         return run_or_exit(act)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

@@ -13,8 +13,6 @@ from ibeton.model.ibot import build_backbone
 from ibeton.training import precision as training
 from ibeton.training.config import PRECISIONS
 
-_DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 def precision_on(device: torch.device | str, name: str) -> tuple[str, torch.dtype | None]:
     """The precision that `name` means on a device, as in pre-training, and what autocast computes
@@ -22,7 +20,7 @@ def precision_on(device: torch.device | str, name: str) -> tuple[str, torch.dtyp
     if name not in PRECISIONS:
         raise ValueError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}")
     name = training.precision_on(torch.device(device), name)
-    return name, _DTYPES[name]
+    return name, training.DTYPES[name]
 
 
 def trainable_backbone(settings: ModelConfig, drop_path: float, again: bool = False) -> nn.Module:

@@ -1,10 +1,19 @@
 """Files appear under their names only when they are complete."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Names of temporary files, also those that earlier versions gave with a process's number.
+PARTIAL = re.compile(r"\..+\.([0-9a-f]{8}|\d+)\.partial(\.[\w.]+)?")
+
+
+def partial_name(path: Path, suffix: str = "") -> Path:
+    """A name for what becomes `path` once it is complete: `.NAME.RANDOM.partial`, plus `suffix`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial{suffix}")
 
 
 @contextmanager
@@ -13,10 +22,10 @@ def replacing(path: str | Path, suffix: str = "") -> Iterator[Path]:
     the block raises.
 
     The temporary file is new and empty (never a link that someone put there) and is called
-    `.NAME.RANDOM.partial`, plus `suffix` for libraries that choose a format by it.
+    `partial_name`; `suffix` is for libraries that choose a format by it.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial{suffix}")
+    partial = partial_name(path, suffix)
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial

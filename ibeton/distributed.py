@@ -5,11 +5,13 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.nn.parallel import DistributedDataParallel
 
 from ibeton.workers import stop_with_launcher
 
@@ -64,7 +66,7 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     return device, rank, world_size
 
 
-def leave_group(together: bool) -> None:
+def leave_group(together: bool = False) -> None:
     """Leave the group of processes, if there is one; `together`: once all ranks do, or after a
     minute.
 
@@ -83,6 +85,12 @@ def leave_group(together: bool) -> None:
         except RuntimeError:
             pass  # another rank, perhaps with the store, is gone
     dist.destroy_process_group()
+
+
+def without_reduction(module: Any) -> AbstractContextManager[None]:
+    """Gradients that a DDP `module` gets in it stay on this rank until the next backward outside
+    it."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def rank_and_size() -> tuple[int, int]:

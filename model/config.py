@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ibeton.options import flag, option, refuse
+from ibeton.options import flag, option, refuse, too_low, unknown_choices
 
 # name -> (embed_dim, depth, num_heads), as published
 ARCHITECTURES = {
@@ -25,15 +25,15 @@ ACTIVATIONS = ("gelu", "relu")
 RECOMPUTE = ("auto", "on", "off")
 GRAPHS = ("auto", "on", "off")
 KERNELS = ("auto", "off")
-CHOICES = {
-    "arch": (*ARCHITECTURES, *SWINS),
-    "norm_in_head": HEAD_NORMS,
-    "act": ACTIVATIONS,
-    "recompute": RECOMPUTE,
-    "cuda_graphs": GRAPHS,
-    "kernels": KERNELS,
-}
 MOST = 1000  # layers, or views: more would not fit in any memory
+_AT_LEAST: dict[tuple[str, ...], float] = {
+    ("embed_dim", "depth", "num_heads", "local_crops_number"): 0,
+    ("warmup_teacher_temp_epochs", "pred_start_epoch", "layer_scale"): 0,
+    ("patch_size", "image_size", "out_dim", "hidden_dim"): 1,
+    ("patch_out_dim", "bottleneck_dim", "head_layers", "epochs"): 1,
+    ("lambda1", "lambda2"): 0,
+    ("micro_steps", "global_crops_number"): 1,
+}
 TEMPERATURES = (
     *("teacher_temp", "warmup_teacher_temp", "student_temp"),
     *("teacher_patch_temp", "warmup_teacher_patch_temp"),
@@ -120,12 +120,7 @@ class ModelConfig:
 
     def problems(self) -> Iterator[str]:
         """A sentence per value that cannot work, naming the option."""
-        wrong = [
-            f"{flag(name)} {getattr(self, name)}: expected one of {', '.join(choices)}"
-            for name, choices in CHOICES.items()
-            if getattr(self, name) not in choices
-        ]
-        yield from wrong
+        yield from unknown_choices(self)
         yield from self._out_of_range()
         if self.arch in SWINS:
             yield from self._swin_problems()
@@ -167,18 +162,7 @@ class ModelConfig:
                 yield f"{flag(name)} is for ViTs: --arch {self.arch} does not take it"
 
     def _out_of_range(self) -> Iterator[str]:
-        at_least = {
-            **dict.fromkeys(("embed_dim", "depth", "num_heads", "local_crops_number"), 0),
-            **dict.fromkeys(("warmup_teacher_temp_epochs", "pred_start_epoch", "layer_scale"), 0),
-            **dict.fromkeys(("patch_size", "image_size", "out_dim", "hidden_dim"), 1),
-            **dict.fromkeys(("patch_out_dim", "bottleneck_dim", "head_layers", "epochs"), 1),
-            **dict.fromkeys(("lambda1", "lambda2"), 0),
-            "micro_steps": 1,
-            "global_crops_number": 1,
-        }
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                yield f"{flag(name)} {getattr(self, name)} must be at least {least}"
+        yield from too_low(self, _AT_LEAST)
         for name in ("depth", "head_layers", "global_crops_number", "local_crops_number"):
             if getattr(self, name) > MOST:
                 yield f"{flag(name)} {getattr(self, name)} must be at most {MOST}"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ibeton.atomic import sync_folder
+from ibeton.atomic import PARTIAL, partial_name, sync_folder
 from ibeton.distributed import from_rank_0
 from ibeton.model.checkpoint import load_checkpoint, write_through
 from ibeton.training.health.nonfinite_guard import RunError
@@ -26,9 +26,6 @@ from ibeton.training.health.nonfinite_guard import RunError
 NEWEST, DIVERGED = "checkpoint.pt", "diverged.pt"
 _ROLLING = re.compile(r"checkpoint-(\d+)\.pt")
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pt")
-_PARTIAL = re.compile(
-    r"\.[\w-]+\.\w+(-link)?\.[0-9a-f]+\.partial(\.\w+)?"
-)  # also of `ibeton.atomic`
 
 
 def write(
@@ -45,7 +42,7 @@ def write(
     full disk; the checkpoints are then unchanged.
     """
     newest = folder / NEWEST
-    partial = _partial(folder)
+    partial = partial_name(newest)
     try:
         write_through(partial, content)
         if newest.exists() and not replace:
@@ -165,7 +162,7 @@ def listed(folder: Path) -> list[Path]:
 def clean(folder: Path) -> None:
     """Remove what a killed process of the run left half written, under whichever name."""
     for path in folder.iterdir():
-        if _PARTIAL.fullmatch(path.name):
+        if PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -184,7 +181,7 @@ def _step_aside(newest: Path, keep_last: int) -> None:
 def _put(source: Path, target: Path) -> None:
     """Link `target` to `source`, or copy it if the file system has no links. `source` is never
     missing meanwhile, as another process may be reading it."""
-    partial = _partial(source.parent, "-link")
+    partial = partial_name(target)
     try:
         try:
             os.link(source, partial)
@@ -193,10 +190,6 @@ def _put(source: Path, target: Path) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _partial(folder: Path, what: str = "") -> Path:
-    return folder / f".{NEWEST}{what}.{os.getpid()}.partial"
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:

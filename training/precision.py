@@ -2,6 +2,9 @@
 
 import torch
 
+# What autocast computes in; None: no autocast.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
 
 def precision_on(device: torch.device, name: str) -> str:
     """fp16, bf16 or fp32: the precision `name` (one of `config.PRECISIONS`) on `device`.

@@ -12,8 +12,9 @@ from ibeton import stages
 from ibeton.pipeline import Batch, Loader, build_loader
 from ibeton.pipeline.loaders import RECIPE
 from ibeton.stages import StageClock, stage
-from ibeton.train import DTYPES, Run, train_step
+from ibeton.train import Run, train_step
 from ibeton.training.log.metrics import DelayedMetrics
+from ibeton.training.precision import DTYPES
 from ibeton.training.run import rate_schedule
 from ibeton.training.timing.speed import Window
 from ibeton.workers import cores

@@ -10,7 +10,8 @@ import torch
 from ibeton.model.masking import masked_patches
 from ibeton.pipeline import Batch
 from ibeton.pipeline.store import JPG, BetonReader, Photos
-from ibeton.train import DTYPES, Run, train_step
+from ibeton.train import Run, train_step
+from ibeton.training.precision import DTYPES
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 
 _PHOTOS = 64  # looked at to know the bytes and the decode of a photo

@@ -13,10 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ibeton.command import refusal
-from ibeton.distributed import join_processes
+from ibeton.distributed import join_processes, leave_group
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder, prepare
@@ -58,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if here is not None:
                 here.watchdog.close()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            leave_group()
 
 
 def _checkpoint(values: dict[str, Any]) -> dict[str, Any]:

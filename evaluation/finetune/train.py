@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from ibeton.distributed import without_reduction
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.finetune.run import FinetuneRun, save
@@ -109,7 +109,7 @@ def train_step(run: FinetuneRun, batch: Batch) -> dict[str, Tensor]:
     results = []
     for i, (images, targets) in enumerate(_parts(run, batch)):
         seed_all(config.seed, run.step, run.here.rank, i, 1)  # stochastic depth
-        with nullcontext() if i == config.accumulate - 1 else _without_reduction(model):
+        with nullcontext() if i == config.accumulate - 1 else without_reduction(model):
             with (
                 stage("student"),
                 torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
@@ -132,11 +132,6 @@ def train_step(run: FinetuneRun, batch: Batch) -> dict[str, Tensor]:
             run.optimizer.step()
     loss, acc = torch.stack(results).mean(dim=0)
     return {"loss": loss, "acc": acc, "grad_norm": norm.detach()}
-
-
-def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    """Gradients of what runs in it stay on this rank until the next backward outside it."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def _parts(run: FinetuneRun, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:

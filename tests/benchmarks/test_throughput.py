@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from small_runs import SMALL_MODEL, noise_beton, with_a_slow_rank
+from small_runs import SMALL_MODEL, Ticks, noise_beton, with_a_slow_rank
 
 from ibeton import stages, train
 from ibeton.benchmarks.harness.throughput_report import print_report, rows
@@ -112,17 +112,6 @@ def test_picture_and_page_are_left(report: Path) -> None:
     verdict = result(report)["verdict"]
     assert any("Both together give" in line for line in verdict)
     assert all(html.escape(line) in page for line in verdict)
-
-
-class Ticks:
-    """A clock that hardly moves by itself, so that how busy the machine is does not count."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-6
-        return self.now
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 from PIL import Image
-from small_runs import SMALL_MODEL, SMALL_RUN, noise_beton, records, with_a_slow_rank
+from small_runs import SMALL_MODEL, SMALL_RUN, Ticks, noise_beton, records, with_a_slow_rank
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibeton import stages, train
@@ -39,17 +39,6 @@ def run(beton: Path, folder: Path, *options: str) -> dict[str, Any]:
     """The last record of a run."""
     assert train.main([*SMALL, "--data", str(beton), "--output-dir", str(folder), *options]) == 0
     return records(folder)[-1]
-
-
-class Ticks:
-    """A clock that hardly moves by itself, so that how busy the machine is does not count."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-6
-        return self.now
 
 
 def named_in_trace(folder: Path) -> set[str]:
