@@ -3,7 +3,7 @@
 import torch
 
 # What autocast computes in; None: no autocast.
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision_on(device: torch.device, name: str) -> str:
