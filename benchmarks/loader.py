@@ -203,7 +203,8 @@ def main() -> None:
     about = harness.machine("torch", "torchvision", "numba")
     if on_gpu:
         about["processor"] += f", {torch.cuda.get_device_name()}"
-    harness.conclude(console, about, args.rounds, args.json, figures=results)
+    rounds = 0 if args.borders else args.rounds
+    harness.conclude(console, about, rounds, args.json, figures=results)
 
 
 if __name__ == "__main__":

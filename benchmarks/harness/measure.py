@@ -151,7 +151,9 @@ def ratios(rates: dict[str, list[float]], name: str, to: str) -> list[float]:
 def conclude(
     console: Console, about: dict[str, Any], rounds: int, path: Path | None, **results: Any
 ) -> None:
-    """Say on which machine and how often it was measured; write `results` to `path` as JSON."""
-    console.print(f"{in_words(about)}; medians (quartiles) of {rounds} rounds, taken in turns")
+    """Say on which machine and how often it was measured (0: not in rounds); write `results` to
+    `path` as JSON."""
+    turns = f"; medians (quartiles) of {rounds} rounds, taken in turns" if rounds else ""
+    console.print(in_words(about) + turns)
     if path is not None:
         path.write_text(json.dumps({"machine": about, **results}, indent=1))

@@ -234,8 +234,9 @@ def test_the_next_epoch_is_prepared_while_the_last_batches_are_used(beton: Path,
 
     loader._plans = noted  # type: ignore[method-assign]
     first = list(loader.epoch(0))
-    while planned[-1][0] == 0:  # the second epoch is begun, though nobody asked for it
+    while planned[-1][0] == 0:
         time.sleep(0.01)
+    assert planned[-1][0] == 1, "the second epoch has been begun, though nobody asked for it"
     second = list(loader.epoch(1))
     assert [number for _, number in planned] == list(range(len(planned))), "in one go"
     loader.close()
