@@ -227,9 +227,4 @@ def save(run: Training) -> None:
                 f"weights are not finite after step {run.step}, in {name}: lower --lr, or give"
                 " --precision fp32"
             )
-        try:
-            checkpoints.write(Path(run.config.output_dir), content, keep_last=1)
-        except OSError as error:
-            raise RunError(
-                f"no checkpoint could be written at step {run.step} ({error})"
-            ) from error
+        checkpoints.write(Path(run.config.output_dir), content, keep_last=1)

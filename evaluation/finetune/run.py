@@ -220,7 +220,8 @@ def _resume(run: FinetuneRun) -> None:
         check_unused(run.folder)
     path = None
     if resuming:
-        path, _ = checkpoints.newest_of_rank_0(run.folder, run.here.device)
+        path, damaged = checkpoints.newest_of_rank_0(run.folder, run.here.device)
+        run.notes += damaged
     run.name = run.seen or new_identity()
     if path is None:
         if run.seen and (other := _changed(run, read_config(run.folder))):

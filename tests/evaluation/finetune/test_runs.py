@@ -4,6 +4,7 @@ in one sentence what it cannot do."""
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_a_finished_run_is_told_again_and_not_trained_again(given, tmp_path):
     (tmp_path / "run" / "finetune.json").unlink()
     assert main(options) == 0
     assert scores(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(given, tmp_path, capsys):
+    options = given(tmp_path / "run", "--epochs", "2", "--resume", "auto")
+    assert main(options) == 0
+    newest = tmp_path / "run" / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert main(options) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"skipped: .*{re.escape(str(newest))}", said)
+    assert f"resumed at step {STEPS_PER_EPOCH} of" in said
 
 
 def test_two_processes_and_parts_of_a_batch_do_what_one_process_does(start, tmp_path):
