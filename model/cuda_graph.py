@@ -66,7 +66,8 @@ class GraphedStep:
         on_cuda = next(step.ibot.parameters()).is_cuda
         self._recorder = CudaRecorder() if on_cuda else Recorder()
         self._recordings: dict[Key, Recording] = {}
-        self._seen: set[Key] = set()
+        # Of each eager step: the host's inputs of forward and backward, and of the update
+        self._seen: dict[Key, tuple[HostInputs, HostInputs]] = {}
         self._buffers: dict[Key, Tensor] = {}
         self._state = step.optimizer.state
         self._flat: Tensor | None = None
@@ -94,8 +95,7 @@ class GraphedStep:
         if key in self._seen and not self._failed and self._prepare(inputs, epoch, key):
             metrics = self._replay(self._recordings[key])
         else:
-            metrics = self._run_eagerly(inputs, epoch)
-        self._seen.add(key)
+            metrics = self._run_eagerly(inputs, epoch, *self._seen.setdefault(key, _host_inputs()))
         set_rates(optimizer, lr, weight_decay)  # numbers again, for those who read them
         return metrics
 
@@ -114,7 +114,7 @@ class GraphedStep:
             return True
         random = torch.get_rng_state()
         try:
-            self._recordings[key] = self._record(inputs, epoch)
+            self._recordings[key] = self._record(inputs, epoch, *self._seen[key])
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured
             if self._required:
                 raise RuntimeError(
@@ -128,9 +128,11 @@ class GraphedStep:
                 self._step.scaler._per_optimizer_states.clear()
         return not self._failed
 
-    def _record(self, inputs: StepInputs, epoch: int) -> Recording:
+    def _record(
+        self, inputs: StepInputs, epoch: int, draws: HostInputs, addresses: HostInputs
+    ) -> Recording:
         """Record a step on tensors that stay in place and hold `inputs`."""
-        step, record, draws = self._step, self._recorder.record, HostInputs()
+        step, record = self._step, self._recorder.record
         static = self._static(inputs)
         _fill(static, inputs)
         if _processes() == 1:
@@ -149,7 +151,7 @@ class GraphedStep:
         def update() -> Metrics:
             return step.update_weights(static, epoch, self._unpack(computed[0]), reduced=True)
 
-        first, addresses = record(compute, draws), HostInputs()
+        first = record(compute, draws)
         return Recording(static, [draws, addresses], first, record(update, addresses))
 
     def _replay(self, recording: Recording) -> Metrics:
@@ -161,20 +163,25 @@ class GraphedStep:
             # Copied, as the next step overwrites them.
             return {name: value.clone() for name, value in recording.finish().items()}
 
-    def _run_eagerly(self, inputs: StepInputs, epoch: int) -> Metrics:
+    def _run_eagerly(
+        self, inputs: StepInputs, epoch: int, draws: HostInputs, addresses: HostInputs
+    ) -> Metrics:
         """The same step, not recorded. It also does what cannot be captured: it compiles kernels
-        and allocates the optimizer's state."""
+        and allocates the optimizer's state and the tensors of the host's inputs."""
         step = self._step
         if self._recordings and not self._recorder.has_room():
             self._forget()  # each is captured again when it is next needed
         moved = inputs.on(inputs.global_crops.device, takes_scalars(step.optimizer))
         with self._recorder.warm_up():
             if _processes() == 1:
-                return step.run(moved, epoch)
-            computed = step.compute_gradients(moved, epoch)
-            self._pack(computed)
+                with draws.recording():
+                    return step.run(moved, epoch)
+            with draws.recording():
+                computed = step.compute_gradients(moved, epoch)
+                self._pack(computed)
             self._average()
-            return step.update_weights(moved, epoch, self._unpack(computed), reduced=True)
+            with addresses.recording():
+                return step.update_weights(moved, epoch, self._unpack(computed), reduced=True)
 
     def _pack(self, computed: Gradients) -> None:
         """Put gradients and batch means into one tensor, always the same."""
@@ -225,9 +232,12 @@ class Recorder:
 
     def record(self, function: Callable[[], Result], draws: HostInputs) -> Callable[[], Result]:
         """What repeats `function` on the values that its tensors hold then."""
+        repeats = False
 
         def replay() -> Result:
-            with draws.recording():
+            nonlocal repeats
+            with draws.repeating() if repeats else draws.recording():
+                repeats = True
                 return function()
 
         return replay
@@ -260,7 +270,7 @@ class CudaRecorder(Recorder):
         # The loader's threads keep using CUDA meanwhile: only this thread is restricted.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),  # restored even if the capture fails
-            draws.recording(),
+            draws.recording(captures=True),
             untimed(),
             torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
@@ -298,6 +308,10 @@ def _fill(static: StepInputs, inputs: StepInputs) -> None:
     for target, source in zip(static, inputs, strict=True):
         if target is not None and source is not None:
             target.copy_(to_device(source, target.device))
+
+
+def _host_inputs() -> tuple[HostInputs, HostInputs]:
+    return HostInputs(), HostInputs()
 
 
 def _processes() -> int:

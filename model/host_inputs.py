@@ -25,21 +25,44 @@ class HostInputs:
 
     def __init__(self) -> None:
         self._sources: list[tuple[Callable[[], Tensor], Tensor]] = []
-        self._pending: list[tuple[Tensor, Tensor]] = []  # first values, not copied yet
         self._position = 0
+        self._repeats, self._captures = False, False
+        self._pending: list[tuple[Tensor, Tensor]] = []  # not copied yet
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, `from_host` hands out the tensors of this object."""
+    def recording(self, captures: bool = False) -> Iterator[None]:
+        """Inside, `from_host` hands out the tensors of this object, with new values.
+
+        `captures`: into a CUDA graph. The tensors must then be those of an earlier recording: a
+        graph may use memory that is allocated during its capture for other values before them.
+        RuntimeError if there is none, or one of another shape.
+        """
+        self._captures = captures
+        with self._handing_out():
+            yield
+        for tensor, value in self._pending:  # not part of the graph, or it would copy them forever
+            tensor.copy_(to_device(value, tensor.device))
+        self._pending.clear()
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Inside, `from_host` hands out the tensors as they are."""
+        self._repeats = True
+        try:
+            with self._handing_out():
+                yield
+        finally:
+            self._repeats = False
+
+    @contextmanager
+    def _handing_out(self) -> Iterator[None]:
         global _active
         before, _active, self._position = _active, self, 0
+        self._pending.clear()
         try:
             yield
         finally:
             _active = before
-        for tensor, value in self._pending:  # not part of the graph, or it would copy them forever
-            tensor.copy_(to_device(value, tensor.device))
-        self._pending.clear()
 
     def refill(self) -> None:
         """Compute every value again and copy it to the device. The host does not wait."""
@@ -47,17 +70,23 @@ class HostInputs:
             tensor.copy_(to_device(make(), tensor.device))
 
     def next(self, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """The tensor of the next call; a call that is new gets a tensor with its first value."""
-        if self._position == len(self._sources):
-            value = make()
+        """The tensor of the next call."""
+        position, self._position = self._position, self._position + 1
+        if self._repeats:
+            return self._sources[position][1]
+        value, known = make(), self._sources[position:]
+        if known and known[0][1].shape == value.shape:
+            tensor = known[0][1]
+        elif self._captures:
+            raise RuntimeError("a capture needs the host's values of the eager step before it")
+        else:
             tensor = torch.empty_like(value, device=device)
-            self._sources.append((make, tensor))
-            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-                self._pending.append((tensor, value))
-            else:
-                tensor.copy_(value)
-        self._position += 1
-        return self._sources[self._position - 1][1]
+        self._sources[position : position + 1] = [(make, tensor)]
+        if self._captures:
+            self._pending.append((tensor, value))
+        else:
+            tensor.copy_(to_device(value, device))
+        return tensor
 
 
 def from_host(make: Callable[[], Tensor], device: torch.device) -> Tensor:

@@ -233,7 +233,7 @@ def test_draws_are_those_of_eager_steps_and_new_in_every_replay():
         torch.manual_seed(seed)
         if seen:
             draws.refill()
-        with draws.recording():
+        with draws.repeating() if seen else draws.recording():
             one, other = function()
         seen.append((one.data_ptr(), other.data_ptr()))
         torch.manual_seed(seed)
@@ -241,6 +241,22 @@ def test_draws_are_those_of_eager_steps_and_new_in_every_replay():
     assert len(set(seen)) == 1, "the tensors stay in place"
     torch.manual_seed(3)
     assert_same(function(), [one, other])
+
+
+def test_a_capture_finds_the_tensors_of_the_step_before_it():
+    """New ones would lie in the graph's memory, which holds other values before them."""
+    draws = HostInputs()
+    with pytest.raises(RuntimeError, match="the eager step"), draws.recording(captures=True):
+        from_host(lambda: torch.ones(2), CPU)
+    with draws.recording():
+        eager = from_host(lambda: torch.ones(2), CPU)
+    with draws.recording(captures=True):
+        captured = from_host(lambda: torch.full((2,), 3.0), CPU)
+        assert captured.tolist() == [1, 1], "the copy is not part of the capture"
+    assert captured is eager
+    assert captured.tolist() == [3, 3]
+    with pytest.raises(RuntimeError, match="the eager step"), draws.recording(captures=True):
+        from_host(lambda: torch.ones(3), CPU)
 
 
 def test_stochastic_depth_off_the_cpu_keeps_the_samples_that_it_keeps_on_it(monkeypatch):
@@ -309,7 +325,7 @@ def test_a_whole_step_never_touches_the_host(options, scaled, epoch, monkeypatch
     with counting(lambda launch: launches.append(launch.name)):
         with draws.recording():
             step.run(inputs, epoch)  # draws, which the second run finds in place
-        with draws.recording(), DeviceOnly():
+        with draws.repeating(), DeviceOnly():
             metrics = step.run(inputs, epoch)
     assert "_update_kernel" in launches
     assert {"loss", "grad_norm", "finite"} < set(metrics)
