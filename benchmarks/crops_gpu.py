@@ -30,8 +30,10 @@ from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
-from ibeton.model import ModelConfig, build, training_step
+from ibeton.model import ModelConfig, build
+from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import build_optimizer
+from ibeton.model.steps import Step
 from ibeton.pipeline import PipelineConfig
 from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
 from ibeton.pipeline.loaders.context import context_of
@@ -96,10 +98,11 @@ class Bench:
             local_crops_number=config.local_crops_number,
             **SMALL_MODEL if self.device.type == "cpu" else {},
         )
-        self.ibot = build(settings).to(self.device)
-        self.optimizer = build_optimizer(self.ibot.student)
+        ibot = build(settings).to(self.device)
         half = self.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type) if half else None
+        scaler = torch.amp.GradScaler(self.device.type) if half else None
+        optimizer = build_optimizer(ibot.student)
+        self.graphed = GraphedStep(Step(ibot, optimizer, scaler, autocast_dtype=self.dtype))
         cells = config.global_crops_size // config.patch_size
         views = config.global_crops_number
         indices = np.arange(len(self.source.decoded.offsets))
@@ -109,19 +112,8 @@ class Bench:
         _, self.crops = next(self.feed.stream(iter([BatchPlan(0, self.indices)])))
 
     def step(self, crops: DeviceCrops) -> None:
-        training_step(
-            self.ibot,
-            self.optimizer,
-            self.scaler,
-            crops.global_crops,
-            crops.local_crops,
-            self.masks,
-            epoch=1,
-            lr=1e-5,
-            weight_decay=0.04,
-            momentum=0.996,
-            autocast_dtype=self.dtype,
-        )
+        rates = {"lr": 1e-5, "weight_decay": 0.04, "momentum": 0.996}
+        self.graphed(crops.global_crops, crops.local_crops, self.masks, epoch=1, **rates)
 
     def copy(self) -> int:
         for _ in range(self.steps):

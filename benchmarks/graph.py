@@ -24,7 +24,6 @@ from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine
 from ibeton.benchmarks.harness.model_step import Baseline, Batch
-from ibeton.benchmarks.model import peak_flops
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, build, training_step
 from ibeton.model.cuda_graph import GraphedStep
@@ -32,7 +31,7 @@ from ibeton.model.optim import build_optimizer
 from ibeton.model.steps import Step
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
-from ibeton.training.timing.flops import flop_counter
+from ibeton.training.timing.flops import flop_counter, matrix_rate
 
 CASES = (
     *("vit_s:fp16:64", "small:fp16:256", "vit_s:fp16:256", "vit_s:fp16:8", "vit_s:bf16:64"),
@@ -149,7 +148,7 @@ def compare(case: Case, device: str, sides: tuple[str, ...]) -> dict[str, Any]:
     with flop_counter() as counter:
         step_of("eager", case, device)()
     results["flops"] = float(counter.get_total_flops())
-    results["peak_flops"] = peak_flops(device, DTYPES[case.precision])
+    results["peak_flops"] = matrix_rate(torch.device(device), DTYPES[case.precision])
     for side in sides:
         gc.collect()
         if device == "cuda":

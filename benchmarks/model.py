@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, spread
-from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Clock, Side, Times
+from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Side, Times
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
-from ibeton.training.timing.flops import flop_counter
+from ibeton.training.timing.flops import flop_counter, matrix_rate
 
 
 def flops(side: Side, batch: Batch) -> float:
@@ -38,16 +38,6 @@ def flops(side: Side, batch: Batch) -> float:
     with flop_counter() as counter:
         side.step(batch)
     return float(counter.get_total_flops())
-
-
-def peak_flops(device: str, dtype: torch.dtype | None) -> float:
-    """FLOP/s of a large matrix product in the precision of the run."""
-    n = 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
-    clock = Clock(device)
-    torch.mm(a, a)
-    clock.ends("product")
-    return 2 * n**3 / clock.times["product"]
 
 
 def resident(field: str) -> int:
@@ -130,7 +120,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         name: functools.partial(side.step, batch) for name, side in sides.items()
     }
     dtype = DTYPES[args.precision]
-    steps["peak"] = lambda: {"flops": peak_flops(args.device, dtype)}
+    steps["peak"] = lambda: {"flops": matrix_rate(torch.device(args.device), dtype)}
     times = rounds(steps, args.rounds)
     ours, baseline = total(times["ours"]), total(times["baseline"])
     table = Table(title=f"seconds a step, {args.arch}, batch {args.batch_size}, {args.precision}")

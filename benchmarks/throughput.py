@@ -71,6 +71,7 @@ def measure(arguments: list[str], rounds: int, steps: int, baseline: bool) -> di
         demand = demand_of(run, bench.batch, bench.rates)
         sides = bench.sides(stack, baseline)
         peaks = []
+        bench.warm_up()
         for _ in range(rounds):
             for side in sides:
                 side()

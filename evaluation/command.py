@@ -90,7 +90,12 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="checkpoint of train.py, or an imported one")
     add("--network", choices=("teacher", "student"), default="teacher", help="(default: teacher)")
-    add("--workers", type=int, default=0, help="threads that decode (0: one per core)")
+    add(
+        "--workers",
+        type=int,
+        default=0,
+        help="threads that decode (0: one per core, fewer for small photos)",
+    )
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

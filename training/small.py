@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ibeton.pipeline.store.beton import BetonReader
-from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.joined import open_all
+from ibeton.pipeline.store.photos import typical_side
 
 SMALL = "small"
-_LOOKED_AT = 16  # photos of a folder whose size is looked at
 _SEEN_ON_CPU, _SEEN_ON_GPU = 640_000, 6_400_000  # photos, over all epochs: about an hour
 _EPOCHS = 5, 800  # at least, at most
 _ON_CPU: dict[str, Any] = {
@@ -35,7 +33,7 @@ def small_recipe(data: str | Sequence[str], device: str) -> dict[str, Any]:
 
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     photos = open_all(data)
-    return recipe_for(len(photos), _typical_side(photos), on_gpu)
+    return recipe_for(len(photos), typical_side(photos) or 32, on_gpu)
 
 
 def recipe_for(photos: int, side: int, on_gpu: bool) -> dict[str, Any]:
@@ -74,16 +72,3 @@ def recipe_for(photos: int, side: int, on_gpu: bool) -> dict[str, Any]:
         "bottleneck_dim": 64,
         **dict.fromkeys(temperatures, 0.015),
     }
-
-
-def _typical_side(photos: Any) -> int:
-    """Median of the shorter sides in pixels; 32 if no photo that was looked at can be read."""
-    if isinstance(photos, BetonReader):
-        return int(np.median(np.minimum(photos.heights, photos.widths)))
-    sides = []
-    for index in np.linspace(0, len(photos) - 1, _LOOKED_AT).astype(int).tolist():
-        try:
-            sides.append(min(photos.pixels(index).shape[:2]))
-        except UnreadablePhoto:
-            continue
-    return int(np.median(sides)) if sides else 32

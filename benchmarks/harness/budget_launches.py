@@ -34,10 +34,9 @@ NORM, NORM_BACKWARD, GELU, GELU_BACKWARD = "norm", "norm backward", "GELU", "GEL
 CONCATENATION, SUMS, OPTIMIZER = "concatenation", "sums", "optimizer and EMA"
 # Triton kernels of ours: those with a reduction along the row, and those that only stream
 ROW_KERNELS, STREAM_KERNELS = "row kernels", "stream kernels"
-TRITON_PRODUCTS = "products with GELU"
 CATEGORIES = (
     *(PRODUCTS, ATTENTION, COPIES, ELEMENTWISE, NORM, NORM_BACKWARD, GELU, GELU_BACKWARD),
-    *(CONCATENATION, SUMS, OPTIMIZER, TRITON_PRODUCTS, ROW_KERNELS, STREAM_KERNELS),
+    *(CONCATENATION, SUMS, OPTIMIZER, ROW_KERNELS, STREAM_KERNELS),
 )
 # operator -> category; all that is not named here is element-wise
 OPERATORS = {
@@ -60,7 +59,6 @@ KERNEL_CATEGORIES = {
     **dict.fromkeys(("_residual_norm_kernel", "_residual_norm_backward_kernel"), ROW_KERNELS),
     **dict.fromkeys(("_row_kernel", "_class_metrics_kernel"), ROW_KERNELS),
     **dict.fromkeys(("_attention_kernel", "_attention_backward_kernel"), ATTENTION),
-    **dict.fromkeys(("_linear_gelu_kernel", "_linear_gelu_backward_kernel"), TRITON_PRODUCTS),
 }
 NOT_LAUNCHED = (
     *("empty", "empty_like", "new_empty", "detach", "alias", "device", "promote_types"),
@@ -135,7 +133,7 @@ class Recorder(TorchDispatchMode):
         self.kernels.append(launch._replace(arguments=tuple(arguments)))
         category = KERNEL_CATEGORIES.get(launch.name, STREAM_KERNELS)
         category = OPTIMIZER if launch.touches else category
-        flops = _kernel_flops(launch) if category in (ATTENTION, TRITON_PRODUCTS) else 0
+        flops = _attention_kernel_flops(launch) if category == ATTENTION else 0
         self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
@@ -153,11 +151,9 @@ def _attention_flops(name: str, read: list[Tensor]) -> int:
     return sdpa_flop_count(*shapes[:3])
 
 
-def _kernel_flops(launch: Launch) -> int:
-    """Of the kernels with products, as if no tile were cut off and nothing were computed twice."""
+def _attention_kernel_flops(launch: Launch) -> int:
+    """As if no tile were cut off and nothing were computed twice."""
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
-    if launch.name.startswith("_linear_gelu"):
-        return 2 * named["rows"] * launch.constants["INNER_WIDTH"] * launch.constants["WIDTH"]
     pairs = ((named["images"], named["tokens"]), (named["more_images"], named["more_tokens"]))
     products = 5 if "backward" in launch.name else 2
     scores = sum(images * tokens**2 for images, tokens in pairs)

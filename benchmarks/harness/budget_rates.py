@@ -33,7 +33,6 @@ DEVICES = {
 }
 SHORTEST = 2e-6  # seconds of a kernel that has next to nothing to do
 PRODUCT_SHARE = 0.75  # of the matrix rate, at the widths of a ViT
-TRITON_SHARE = 0.5  # of the matrix rate, for our own products; assumed, not measured
 SHARES = {  # of the copy bandwidth
     b.PRODUCTS: 1.0,
     b.ATTENTION: 1.0,
@@ -47,7 +46,6 @@ SHARES = {  # of the copy bandwidth
     b.SUMS: 0.88,
     b.OPTIMIZER: 1.2,
     # Assumed, not measured: more than PyTorch's norm, which takes two passes; as its GELU.
-    b.TRITON_PRODUCTS: 0.85,
     b.ROW_KERNELS: 0.85,
     b.STREAM_KERNELS: 1.15,
 }
@@ -90,8 +88,8 @@ PROFILED_HOST_S = 45.6e-3  # to enqueue the step
 def seconds(launch: Launches, device: Device) -> float:
     """Predicted seconds of one launch on the device."""
     moved = launch.bytes / (device.memory * SHARES[launch.category])
-    rate = device.matrix * (TRITON_SHARE if launch.category == b.TRITON_PRODUCTS else PRODUCT_SHARE)
-    rate = device.attention if launch.category == b.ATTENTION else rate
+    is_attention = launch.category == b.ATTENTION
+    rate = device.attention if is_attention else device.matrix * PRODUCT_SHARE
     fixed = FIXED.get(launch.category, 0.0)
     return fixed + max(moved, launch.flops / rate, launch.kernels * SHORTEST)
 

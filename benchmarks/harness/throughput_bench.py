@@ -84,6 +84,13 @@ class Bench:
             self._settle(window)
             self._end(BOTH, window, batches)
 
+    def warm_up(self) -> None:
+        """A turn that does not count, if steps are captured as CUDA graphs: one for each number of
+        masked patches."""
+        if self.run.graphed_step is not None:
+            self.both()
+            self.windows.clear()
+
     def sides(self, stack: ExitStack, baseline: bool) -> list[Callable[[], None]]:
         """All turns of a round."""
         run, take = self.run, functools.partial

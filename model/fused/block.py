@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ibeton.model.backbones.blocks import Block, Kept, Shapes
+from ibeton.model.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
 from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gradient
-from ibeton.model.kernels.linear_gelu import linear_gelu, linear_gelu_backward
 from ibeton.model.kernels.packed_attention import attend, attention_backward
 from ibeton.model.kernels.residual_norm import (
     Branch,
@@ -119,7 +119,8 @@ class _Block(torch.autograd.Function):
             second = residual_norm_forward(
                 stream, added, w.norm2, w.norm2_bias, call.eps, call.dtype
             )
-            hidden, active = linear_gelu(second.out, fc1, w.fc1_bias, call.needs_grad)
+            hidden = second.out @ fc1.t()
+            active = bias_gelu_forward(hidden, w.fc1_bias, in_place=not call.needs_grad)
             out = active @ fc2.t()
         if call.needs_grad:
             recomputed = (None, None, None) if call.recompute else (first.out, second.out, active)
@@ -167,8 +168,8 @@ class _Block(torch.autograd.Function):
         norm1_sums, qkv_sums, norm2_sums, fc1_sums = sums.split(columns, dim=1)
 
         grad_out = grad_out.contiguous()
-        grad_hidden, again = linear_gelu_backward(
-            grad_out, fc2, hidden, w.fc1_bias, fc1_sums, with_active=call.recompute
+        grad_hidden, again = bias_gelu_backward(
+            grad_out @ fc2, hidden, w.fc1_bias, fc1_sums, with_out=call.recompute, in_place=True
         )
         grad_fc2 = weight_gradient(grad_out, active if again is None else again, w.fc2)
         del active, again

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibeton.model.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
 from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gradient
 from ibeton.model.kernels.head.unit_rows import unit_rows, unit_rows_backward
 from ibeton.model.kernels.head.weight_norm import weight_norm, weight_norm_backward
-from ibeton.model.kernels.linear_gelu import linear_gelu, linear_gelu_backward
 
 
 def fused_bottleneck(
@@ -48,8 +48,9 @@ def _products(
     its bias. The weights are in the dtype of x."""
     entering, before_gelu = [x], []
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        inner, x = linear_gelu(x, weight, bias, keep)
-        if inner is not None:
+        inner = x @ weight.t()
+        x = bias_gelu_forward(inner, bias, in_place=not keep)
+        if keep:
             entering.append(x)
             before_gelu.append(inner)
     return entering, before_gelu, x @ weights[-1].t()
@@ -84,8 +85,8 @@ class _Bottleneck(torch.autograd.Function):
         grad = unit_rows_backward(grad.contiguous(), product, biases[-1], factor, by_layer[-1])
         grad_weights = [weight_gradient(grad, entering[-1], originals[-1])]
         for i in reversed(range(layers - 1)):
-            grad, _ = linear_gelu_backward(
-                grad, weights[i + 1], before_gelu[i], biases[i], by_layer[i], with_active=False
+            grad, _ = bias_gelu_backward(
+                grad @ weights[i + 1], before_gelu[i], biases[i], by_layer[i], in_place=True
             )
             grad_weights.insert(0, weight_gradient(grad, entering[i], originals[i]))
         grad_x = (grad @ weights[0]).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None

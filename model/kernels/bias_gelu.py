@@ -12,7 +12,7 @@ from torch import Tensor
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
 from ibeton.model.kernels.launch import jit, launch, tl, triton
 
-ROWS, COLUMNS = 4, 256  # of a tile
+ROWS, COLUMNS = 8, 128  # of a tile
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -21,10 +21,10 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x.to(wide) + bias).to(x.dtype)
 
 
-def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    """`bias_gelu_reference` by the kernel; bias float32."""
+def bias_gelu_forward(x: Tensor, bias: Tensor, in_place: bool = False) -> Tensor:
+    """`bias_gelu_reference` by the kernel; bias float32. `in_place`: in the memory of x."""
     tokens, width = x.shape
-    out = torch.empty_like(x)
+    out = x if in_place else torch.empty_like(x)
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))
     launch(
         _bias_gelu_kernel, grid, x, bias, out, tokens, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS,
@@ -39,10 +39,12 @@ def bias_gelu_backward(
     bias: Tensor,
     partial: Tensor,  # float32 [P, D], a view; receives the sums that make the bias's gradient
     with_out: bool = False,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of x, and the output again if `with_out`."""
+    """Gradient of x, and the output again if `with_out`. `in_place`: the gradient in the memory of
+    `grad_out`."""
     tokens, width = x.shape
-    grad = torch.empty_like(x)
+    grad = grad_out if in_place else torch.empty_like(x)
     out = torch.empty_like(x) if with_out else None
     launch(
         _bias_gelu_backward_kernel,
@@ -64,15 +66,21 @@ def bias_gelu_backward(
 
 
 @jit
-def gelu_share(value):  # type: ignore[no-untyped-def]
-    """gelu(value) / value, float32."""
-    return 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
+def normal(value):  # type: ignore[no-untyped-def]
+    """Distribution function and density of the standard normal distribution, float32.
 
-
-@jit
-def gelu_slope(value, share):  # type: ignore[no-untyped-def]
-    """The derivative of the GELU at `value`, whose `gelu_share` is `share`."""
-    return share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+    gelu(x) is x * distribution, its derivative distribution + x * density. The approximation is
+    26.2.17 of Abramowitz and Stegun, Handbook of Mathematical Functions, within 7.5e-8: one
+    exponential for both, where `erf` would take a second one and twice the instructions.
+    """
+    density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * value * value)
+    t = 1.0 / (1.0 + 0.2316419 * tl.abs(value))
+    series = -1.821255978 + t * 1.330274429
+    series = 1.781477937 + t * series
+    series = -0.356563782 + t * series
+    series = 0.319381530 + t * series
+    tail = density * t * series
+    return tl.where(value < 0.0, tail, 1.0 - tail), density
 
 
 @jit
@@ -92,7 +100,8 @@ def _bias_gelu_kernel(  # type: ignore[no-untyped-def]
     at = row[:, None] * WIDTH + column[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(bias + column, mask=column < WIDTH, other=0.0)[None, :]
-    value *= gelu_share(value)
+    share, _ = normal(value)
+    value *= share
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -121,10 +130,10 @@ def _bias_gelu_backward_kernel(  # type: ignore[no-untyped-def]
         at = row[:, None] * WIDTH + column[None, :]
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + shift
         upstream = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
-        share = gelu_share(value)
+        share, density = normal(value)
         if out is not None:
             tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=mask)
-        result = upstream * gelu_slope(value, share)
+        result = upstream * (share + value * density)
         total += result
         tl.store(grad + at, result.to(grad.dtype.element_ty), mask=mask)
     partial += tl.program_id(0).to(tl.int64) * partial_stride + column

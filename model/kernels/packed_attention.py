@@ -121,7 +121,7 @@ def _constants(qkv: Tensor, num_heads: int) -> dict[str, Any]:
         **{"WIDTH": width, "CHANNELS": channels, "SCALE": channels**-0.5, "TOKENS": TOKENS},
         "BLOCK": max(16, triton.next_power_of_2(channels)),
         "WIDE": interpreted(),  # it multiplies by NumPy, which has no bfloat16
-        **{"num_warps": 4, "num_stages": 1},
+        **{"num_warps": 4, "num_stages": 3},
     }
 
 

@@ -9,6 +9,8 @@ from ibeton.pipeline.store.beton import BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
 from ibeton.pipeline.store.sources import Source, open_source, read_bytes
 
+_LOOKED_AT = 16  # photos of a folder whose size is looked at
+
 
 class Photos(Protocol):
     """A data set of photos: a BetonReader or FolderPhotos."""
@@ -63,3 +65,16 @@ def open_photos(path: str | Path) -> BetonReader | FolderPhotos:
     Raises FileNotFoundError or ValueError, naming the path, if it is none of them.
     """
     return BetonReader(path) if is_beton(path) else FolderPhotos(open_source(path))
+
+
+def typical_side(photos: Photos) -> int:
+    """Median of the shorter sides in pixels; of a folder, of 16 photos. 0 if none can be read."""
+    if isinstance(photos, BetonReader):
+        return int(np.median(np.minimum(photos.heights, photos.widths)))
+    sides = []
+    for index in np.linspace(0, len(photos) - 1, _LOOKED_AT).astype(int).tolist():
+        try:
+            sides.append(min(photos.pixels(index).shape[:2]))
+        except UnreadablePhoto:
+            continue
+    return int(np.median(sides)) if sides else 0

@@ -24,7 +24,7 @@ def test_launches_bytes_and_predicted_time_stay_below_their_ceilings():
     assert sum(x.bytes for x in launches) <= 1e9 * GIGABYTES
     predicted = by_category(launches, DEVICES["h100"])
     assert 1e3 * sum(predicted.values()) <= MILLISECONDS
-    assert {"row kernels", "stream kernels", "products with GELU"} < set(predicted)
+    assert {"row kernels", "stream kernels"} < set(predicted)
     assert not {"norm", "norm backward", "GELU"} & set(predicted)  # nothing escapes the kernels
 
 
@@ -32,8 +32,8 @@ def test_a_v100_runs_the_library_s_products_and_attention():
     settings = Settings(ModelConfig(recompute="off"), 64, capability=70)
     launches = step_launches(settings)
     names = {x.name for x in launches}
-    assert {"_bias_gelu_kernel", "_bias_gelu_backward_kernel", "_pack_gradients_kernel"} < names
-    assert not {"_attention_kernel", "_linear_gelu_kernel"} & names
+    assert "_pack_gradients_kernel" in names
+    assert "_attention_kernel" not in names
     assert sum(x.kernels for x in launches) <= 660
     predicted = by_category(launches, DEVICES["v100"])
     assert 64 / sum(predicted.values()) >= 300  # images/s

@@ -478,6 +478,7 @@ def test_graphs_are_eager_steps_bit_for_bit_on_a_gpu(precision):
     optimizers = [build_optimizer(ibot.student) for ibot in (eager, graphed)]
     settings = {"autocast_dtype": dtype}
     replayed = GraphedStep(Step(graphed, optimizers[1], scalers[1], **settings), required=True)
+    most = 0
     for step in range(20):
         global_crops, _, masks = batch_of(step % 4)
         crops = [global_crops, global_crops[:1].repeat(3, 1, 1, 1, 1)]
@@ -491,7 +492,8 @@ def test_graphs_are_eager_steps_bit_for_bit_on_a_gpu(precision):
         assert_same(
             state_of(eager, optimizers[0], scalers[0]), state_of(graphed, optimizers[1], scalers[1])
         )
+        most = max(most, len(replayed._recordings))
         if step == 13:
             for optimizer in optimizers:
                 load_optimizer_state(optimizer, copy.deepcopy(optimizer_state(optimizer)))
-    assert len(replayed._recordings) > 1
+    assert most > 1

@@ -18,13 +18,10 @@ NAMES = {
     *("_embed_kernel", "_embed_backward_kernel", "_unit_rows_kernel", "_unit_rows_backward_kernel"),
     *("_weight_norm_kernel", "_weight_norm_backward_kernel", "_row_kernel", "_scale_rows_kernel"),
     *("_class_metrics_kernel", "_squares_kernel", "_norms_kernel", "_decide_kernel"),
-    "_update_kernel",
+    *("_update_kernel", "_bias_gelu_kernel", "_bias_gelu_backward_kernel"),
 }
-WITH_MATRIX_UNITS = NAMES | {
-    *("_attention_kernel", "_attention_backward_kernel"),
-    *("_linear_gelu_kernel", "_linear_gelu_backward_kernel"),
-}
-WITHOUT = NAMES | {"_pack_gradients_kernel", "_bias_gelu_kernel", "_bias_gelu_backward_kernel"}
+WITH_MATRIX_UNITS = NAMES | {"_attention_kernel", "_attention_backward_kernel"}
+WITHOUT = NAMES | {"_pack_gradients_kernel"}
 
 
 @pytest.mark.parametrize(
