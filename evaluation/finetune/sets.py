@@ -1,17 +1,12 @@
 """Labeled photos as fine-tuning takes them, whatever holds them."""
 
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ibeton.pipeline.loaders.kinds import turbojpeg_problem
-from ibeton.pipeline.store.beton import JPG, BetonReader
-from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import FolderPhotos, Photos, is_beton, open_photos
+from ibeton.pipeline.store.photos import FolderPhotos, Photos, open_fast
 from ibeton.pipeline.store.sources import Photo, Source
-from ibeton.pipeline.store.turbojpeg import Decoder
 
 
 def listed_photos(
@@ -49,17 +44,6 @@ class ArrayPhotos:
 
     def name(self, index: int) -> str:
         return f"photo {index} of {self._path}"
-
-
-class TurboPhotos(BetonReader):
-    """A .beton whose JPEGs libjpeg-turbo decodes: Pillow's pixels in half of the time."""
-
-    def pixels(self, index: int) -> np.ndarray:
-        if self.modes[index] == JPG:
-            size = int(self.heights[index]), int(self.widths[index])
-            with closing(Decoder()) as decoder, suppress(UnreadablePhoto):
-                return decoder.decode(self.photo_bytes(index), *size)
-        return super().pixels(index)  # reads more kinds of files, and says why it cannot
 
 
 class SomePhotos:
@@ -124,8 +108,7 @@ def open_labeled(train: str, val: str) -> LabeledSets:
 
 
 def _labeled(path: str) -> Photos:
-    turbo = is_beton(path) and not turbojpeg_problem()
-    photos = TurboPhotos(path) if turbo else open_photos(path)
+    photos = open_fast(path)
     if not len(photos):
         raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
     if photos.labels.min() < 0:

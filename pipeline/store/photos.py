@@ -1,13 +1,15 @@
 """Photos of a .beton file, a folder or a tar, by index."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.beton import JPG, BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
 from ibeton.pipeline.store.sources import Source, open_source, read_bytes
+from ibeton.pipeline.store.turbojpeg import library, thread_decoder
 
 _LOOKED_AT = 16  # photos of a folder whose size is looked at
 
@@ -65,6 +67,26 @@ def open_photos(path: str | Path) -> BetonReader | FolderPhotos:
     Raises FileNotFoundError or ValueError, naming the path, if it is none of them.
     """
     return BetonReader(path) if is_beton(path) else FolderPhotos(open_source(path))
+
+
+class TurboPhotos(BetonReader):
+    """A .beton whose JPEGs libjpeg-turbo decodes: Pillow's pixels in half of the time."""
+
+    def pixels(self, index: int) -> np.ndarray:
+        if self.modes[index] == JPG:
+            size = int(self.heights[index]), int(self.widths[index])
+            with suppress(UnreadablePhoto):
+                return thread_decoder().decode(self.photo_bytes(index), *size)
+        return super().pixels(index)  # reads more kinds of files, and says why it cannot
+
+
+def open_fast(path: str | Path) -> BetonReader | FolderPhotos:
+    """As `open_photos`; where libjpeg-turbo is installed, it decodes the photos of a .beton."""
+    try:
+        library()
+    except OSError:
+        return open_photos(path)
+    return TurboPhotos(path) if is_beton(path) else open_photos(path)
 
 
 def typical_side(photos: Photos) -> int:

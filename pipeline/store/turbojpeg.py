@@ -48,12 +48,17 @@ def ends_early(jpeg: bytes | memoryview) -> bool:
     an end marker: a decoder would fill the rest with gray. Takes two thirds of a decode's time.
     False if the library is missing, and for anything but a JPEG."""
     try:
-        if not hasattr(_of_thread, "decoder"):
-            _of_thread.decoder = Decoder()
+        return thread_decoder().ends_early(jpeg)
     except OSError:
         return False
+
+
+def thread_decoder() -> "Decoder":
+    """The decompressor of this thread. Raises OSError if the library is missing."""
+    if not hasattr(_of_thread, "decoder"):
+        _of_thread.decoder = Decoder()
     decoder: Decoder = _of_thread.decoder
-    return decoder.ends_early(jpeg)
+    return decoder
 
 
 class Decoder:

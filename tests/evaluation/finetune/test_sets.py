@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from photo_folders import COLORS, write_photos
 
-from ibeton.evaluation.finetune.sets import TurboPhotos, open_labeled
+from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.evaluation.finetune.subsets import few_labels
 from ibeton.pipeline.convert.converter import main as convert
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem
 from ibeton.pipeline.store.decode import UnreadablePhoto
-from ibeton.pipeline.store.photos import open_photos
+from ibeton.pipeline.store.photos import TurboPhotos, open_photos
 
 
 def test_classes_are_matched_by_name_between_a_folder_and_a_beton(folders, tmp_path):
