@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.budget_launches import CATEGORIES, Launches, Settings, step_launches
-from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category, host_seconds
+from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import RECOMPUTE
@@ -28,7 +28,7 @@ from ibeton.training.precision import DTYPES
 
 
 def summary(launches: list[Launches], device: Device) -> dict[str, dict[str, float]]:
-    """category -> launches, bytes, flops and predicted seconds; "total" and "host" besides."""
+    """category -> launches, bytes, flops and predicted seconds; "total" besides."""
     rows: dict[str, dict[str, float]] = {}
     for name in (*CATEGORIES, "total"):
         some = [x for x in launches if name in (x.category, "total")]
@@ -39,7 +39,6 @@ def summary(launches: list[Launches], device: Device) -> dict[str, dict[str, flo
                 "flops": sum(x.flops for x in some),
                 "seconds": sum(by_category(some, device).values()),
             }
-    rows["host"] = {"seconds": host_seconds(launches, device)}
     return rows
 
 
@@ -48,10 +47,10 @@ def show(title: str, rows: dict[str, dict[str, float]], images: int, console: Co
     for heading in ("category", "launches", "GB", "TFLOP", "ms"):
         table.add_column(heading, justify="left" if heading == "category" else "right")
     for name, row in rows.items():
-        if name in ("total", "host"):
+        if name == "total":
             table.add_section()
         table.add_row(
-            "host, without a CUDA graph" if name == "host" else name,
+            name,
             f"{row['launches']:.0f}" if "launches" in row else "",
             f"{row['bytes'] / 1e9:.2f}" if "bytes" in row else "",
             f"{row['flops'] / 1e12:.2f}" if row.get("flops") else "",

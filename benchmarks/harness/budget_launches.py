@@ -22,6 +22,7 @@ from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from ibeton.model import ModelConfig, build
 from ibeton.model.backbones.blocks import Kept, Shapes, spread_kept
 from ibeton.model.kernels.launch import Launch, counting
+from ibeton.model.kernels.packed_attention import attention_flops
 from ibeton.model.masking import BUCKETS
 from ibeton.model.optim import build_optimizer
 from ibeton.model.steps import Step, StepInputs
@@ -133,7 +134,7 @@ class Recorder(TorchDispatchMode):
         self.kernels.append(launch._replace(arguments=tuple(arguments)))
         category = KERNEL_CATEGORIES.get(launch.name, STREAM_KERNELS)
         category = OPTIMIZER if launch.touches else category
-        flops = _attention_kernel_flops(launch) if category == ATTENTION else 0
+        flops = attention_flops(launch)
         self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
@@ -149,15 +150,6 @@ def _attention_flops(name: str, read: list[Tensor]) -> int:
     if name.endswith("backward"):
         return sdpa_backward_flop_count(*shapes[:4])
     return sdpa_flop_count(*shapes[:3])
-
-
-def _attention_kernel_flops(launch: Launch) -> int:
-    """As if no tile were cut off and nothing were computed twice."""
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
-    pairs = ((named["images"], named["tokens"]), (named["more_images"], named["more_tokens"]))
-    products = 5 if "backward" in launch.name else 2
-    scores = sum(images * tokens**2 for images, tokens in pairs)
-    return 2 * products * scores * launch.constants["WIDTH"]
 
 
 class Settings(NamedTuple):

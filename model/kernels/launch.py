@@ -40,6 +40,7 @@ class Launch(NamedTuple):
 
 Observer = Callable[[Launch], None]
 _observers: list[tuple[Observer, int]] = []  # each with the capability that it stands for
+_listeners: list[Observer] = []
 _switched_off = False
 MATRIX_UNITS = 80  # sm_80 and later have matrix units that Triton can use
 
@@ -96,6 +97,8 @@ def launch(
 ) -> None:
     """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing.
     `touches`: tensors that the kernel finds by their addresses."""
+    for hear in _listeners:
+        hear(Launch(kernel, arguments, constants, touches or []))
     if _observers:
         _observers[-1][0](Launch(kernel, arguments, constants, touches or []))
     elif all(grid):
@@ -116,3 +119,13 @@ def counting(observer: Observer, capability: int = 90) -> Iterator[None]:
         yield
     finally:
         _observers.pop()
+
+
+@contextmanager
+def listening(listener: Observer) -> Iterator[None]:
+    """Also report the launches inside to `listener`."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

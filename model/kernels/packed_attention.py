@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ibeton.model.kernels.column_sums import shares
-from ibeton.model.kernels.launch import interpreted, jit, launch, matrix_units, tl, triton
+from ibeton.model.kernels.launch import (
+    Launch,
+    interpreted,
+    jit,
+    launch,
+    matrix_units,
+    tl,
+    triton,
+)
 from ibeton.model.kernels.library_attention import (
     LibraryCall,
     library_attention,
@@ -89,6 +97,19 @@ def attention_backward(
             **_constants(attended.qkv, attended.num_heads),
         )
     return grad_qkv
+
+
+def attention_flops(launch: Launch) -> int:
+    """Operations of the products of an attention kernel, as if no tile were cut off and nothing
+    were computed twice. 0 for other kernels."""
+    forward = launch.kernel is _attention_kernel
+    if not forward and launch.kernel is not _attention_backward_kernel:
+        return 0
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    pairs = ((named["images"], named["tokens"]), (named["more_images"], named["more_tokens"]))
+    products = 2 if forward else 5
+    scores = sum(images * tokens**2 for images, tokens in pairs)
+    return 2 * products * scores * launch.constants["WIDTH"]
 
 
 class _Pair(NamedTuple):

@@ -6,16 +6,15 @@ from ibeton.benchmarks.harness.budget_launches import Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import (
     DEVICES,
     PROFILED,
-    PROFILED_HOST_S,
+    PROFILED_KERNELS,
     PROFILED_LAUNCHES,
     by_category,
-    host_seconds,
 )
 from ibeton.model import ModelConfig
 
 # The step of ViT-S/16 at batch 64 in half precision, 2 x 224 + 10 x 96 pixels. Before the kernels:
-# 1,603 launches (the profile has 1,997, with memsets), 110 GB and 63 ms.
-LAUNCHES, GIGABYTES, MILLISECONDS = 485, 53.7, 30.5
+# 1,603 launches (the profile has 1,997, with memsets), 110 GB and 63 ms. On an H100: 31.0 ms.
+LAUNCHES, GIGABYTES, MILLISECONDS = 525, 61.1, 31.5
 
 
 def test_launches_bytes_and_predicted_time_stay_below_their_ceilings():
@@ -39,6 +38,13 @@ def test_a_v100_runs_the_library_s_products_and_attention():
     assert 64 / sum(predicted.values()) >= 300  # images/s
 
 
+def test_the_kernels_are_within_a_tenth_of_their_profile():
+    launches = step_launches(Settings(ModelConfig(recompute="off"), 64))
+    predicted = by_category(launches, DEVICES["h100"])
+    for category, milliseconds in PROFILED_KERNELS.items():
+        assert 1e3 * predicted[category] == pytest.approx(milliseconds, rel=0.1), category
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("images", PROFILED)
 def test_every_category_is_within_a_quarter_of_the_profile(images):
@@ -49,4 +55,3 @@ def test_every_category_is_within_a_quarter_of_the_profile(images):
         if milliseconds > 1:
             assert 1e3 * predicted[category] == pytest.approx(milliseconds, rel=0.25), category
     assert sum(x.kernels for x in launches) == pytest.approx(PROFILED_LAUNCHES, rel=0.25)
-    assert host_seconds(launches, DEVICES["h100"]) == pytest.approx(PROFILED_HOST_S, rel=0.25)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ibeton.model.kernels.launch import Launch, listening
+from ibeton.model.kernels.packed_attention import attention_flops
+
 
 @contextmanager
 def flop_counter() -> Iterator[FlopCounterMode]:
@@ -26,9 +29,21 @@ def flop_counter() -> Iterator[FlopCounterMode]:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with counter:
+    counter = _FlopCounter(display=False, custom_mapping=mapping)
+    with counter, listening(counter.add_kernel):
         yield counter
+
+
+class _FlopCounter(FlopCounterMode):
+    """With those of our attention kernels."""
+
+    kernels = 0
+
+    def add_kernel(self, launch: Launch) -> None:
+        self.kernels += attention_flops(launch)
+
+    def get_total_flops(self) -> int:
+        return super().get_total_flops() + self.kernels
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype | None, seconds: float = 0.3) -> float:

@@ -33,6 +33,7 @@ from ibeton.model.kernels.packed_attention import (
     attention_reference,
 )
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
+from ibeton.training.timing.flops import flop_counter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -268,9 +269,12 @@ def test_attention_of_packed_tokens(dtype, shapes, path, monkeypatch):
     counts = [images * tokens for images, tokens in shapes]
     qkv = draw(sum(counts), 3 * width, dtype=dtype)
     upstream = draw(sum(counts), width, dtype=dtype, seed=1)
-    attended = attend(qkv, shapes, heads, True)
     partial = torch.full((max(5, len(shapes)), 3 * width + 7), torch.nan, device=DEVICE)
-    grad = attention_backward(upstream, attended, partial[:, 2:-5])
+    with flop_counter() as counter:
+        attended = attend(qkv, shapes, heads, True)
+        grad = attention_backward(upstream, attended, partial[:, 2:-5])
+    scores = sum(images * tokens**2 for images, tokens in shapes)
+    assert counter.get_total_flops() == 2 * (2 + 5) * scores * width
     assert partial[:, :2].isnan().all()
     assert partial[:, -5:].isnan().all()
     exact = qkv.double().requires_grad_()
