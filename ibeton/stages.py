@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+GRAPHED = ("teacher", "student", "loss", "backward", "optimizer", "ema")
 STAGES = (
     *("read", "decode", "copy", "crop", "mask"),
-    *("teacher", "student", "loss", "backward", "optimizer", "ema", "comm"),
-    "graph",  # the stages above from teacher to ema, replayed as a CUDA graph, as one
+    *GRAPHED,
+    *("comm", "graph"),  # graph: those of GRAPHED, replayed as a CUDA graph, as one
 )
 WAIT, OTHER = "wait", "other"  # waiting for a batch; outside all stages
 PARTS = (WAIT, *STAGES, OTHER)

@@ -10,6 +10,7 @@ import torch
 from ibeton.model.masking import masked_patches
 from ibeton.pipeline import Batch
 from ibeton.pipeline.store import JPG, BetonReader, Photos
+from ibeton.stages import GRAPHED
 from ibeton.train import Run, train_step
 from ibeton.training.precision import DTYPES
 from ibeton.training.timing.flops import flop_counter, matrix_rate
@@ -129,4 +130,5 @@ def _flops(run: Run, batch: Batch, rates: dict[str, float]) -> dict[str, float]:
 def floors(demand: Demand, peaks: Peaks, workers: int) -> dict[str, float]:
     """Seconds per step below which each stage cannot go; the loader has `workers` to decode."""
     found = {name: amount / getattr(peaks, kind) for name, (kind, amount) in demand.items()}
-    return found | {"decode": found["decode"] / workers}
+    whole = sum(found[name] for name in GRAPHED if name in found)
+    return found | {"decode": found["decode"] / workers, "graph": whole}

@@ -99,9 +99,10 @@ def test_the_report_fits_80_columns_and_a_narrow_page(
 def test_floors_are_there_for_what_has_one(report: Path) -> None:
     floor = result(report)["floor_ms"]
     expected = {"decode", "crop", "copy", "teacher", "student", "loss", "backward", "optimizer"}
-    assert set(floor) == expected | {"ema"}
+    assert set(floor) == expected | {"ema", "graph"}
     assert min(floor.values()) > 0
     assert floor["backward"] > floor["student"], "a backward is twice the forward"
+    assert floor["graph"] == pytest.approx(sum(floor[name] for name in stages.GRAPHED))
 
 
 def test_picture_and_page_are_left(report: Path) -> None:
