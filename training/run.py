@@ -167,11 +167,13 @@ def save(run: Run) -> None:
     """Write the checkpoint; every --keep-every epochs also one that is kept. All ranks take part,
     rank 0 writes. Raises RunError if it cannot.
 
-    Checkpoints saved after losses became implausible overwrite each other, so that they do not push
-    out good ones. The state of the RNG is (seed, step), see `seed_step`.
+    Checkpoints saved after losses became implausible, or the run began to look collapsed, overwrite
+    each other, so that they do not push out good ones. The state of the RNG is (seed, step), see
+    `seed_step`.
     """
     optimizer = optimizer_state(run.optimizer)
-    replace, run.saved = run.saved > run.guard.last_good, run.step
+    sound = min(run.guard.last_good, run.alarm.last_sound)
+    replace, run.saved = run.saved > sound, run.step
     if run.rank:
         return
     options, per_epoch = run.config.run, run.loader.steps_per_epoch

@@ -35,12 +35,18 @@ def spread(backbone: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Te
 
 class CollapseAlarm:
     """Warns once when a sign of collapse has lasted for `patience` steps. All signs show at the
-    start of a run and then disappear."""
+    start of a run and then disappear.
+
+    `last_sound` is the last step before the present signs; inf without signs, or if there were some
+    from the start on. Checkpoints saved after it must not push out those before.
+    """
 
     def __init__(self, out_dim: int, lambda1: float, patience: int) -> None:
         self._uniform, self._lambda1, self._patience = math.log(out_dim), lambda1, patience
         self._since: dict[str, int] = {}
         self._warned: set[str] = set()
+        self._previous: int | None = None  # the last step without a sign
+        self.last_sound = math.inf
 
     def add(self, record: dict[str, Any]) -> list[str]:
         """Warnings for a record with "step", "cls", "teacher_entropy", "prototypes" and "spread".
@@ -54,8 +60,15 @@ class CollapseAlarm:
             _GUESS: _NEAR < record.get("cls_share", 0.0) < 2 - _NEAR,
             _FEATURES: record["spread"] < _ALIKE,
         }
+        if not any(signs.values()):
+            self._previous, self.last_sound = record["step"], math.inf
+        elif self._previous is not None:
+            self.last_sound = self._previous
+        stay = (
+            f"; checkpoints up to step {self.last_sound} stay" if self.last_sound < math.inf else ""
+        )
         return [
-            sign.format(**record, uniform=self._uniform)
+            sign.format(**record, uniform=self._uniform) + stay
             for sign, shows in signs.items()
             if self._lasts(sign, shows, record["step"])
         ]

@@ -1,11 +1,17 @@
 """Runs that are made to collapse say so before they end; a sound one does not."""
 
+import math
 from pathlib import Path
 
 import pytest
-from small_runs import PER_EPOCH, Start, records
+from small_runs import PER_EPOCH, SMALL, Start, records
 
-from ibeton.training.health.collapse import patience
+from ibeton.benchmarks.throughput import leave
+from ibeton.train import prepare
+from ibeton.training import checkpoints
+from ibeton.training.config import parse
+from ibeton.training.health.collapse import CollapseAlarm, patience
+from ibeton.training.run import save
 
 STEPS = 120
 LENGTH = ("--epochs", str(STEPS // PER_EPOCH), "--local-crops-number", "0")
@@ -33,6 +39,36 @@ def test_a_run_says_that_it_collapses(
     assert bool(said) == bool(says), said
     last = records(run.folder)[-1]
     assert 1 <= last["prototypes"] <= 64.1
+
+
+def test_checkpoints_from_before_the_signs_stay() -> None:
+    alarm = CollapseAlarm(out_dim=64, lambda1=1.0, patience=30)
+    healthy = {"cls": 3.0, "teacher_entropy": 2.0, "prototypes": 20.0, "spread": 0.5}
+    sound, said = [], []
+    for step in range(0, 120, 10):
+        collapsed = {"prototypes": 1.0} if step < 20 or 40 <= step < 90 else {}
+        said += alarm.add({"step": step, **healthy, **collapsed})
+        sound.append(alarm.last_sound)
+    assert sound == [math.inf] * 4 + [30] * 5 + [math.inf] * 3
+    assert len(said) == 1
+    assert said[0].endswith("; checkpoints up to step 30 stay")
+
+
+@pytest.mark.parametrize("last_sound", [math.inf, 4])
+def test_saves_of_a_collapsed_run_replace_each_other(
+    tiny: Path, tmp_path: Path, last_sound: float
+) -> None:
+    """Saved at steps 2, 4, 6, 8 and 10, three of them kept; all steps are good."""
+    options = [*SMALL, "--loader", "pil", "--data", str(tiny), "--output-dir", str(tmp_path)]
+    run = prepare(parse(options))
+    leave(run)
+    run.alarm.last_sound = last_sound
+    for step in range(2, 12, 2):
+        run.step, run.guard.last_good = step, step - 1
+        save(run)
+        run.guard.last_good = step
+    kept = sorted(checkpoints.step_of(path) for path in checkpoints.listed(run.folder))
+    assert kept == ([6, 8, 10] if last_sound == math.inf else [2, 4, 10])
 
 
 def test_a_sign_must_last_longer_the_longer_the_run() -> None:
