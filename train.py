@@ -140,7 +140,8 @@ def use_graphs(run: Run) -> None:
     why = obstacle(run.config.model, run.optimizer, run.device)
     if wanted == "on" and why:
         raise ValueError(f"--cuda-graphs on: {why}; use auto or off")
-    if wanted == "off" or why:
+    # With several, graphs cannot hide the exchange of gradients behind the backward.
+    if wanted == "off" or why or (wanted == "auto" and run.world_size > 1):
         if run.device.type == "cuda" and why:
             run.notes.append(f"steps run eagerly, not as CUDA graphs: {why}")
         return
