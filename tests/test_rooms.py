@@ -1,6 +1,8 @@
 """The house: which room may import which, how large a room may be, and what a wheel installs."""
 
 import ast
+import functools
+import gc
 import os
 import re
 import shutil
@@ -30,9 +32,21 @@ def sources() -> dict[str, Path]:
     return {name.removesuffix("__init__").rstrip("."): path for name, path in found.items()}
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """Its syntax tree. While CPython 3.11 makes one, no other may be made, not even by what the
+    garbage collector or another thread runs meanwhile (github.com/python/cpython/issues/106905):
+    the collector is the only one that would let them run."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()
+
+
 def imported(path: Path, modules: dict[str, Path], lazy: bool = True) -> set[str]:
     """Modules of the package that the file at `path` imports; `lazy` counts those in functions."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     nodes = list(ast.walk(tree)) if lazy else tree.body
     found: set[str] = set()
     for node in nodes:
@@ -91,7 +105,7 @@ def test_no_import_goes_round() -> None:
 def test_no_module_is_imported_without_the_package_name() -> None:
     ours = set(ROOMS) | {"train", *(path.stem for path in SHARED if path.stem[0] != "_")}
     for path in sources().values():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 assert node.module.split(".")[0] not in ours, f"{path}: from {node.module}"
             elif isinstance(node, ast.Import):
@@ -118,7 +132,7 @@ def test_no_loader_is_named_outside_the_pipeline() -> None:
             continue
         text, constants = path.read_text(), set()
         assert not (found := said.search(text)), f"{path}: {found}"
-        tree = ast.parse(text)
+        tree = parsed(path)
         packages: set[ast.AST] = set()
         for node in ast.walk(tree):
             entries = getattr(node, "args", None) or getattr(node, "elts", None) or []
