@@ -69,8 +69,9 @@ class ModelConfig:
         " operations, which is tested before the run) or off",
         KERNELS,
     )
-    # "auto" becomes the default once the GPU tests have passed on a GPU.
-    cuda_graphs: str = option("auto", "replay steps as CUDA graphs: auto (with one process), on, or off", GRAPHS)
+    cuda_graphs: str = option(
+        "auto", "replay steps as CUDA graphs: auto (with one process), on, or off", GRAPHS
+    )
 
     out_dim: int = option(8192, "prototypes K of the class token")
     patch_out_dim: int = option(8192, "prototypes of patches; out_dim if either head is shared")
