@@ -34,13 +34,14 @@ def step_fields(record: dict[str, Any]) -> dict[str, str]:
     return fields
 
 
-def place_fields(step: int, total: int, per_epoch: int, left: float) -> dict[str, str]:
-    """Where a run stands: `step` of `total` steps are done, `left` seconds remain."""
-    return {
+def place_fields(step: int, total: int, per_epoch: int, left: float | None) -> dict[str, str]:
+    """Where a run stands: `step` of `total` steps are done, `left` seconds remain (None: it cannot
+    be said yet)."""
+    fields = {
         "epoch": f"epoch {(step - 1) // per_epoch + 1}/{-(-total // per_epoch)}",
         "step": f"step {step:,}/{total:,}",
-        "eta": f"ETA {clock(left)}",
     }
+    return fields if left is None else {**fields, "eta": f"ETA {clock(left)}"}
 
 
 def rate(value: float) -> str:

@@ -15,6 +15,7 @@ from ibeton.progress import plain_console
 from ibeton.training.log.progress_line import place_fields, progress_line, step_fields
 from ibeton.training.log.trackers import Trackers, numbers
 
+_UNTIMED = 2  # steps at the start, in which things are compiled and allocated
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 _BAR = 10  # columns of the progress bar
 
@@ -79,7 +80,7 @@ class RunLog:
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
         board = self._path.with_name("tensorboard")
         self._board = SummaryWriter(str(board), purge_step=first_step)
-        self._started, self._first = time.monotonic(), first_step
+        self._timed_from, self._timed_since = first_step + _UNTIMED, 0.0
 
     def roll_back(self, step: int) -> None:
         """Drop all records from `step` on: the run continues from there."""
@@ -110,8 +111,7 @@ class RunLog:
         self._show(step, {"loss": text})
 
     def _show(self, step: int, fields: dict[str, str]) -> None:
-        left = (time.monotonic() - self._started) * (self._total - step) / (step - self._first)
-        fields = {**fields, **place_fields(step, self._total, self._per_epoch, left)}
+        fields = {**fields, **place_fields(step, self._total, self._per_epoch, self._left(step))}
         if self.console.is_terminal:
             text = progress_line(fields, self.console.width - _BAR - 1)
             self._progress.update(self._task, completed=step, text=text)
@@ -119,6 +119,15 @@ class RunLog:
         self._unsaid = progress_line(fields, 1000)
         if time.monotonic() - self._last_plain > _PLAIN_EVERY_S or step == self._total:
             self.say_progress()
+
+    def _left(self, step: int) -> float | None:
+        """Seconds until the end at the pace so far, evaluations included; None in the first steps,
+        which compile."""
+        now, timed = time.monotonic(), step - self._timed_from
+        if timed <= 0:
+            self._timed_since = now
+            return None
+        return (now - self._timed_since) * (self._total - step) / timed
 
     def say_progress(self) -> None:
         """Print the last progress line, where there is no terminal, unless that was done."""

@@ -1,9 +1,13 @@
 """What the progress line shows, at 80 columns and piped."""
 
+from contextlib import closing
+from pathlib import Path
+
 import pytest
 from small_runs import Start
 
 from ibeton.training.log.progress_line import clock, place_fields, progress_line, step_fields
+from ibeton.training.log.run_log import RunLog
 
 RECORD = {
     **{"loss": 6.8201, "cls": 6.51, "patch": 0.31, "images_per_s": 963.4, "data_wait": 0.02},
@@ -45,3 +49,22 @@ def test_a_short_piped_run_prints_its_losses(start: Start, tmp_path) -> None:
     assert (places[0], places[-1]) == ("step 1/24", "step 3/24")  # step 2 on a very slow machine
     assert not any(line.startswith(("{", "}")) for line in process.said().splitlines())
     assert process.said().splitlines()[-1].startswith("checkpoint "), "the result comes last"
+
+
+def test_the_time_left_leaves_out_the_steps_that_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute for the first step, then 40 seconds for each; piped, so that each is a line."""
+    now = 100.0
+    monkeypatch.setattr("ibeton.training.log.run_log.time.monotonic", lambda: now)
+    with closing(RunLog(tmp_path, first_step=10, total_steps=50, per_epoch=10)) as log:
+        capsys.readouterr()
+        for step in range(11, 51):
+            now += 60.0 if step == 11 else 40.0
+            log.progress(step, RECORD)
+    said = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
+    assert len(said) == 40
+    assert all("ETA" not in line for line in said[:2])
+    left = [line.split("ETA ")[1] for line in said[2:]]
+    assert left[0] == clock(37 * 40)
+    assert left[-2:] == ["0:00:40", "0:00:00"]
