@@ -155,7 +155,9 @@ def train(loop: Loop) -> bool:
     came first. Raises RunError if training diverges, or ends in skipped steps."""
     run = loop.run
     if evaluation_due(loop):
+        say(loop, f"evaluating at step {run.step} ...")
         evaluate(loop)
+    say(loop, "making the first batch; the first start on a machine compiles for a minute ...")
     while run.step < loop.last and not loop.stops.requested_on_any_rank(run.device):
         train_epoch(loop)
         with run.watchdog.no_timeout("saving"):
@@ -170,6 +172,11 @@ def train(loop: Loop) -> bool:
     if run.save_deferred:
         raise RunError(f"the run ended in skipped steps, from step {run.guard.first_bad} on")
     return True
+
+
+def say(loop: Loop, text: str) -> None:
+    if loop.log is not None:
+        loop.log.say(text)
 
 
 def train_epoch(loop: Loop) -> None:
