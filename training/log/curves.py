@@ -10,7 +10,7 @@ from ibeton.training.log.run_log import read_records
 
 _INK, _BLUE, _ORANGE, _GREEN = "#333333", "#2b6cb0", "#c05621", "#2f855a"
 _LINES = ("-", "--")  # of the first run and of the second
-_ROOM = 1.22  # of the k-NN axis beyond the last epoch, for its label
+_ROOM = 1.2  # of the k-NN axis beyond the last epoch, for its label
 _HOW_TO_READ = (
     "The class loss cannot fall below the entropy of the teacher's targets. Centering spreads\n"
     "the targets over more prototypes, which raises both. The shaded gap between them is\n"
