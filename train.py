@@ -155,7 +155,7 @@ def train(loop: Loop) -> bool:
     came first. Raises RunError if training diverges, or ends in skipped steps."""
     run = loop.run
     if evaluation_due(loop):
-        say(loop, f"evaluating at step {run.step} ...")
+        say(loop, f"k-NN at step {run.step} ...")
         evaluate(loop)
     say(loop, "making the first batch; the first start on a machine compiles for a minute ...")
     while run.step < loop.last and not loop.stops.requested_on_any_rank(run.device):
