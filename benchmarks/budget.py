@@ -51,9 +51,9 @@ def show(title: str, rows: dict[str, dict[str, float]], images: int, console: Co
             table.add_section()
         table.add_row(
             name,
-            f"{row['launches']:.0f}" if "launches" in row else "",
-            f"{row['bytes'] / 1e9:.2f}" if "bytes" in row else "",
-            f"{row['flops'] / 1e12:.2f}" if row.get("flops") else "",
+            f"{row['launches']:.0f}",
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['flops'] / 1e12:.2f}" if row["flops"] else "",
             f"{1e3 * row['seconds']:.2f}",
         )
     console.print(table)

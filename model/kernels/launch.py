@@ -97,11 +97,11 @@ def launch(
 ) -> None:
     """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing.
     `touches`: tensors that the kernel finds by their addresses."""
-    for hear in _listeners:
-        hear(Launch(kernel, arguments, constants, touches or []))
-    if _observers:
-        _observers[-1][0](Launch(kernel, arguments, constants, touches or []))
-    elif all(grid):
+    if _listeners or _observers:
+        made = Launch(kernel, arguments, constants, touches or [])
+        for hear in (*_listeners, *(observer for observer, _ in _observers[-1:])):
+            hear(made)
+    if not _observers and all(grid):
         kernel[grid](*arguments, **constants)
 
 
