@@ -155,9 +155,9 @@ def train(loop: Loop) -> bool:
     came first. Raises RunError if training diverges, or ends in skipped steps."""
     run = loop.run
     if evaluation_due(loop):
-        say(loop, f"k-NN at step {run.step} ...")
         evaluate(loop)
-    say(loop, "making the first batch; the first start on a machine compiles for a minute ...")
+    if run.step < loop.last and loop.log is not None:
+        loop.log.say("making the first batch; the first start on a machine compiles for a minute")
     while run.step < loop.last and not loop.stops.requested_on_any_rank(run.device):
         train_epoch(loop)
         with run.watchdog.no_timeout("saving"):
@@ -172,11 +172,6 @@ def train(loop: Loop) -> bool:
     if run.save_deferred:
         raise RunError(f"the run ended in skipped steps, from step {run.guard.first_bad} on")
     return True
-
-
-def say(loop: Loop, text: str) -> None:
-    if loop.log is not None:
-        loop.log.say(text)
 
 
 def train_epoch(loop: Loop) -> None:
@@ -297,6 +292,7 @@ def evaluate(loop: Loop) -> None:
 
         options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
         photos, size = (options.eval_train, options.eval_val), run.config.model.image_size
+        log.say(f"k-NN at step {run.step} ...")
         with suppress(StopRequested), stops.interruptible(), run.watchdog.no_timeout("evaluation"):
             scores = quick_scores(run.ibot.teacher, *photos, size, options.eval_k, run.device)
             top1, top5, nmi = scores["knn_top1"], scores["knn_top5"], scores["head_nmi"]
