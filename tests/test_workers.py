@@ -117,15 +117,3 @@ def test_an_interrupt_is_acted_upon_once_a_worker_has_started(sign: signal.Signa
         signal.signal(sign, before)
         os.close(arrived)
         os.close(arrives)
-
-
-@pytest.mark.parametrize("own", ["", "7"])
-def test_threads_of_pytorch_soon_sleep_while_they_wait_unless_told_otherwise(own: str) -> None:
-    """Awake they would take a busy machine's cores from the thread that they wait for."""
-    environ = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    environ |= {"GOMP_SPINCOUNT": own} if own else {}
-    code = "import ibeton, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.split() == [own or "1000", "False"], done.stderr
