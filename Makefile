@@ -23,8 +23,8 @@ doctor: setup    ## what is installed, what is missing, and how to fix it
 train: setup     ## a whole small run: photos, .beton, training, k-NN (DATA=folder for your own)
 	@PY="$(PY)" RUN="$(RUN)" DATA="$(DATA)" sh first_run.sh
 
-test: setup      ## the fast tests, in two processes
-	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test: setup      ## the fast tests, in three processes: many wait for others
+	@$(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## all tests, the slow ones too
 	@$(PY) -m pytest -q -m 'slow or not slow'

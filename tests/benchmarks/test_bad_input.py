@@ -12,7 +12,9 @@ from paths import ROOT
     ("name", "data", "says"),
     [
         ("pipeline", "photos", "is not a .beton file; make one: python -m pipeline.convert"),
-        ("convert", "missing", "does not exist; give a folder of photos or a tar"),
+        pytest.param(
+            "convert", "missing", "does not exist; give a folder of photos", marks=pytest.mark.slow
+        ),
         pytest.param("loader", "photos", "is not a .beton file", marks=pytest.mark.slow),
         pytest.param("crops_gpu", "missing", "does not exist", marks=pytest.mark.slow),
         pytest.param("evaluation/features", "missing", "does not exist", marks=pytest.mark.slow),

@@ -195,7 +195,7 @@ def _ddp_rank(rank: int, folder: str, micro_steps: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_ranks_train_as_one_process_with_both_batches(tmp_path, batch, micro_steps):
     mp.spawn(_ddp_rank, args=(str(tmp_path), micro_steps), nprocs=2)
     alone = _train(small_model(), batch)

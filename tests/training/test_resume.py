@@ -50,7 +50,7 @@ def kill_after(process: Process, step: int, delay: float) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_leave_no_trace(
     kills: int, start: Start, tmp_path: Path, unbroken: Path
 ) -> None:

@@ -79,7 +79,9 @@ def model(folder):
     return load_checkpoint(folder / "checkpoint.pt")["model"]
 
 
-@pytest.mark.parametrize("start", ["segment upernet", "detect"], indirect=True)
+@pytest.mark.parametrize(
+    "start", ["detect", pytest.param("segment upernet", marks=pytest.mark.slow)], indirect=True
+)
 def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_path):
     folder, draws = tmp_path / "broken", random.Random(0)
     again = ("--save-steps", "1", "--resume", "auto")
@@ -97,7 +99,11 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
     assert scores(folder) == scores(whole)
 
 
-@pytest.mark.parametrize("start", list(TASKS), indirect=True)
+@pytest.mark.parametrize(
+    "start",
+    ["detect", "segment linear", pytest.param("segment upernet", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_two_processes_that_are_stopped_and_resumed_do_what_one_does(start, whole, tmp_path):
     folder = tmp_path / "two"
     for options, status in ((("--max-hours", "1e-9"), STOPPED), (("--resume", "auto"), 0)):

@@ -83,7 +83,13 @@ def assert_same(state, expected):
         assert torch.equal(state[name], tensor), name
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if "large" in name else ())
+        for name in ARCHITECTURES
+    ],
+)
 def test_a_full_checkpoint_comes_back_as_it_was(name, tmp_path):
     entry = INVENTORY[name]
     content = published(entry)

@@ -148,7 +148,7 @@ from ibeton.model.kernels.head.class_metrics import class_metrics, class_metrics
 from ibeton.model.kernels.head.cross_entropy import rows_by_chunk, rows_by_triton
 from test_cross_entropy import SHAPES, TOLERANCE, assert_same, random_rows
 
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
+for dtype in DTYPES:
     for i, shape in enumerate([*SHAPES, (5, 5, 300, 2)]):
         spread = 1.5e4 if i == len(SHAPES) else 4.0
         student, teacher, center, pairs, weight = random_rows(*shape, dtype=dtype, spread=spread)
@@ -183,8 +183,12 @@ print("same")
 """
 
 
-def test_triton_interpreted_equals_the_chunks():
-    assert in_subprocess(INTERPRET, TRITON_INTERPRET="1").strip() == "same"
+@pytest.mark.parametrize(
+    "dtypes", ["float16", pytest.param("float32, torch.bfloat16", marks=pytest.mark.slow)]
+)
+def test_triton_interpreted_equals_the_chunks(dtypes):
+    script = INTERPRET.replace("DTYPES", f"(torch.{dtypes},)")
+    assert in_subprocess(script, TRITON_INTERPRET="1").strip() == "same"
 
 
 @pytest.mark.gpu

@@ -46,12 +46,8 @@ def in_interpreter(*tests):
     assert "skipped" not in done.stdout
 
 
-def test_kernels_equal_their_references():
-    in_interpreter(*KERNELS)
-
-
-def test_the_published_backbone_and_the_step_hold():
-    in_interpreter(*PATHS)
+def test_kernels_equal_their_references_and_the_step_holds():
+    in_interpreter(*KERNELS, *PATHS)
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ WITHOUT = NAMES | {"_pack_gradients_kernel"}
     ("arch", "dtype", "capability"),
     [
         ("vit_s", torch.float16, 70),
-        ("vit_s", torch.float16, 90),
         *(
             pytest.param(arch, dtype, capability, marks=pytest.mark.slow)
             for arch in ("vit_s", "vit_b", "vit_l")

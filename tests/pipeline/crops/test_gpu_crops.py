@@ -171,7 +171,7 @@ def test_each_operation_alone_and_its_extremes() -> None:
 
 @interpreted
 @pytest.mark.parametrize("shape", [(1, 1), (300, 3), (20, 2000), (97, 61), (2, 5), (150, 200)])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_awkward_shapes(shape: tuple[int, int], seed: int) -> None:
     photos = [photo_of(shape, seed)]
     assert_equal_views(SMALL, 2, photos, drawn(SMALL, photos, first=10 * seed))

@@ -83,7 +83,7 @@ def test_every_sample_comes_once_an_epoch_with_its_label(beton: Path, kind: str)
     assert batch.global_crops.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["ffcv", "pil"])
+@pytest.mark.parametrize("kind", ["ffcv", pytest.param("pil", marks=pytest.mark.slow)])
 def test_workers_and_batch_size_change_no_sample(beton: Path, kind: str) -> None:
     one = batches_of(beton, epoch=2, loader=kind, workers=1, batch_size=8)
     other = batches_of(beton, epoch=2, loader=kind, workers=2, batch_size=16)
@@ -219,7 +219,7 @@ def test_an_error_in_a_thread_reaches_the_training_process(
     loader.close()
 
 
-@pytest.mark.parametrize("kind", ["ffcv", "dali", "pil"])
+@pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])
 def test_the_next_epoch_is_prepared_while_the_last_batches_are_used(beton: Path, kind: str) -> None:
     if problem := LOADERS[kind].problem():
         pytest.skip(problem)

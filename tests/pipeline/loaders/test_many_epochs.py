@@ -44,7 +44,9 @@ def run_epoch(loader: Loader, epoch: int) -> None:
         next(batches)
 
 
-@pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["ffcv", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dali", "pil"))]
+)
 def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) -> None:
     if PROBLEMS[kind]:
         pytest.skip(PROBLEMS[kind])
@@ -70,7 +72,9 @@ def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) 
     wait_for_no_more_than(things)
 
 
-@pytest.mark.parametrize("kind", ["ffcv", "dali", pytest.param("pil", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["ffcv", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dali", "pil"))]
+)
 def test_batches_are_prepared_across_the_borders_of_epochs(beton: Path, kind: str) -> None:
     """A consumer that is slower than the loader finds each batch ready, the first of an epoch too:
     before it asks for one, the loader has taken up the batches behind it, whatever their epoch."""

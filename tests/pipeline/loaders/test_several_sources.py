@@ -62,7 +62,7 @@ def test_photos_follow_each_other_and_classes_go_by_name(sources: list[str]) -> 
             assert np.array_equal(joined.pixels(index), part.pixels(place))
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "pil", "dali"])
+@pytest.mark.parametrize("loader", ["ffcv", pytest.param("pil", marks=pytest.mark.slow), "dali"])
 def test_every_loader_gives_the_same_views_of_all_sources(sources: list[str], loader: str) -> None:
     if problem := LOADERS[loader].problem():
         pytest.skip(problem)

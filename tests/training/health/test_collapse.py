@@ -21,9 +21,10 @@ LENGTH = ("--epochs", str(STEPS // PER_EPOCH), "--local-crops-number", "0")
     ("options", "says"),
     [
         ("--warmup-teacher-temp 1 --teacher-temp 1", "the teacher's targets are uniform"),
-        (
+        pytest.param(
             "--warmup-teacher-temp 0.01 --teacher-temp 0.01 --center-momentum 0.9999 --lambda2 0",
             "the teacher gives all images the same prototype",
+            marks=pytest.mark.slow,
         ),
         ("", ""),
     ],

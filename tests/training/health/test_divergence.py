@@ -93,7 +93,8 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
         ("data", 12, False, 0),
         pytest.param("data", 12, False, 15, marks=pytest.mark.slow),  # from its first step on
         ("state", 64, True, 0),
-        ("state", 12, False, 18),  # an optimizer's state, which older checkpoints meet again
+        # An optimizer's state, which older checkpoints meet again.
+        pytest.param("state", 12, False, 18, marks=pytest.mark.slow),
     ],
 )
 def test_a_diverging_run_keeps_its_last_good_checkpoint(

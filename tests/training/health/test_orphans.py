@@ -162,7 +162,9 @@ def test_no_process_outlives_torchrun_or_a_rank_that_is_killed(
     wait_for_the_end_of(below)
 
 
-@pytest.mark.parametrize("victim", ["main", "forkserver", "worker"])
+@pytest.mark.parametrize(
+    "victim", ["main", "worker", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
 def test_no_process_of_a_run_outlives_another_that_is_killed(
     victim: str, start: Start, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from small_runs import PER_EPOCH, Process, Start, losses, records
 
 from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED
@@ -51,13 +52,20 @@ def asked(process: Process, number: signal.Signals, after: int) -> int:
     return process.wait()
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGTERM, signal.SIGHUP],
+        pytest.param([signal.SIGUSR1, signal.SIGINT], marks=pytest.mark.slow),
+    ],
+)
 def test_each_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    start: Start, tmp_path: Path
+    numbers: list[signal.Signals], start: Start, tmp_path: Path
 ) -> None:
     folder, begun = tmp_path / "run", [0]
     # The pil loader has worker processes.
     options = ("--resume", "auto", "--loader", "pil", "--epochs", "1000")
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for number in numbers:
         process = start(folder, *options, fault=SLOW_STEP.format(seconds=0.2))
         assert asked(process, number, begun[-1] + 2) == STOPPED, process.said()[-2000:]
         assert f"stopped ({number.name}) at step" in process.said()

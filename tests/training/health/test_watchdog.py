@@ -47,7 +47,7 @@ def said(folder: Path, rank: int) -> str:
     return (folder / f"log{rank}.log").read_text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_and_the_others_end(
     group: Callable[..., Group], tmp_path: Path, victim: int
 ) -> None:
@@ -60,7 +60,7 @@ def test_a_killed_rank_is_named_and_the_others_end(
     assert "--resume auto" in said(tmp_path, survivor)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_and_the_others_end(
     group: Callable[..., Group], tmp_path: Path, victim: int
 ) -> None:
@@ -84,6 +84,7 @@ def test_a_loader_that_stalls_is_named_with_what_each_thread_does(
     assert "loader_that_hangs_on_its_disk" in said(tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_a_loader_that_stalls_ends_a_single_process_too(
     group: Callable[..., Group], tmp_path: Path
 ) -> None:
