@@ -1,6 +1,6 @@
 """The ffcv loader's views of real photos against the published operations, with the same draws.
 
-`python tests/pipeline/test_pixel_parity.py` prints the figures that docs/parity.md states.
+`python tests/pipeline/crops/test_pixel_parity.py` prints the figures that docs/parity.md states.
 """
 
 import tempfile
