@@ -8,7 +8,6 @@ of a few rows, with which every later decode is compared.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from ibeton.pipeline.store.beton import JPG, BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.jpeg import MAX_PIXELS
-from ibeton.pipeline.store.turbojpeg import Decoder
+from ibeton.pipeline.store.photos import turbo_pixels
 
 ROWS, _COLUMNS = 8, 16  # compared pixels of a photo
 # Levels between row means. Without fancy upsampling and with the fast DCT they move by less than 5
@@ -131,7 +130,8 @@ class GpuDecoding:
         ends = np.cumsum(3 * heights * widths)
         offsets = ends - 3 * heights * widths
         good = np.zeros(len(indices), bool)
-        with self._on_device():
+        # A stream of its own: the training's is not held up, nor waited for. None does nothing.
+        with torch.cuda.stream(self._stream):
             pixels = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=self._decoder.device)
             for i, image in enumerate(self._images(indices)):
                 good[i] = image is not None and image.shape == (3, heights[i], widths[i])
@@ -165,14 +165,6 @@ class GpuDecoding:
                 return [None]
             return [image for i in indices for image in self._images(np.array([i]))]
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """A stream of its own: the training's is not held up, nor waited for."""
-        stack = ExitStack()
-        if self._stream is not None:
-            stack.enter_context(torch.cuda.device(self._decoder.device))
-            stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
-
     def trial(self, workers: int) -> tuple[int, int]:
         """Measure both rates on photos from all over the file, with `workers` CPU threads. Returns
         how many the GPU decoded, and of how many that the CPU had."""
@@ -198,12 +190,21 @@ class GpuDecoding:
         return int(good.sum()), len(whole)
 
     def _on_cpu(self, index: int) -> np.ndarray | None:
-        height, width = int(self._reader.heights[index]), int(self._reader.widths[index])
-        with closing(Decoder()) as decoder:
-            try:
-                return decoder.decode(self._reader.photo_bytes(index), height, width)
-            except UnreadablePhoto:
-                return None
+        try:
+            return turbo_pixels(self._reader, index)
+        except UnreadablePhoto:
+            return None
+
+
+def share_with_nvjpeg(
+    wish: str, reader: BetonReader, device: torch.device, workers: int
+) -> tuple[GpuDecoding | None, str]:
+    """`choose_decoding` with nvJPEG; without it "auto" is silent."""
+    if problem := nvjpeg_problem(device):
+        if wish == "gpu":
+            raise ValueError(f"--decode gpu {problem}")
+        return None, ""
+    return choose_decoding(wish, reader, NvJpeg(device), workers)
 
 
 def choose_decoding(
