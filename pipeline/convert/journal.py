@@ -83,7 +83,7 @@ class Journal:
             os.truncate(self._file, 0)
         self._keep = os.fstat(self._file).st_size > 0  # there is progress worth keeping
         self._marked = (0, 0, 0)  # photos, samples, unreadable at the last mark
-        self._last: float | None = None  # time of the last mark
+        self._last = time.monotonic()  # time of the last mark
         self._disk = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -160,7 +160,6 @@ class Journal:
         """Leave a mark every MARK_EVERY_S; to be called between photos. `block`: samples per
         checksum. Raises OSError if the disk did not take the data of the previous mark."""
         now = time.monotonic()
-        self._last = now if self._last is None else self._last
         busy = self._pending and not self._pending.done()
         if busy or now - self._last < MARK_EVERY_S:
             return
