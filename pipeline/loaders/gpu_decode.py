@@ -8,7 +8,7 @@ of a few rows, with which every later decode is compared.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,16 +36,6 @@ class GpuPhotos(NamedTuple):
     good: np.ndarray  # bool [B]
 
 
-class JpegDecoder(Protocol):
-    """Decodes JPEGs on its device."""
-
-    device: torch.device
-
-    def __call__(self, jpegs: list[Tensor]) -> list[Tensor]:
-        """uint8 [bytes] each, on the CPU -> uint8 [3, H, W] each, on the device. Raises
-        RuntimeError if any of them cannot be decoded."""
-
-
 class NvJpeg:
     """nvJPEG through torchvision."""
 
@@ -53,6 +43,8 @@ class NvJpeg:
         self.device = device
 
     def __call__(self, jpegs: list[Tensor]) -> list[Tensor]:
+        """uint8 [bytes] each, on the CPU -> uint8 [3, H, W] each, on the device. Raises
+        RuntimeError if any of them cannot be decoded."""
         from torchvision.io import ImageReadMode, decode_jpeg
 
         return decode_jpeg(jpegs, ImageReadMode.RGB, self.device)
@@ -100,7 +92,7 @@ class GpuDecoding:
     `cpu_rate`, `gpu_rate`: photos/s of all CPU threads together and of the GPU, kept up to date.
     """
 
-    def __init__(self, reader: BetonReader, decoder: JpegDecoder) -> None:
+    def __init__(self, reader: BetonReader, decoder: NvJpeg) -> None:
         self._reader, self._decoder = reader, decoder
         self._state = np.where(reader.modes == JPG, _NEW, _CPU_ONLY).astype(np.uint8)
         self._state[reader.heights.astype(np.int64) * reader.widths > MAX_PIXELS] = _CPU_ONLY
@@ -208,7 +200,7 @@ def share_with_nvjpeg(
 
 
 def choose_decoding(
-    wish: str, reader: BetonReader, decoder: JpegDecoder, workers: int
+    wish: str, reader: BetonReader, decoder: NvJpeg, workers: int
 ) -> tuple[GpuDecoding | None, str]:
     """GPU decoding if `wish` is "gpu", or "auto" and it is worth it, and the reason in one line.
     Raises ValueError if "gpu" cannot decode any photo."""

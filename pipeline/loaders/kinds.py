@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 INSTALL_TURBOJPEG = "sudo apt-get install libturbojpeg0"
 INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
+# --decode ("auto" or "gpu"), photos, the GPU, workers -> the GPU's part, if any, and the reason
+ShareDecoding = Callable[[str, "Photos", "torch.device", int], "tuple[GpuDecoding | None, str]"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ class LoaderKind:
     crop_rate: float = 0.0
     reads_folders: bool = True  # or .beton files alone
     decodes_on_gpu: bool = False  # if it cuts there
-    # --decode ("auto" or "gpu"), photos, the GPU, workers -> the GPU's part, if any, and the reason
-    share_decoding: "Callable[..., tuple[GpuDecoding | None, str]] | None" = None
+    share_decoding: ShareDecoding | None = None  # with a GPU, as --decode says
     worker_processes: bool = False  # which need shared memory, and to be shielded from signals
     faster: str = ""  # what to use in its place, to be faster
 
