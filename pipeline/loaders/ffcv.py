@@ -157,9 +157,7 @@ class _Threads:
         def batches() -> Iterator[_Batch]:
             gpu = self._context.gpu_decoding
             for number, plan in enumerate(plans):
-                on_gpu = np.zeros(len(plan.indices), bool)
-                if gpu is not None:
-                    on_gpu = gpu.chosen(plan.indices)
+                on_gpu = gpu.chosen(plan.indices) if gpu else np.zeros(len(plan.indices), bool)
                 task = make_task(number, BatchPlan(plan.epoch, plan.indices[~on_gpu]))
                 places = np.flatnonzero(~on_gpu), np.flatnonzero(on_gpu)
                 yield _Batch(len(plan.indices), plan, task, *places)
