@@ -16,9 +16,6 @@ __getattr__ = exports(
     {
         "batch": ("Batch",),
         "config": ("PipelineConfig",),
-        "loader": (
-            "Loader",
-            "build_loader",
-        ),
+        "loader": ("Loader", "build_loader"),
     },
 )

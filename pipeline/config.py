@@ -7,9 +7,6 @@ from ibeton.options import flag, option, refuse, too_low, unknown_choices
 from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
 
-CROPS_ON = ("auto", "gpu", "cpu")
-DECODE = ("cpu", "gpu", "auto")
-MASK_SHAPES = ("block", "rand")
 _AT_LEAST: dict[tuple[str, ...], float] = {
     ("batch_size", "global_crops_number", "patch_size", "batches_ahead"): 1,
     ("workers", "seed", "local_crops_number"): 0,
@@ -32,14 +29,14 @@ class PipelineConfig:
         "auto",
         "where views are cut: on the GPU, beside the step, or by the loader's workers, which leaves"
         " the GPU to the step where cores are many (auto: on the GPU, where there is one)",
-        CROPS_ON,
+        ("auto", "gpu", "cpu"),
     )
     decode: str = option(
         "cpu",
         "where JPEGs are decoded: on the CPU, with Pillow's pixels; by GPU and CPU together, where"
         " views are cut on the GPU: faster where cores are few, pixels differ a little; auto: on"
         " the GPU too if that is the faster of the two (dali: where views are cut)",
-        DECODE,
+        ("cpu", "gpu", "auto"),
     )
     batch_size: int = option(64, "images per step in each process")
     workers: int = option(0, "loader threads or processes in each process (0: all cores)")
@@ -56,7 +53,7 @@ class PipelineConfig:
     )
     gray_p: float = option(0.2, "share of views turned gray")
     patch_size: int = option(16, "side of a patch in pixels")
-    pred_shape: str = option("block", "shape of the masks", MASK_SHAPES)
+    pred_shape: str = option("block", "shape of the masks", ("block", "rand"))
     pred_ratio: tuple[float, ...] = option((0.0, 0.3), "mask ratios, one is chosen per view")
     pred_ratio_var: tuple[float, ...] = option((0.0, 0.2), "half-width of the range of each ratio")
     pred_start_epoch: int = option(0, "epoch from which views are masked")

@@ -20,21 +20,11 @@ ABOUT = "What is installed, what is missing, how to install it, and which loader
 _REINSTALL = "make setup"
 _GET_FFCV = f"{INSTALL_TURBOJPEG}, or make ffcv"
 
-# module -> the command that installs it, and whether nothing works without it
-_PACKAGES = {
-    "torch": (_REINSTALL, True),
-    "torchvision": (_REINSTALL, True),
-    "numpy": (_REINSTALL, True),
-    "numba": (_REINSTALL, True),
-    "PIL": (_REINSTALL, True),
-    "timm": (_REINSTALL, False),
-    "rich": (_REINSTALL, True),
-    "tensorboard": (_REINSTALL, True),
-    "matplotlib": (_REINSTALL, False),
-    "nvidia.dali": (INSTALL_DALI, False),
-    "sklearn": (_REINSTALL, False),
-    "pytest": (_REINSTALL, False),
-}
+_PACKAGES = (
+    *("torch", "torchvision", "numpy", "numba", "PIL", "timm", "rich", "tensorboard"),
+    *("matplotlib", "nvidia.dali", "sklearn", "pytest"),
+)
+_OPTIONAL = ("timm", "matplotlib", "nvidia.dali", "sklearn", "pytest")  # trains without them
 
 
 @dataclass
@@ -50,12 +40,12 @@ class Finding:
 
 def check_package(module: str) -> Finding:
     """Import `module` for real: an installed package whose libraries are missing is not usable."""
-    fix, needed = _PACKAGES[module]
     try:
         version = getattr(importlib.import_module(module), "__version__", "installed")
     except Exception as error:  # a broken package may raise anything
         reason = "missing" if isinstance(error, ModuleNotFoundError) else f"broken ({error})"
-        return Finding(module, reason, fix, fatal=needed)
+        fix = INSTALL_DALI if module == "nvidia.dali" else _REINSTALL
+        return Finding(module, reason, fix, fatal=module not in _OPTIONAL)
     return Finding(module, str(version))
 
 

@@ -52,16 +52,12 @@ class Loader:
         self._std = torch.tensor(config.std, device=device)
         cut_on = device if self.crops_on == "gpu" else "cpu"
         context = context_of(config, self.photos, cut_on, gpu_decoding)
-        self._replacements = context.replacements
+        # Photos that could not be decoded so far: index -> name and reason.
+        self.unreadable = context.replacements.unreadable
         self._cutter = self.kind.build(context)
         # The work under way, and the (epoch, step) that it gives next.
         self._stream: Generator[tuple[BatchPlan, Crops | DeviceCrops], None, None] | None = None
         self._next = (-1, -1)
-
-    @property
-    def unreadable(self) -> dict[int, str]:
-        """Photos that could not be decoded so far: index -> name and reason."""
-        return self._replacements.unreadable
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from step `first_step` on, each on the device.

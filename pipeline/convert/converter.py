@@ -172,8 +172,8 @@ def _stored(
     starts = range(0, len(photos), _CHUNK)
     jobs = ((photos[i : i + _CHUNK], options) for i in starts)
     workers = min(options.workers or cores(), len(starts))
-    # Storing a photo unchanged costs less than sending it through a pipe.
-    if options.mostly_kept():
+    # Usual photos are stored unchanged, which costs less than sending them through a pipe.
+    if options.write_mode == "keep" and not options.max_resolution:
         spread = in_threads(store_photos, jobs, workers, most=2 * workers)
     else:
         spread = in_order(store_photos, jobs, workers)

@@ -39,10 +39,6 @@ class Done:
     checksums: list[int] = field(default_factory=list)  # of each block of samples
 
 
-class Refused(ValueError):
-    """An unfinished conversion does not match the command."""
-
-
 def partial_path(dst: Path) -> Path:
     return dst.with_name(f".{dst.name}.partial")
 
@@ -83,7 +79,7 @@ class Journal:
             os.truncate(self._file, 0)
         self._keep = os.fstat(self._file).st_size > 0  # there is progress worth keeping
         self._marked = (0, 0, 0)  # photos, samples, unreadable at the last mark
-        self._last: float | None = None  # time of the last mark
+        self._last = time.monotonic()  # time of the last mark
         self._disk = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -106,7 +102,7 @@ class Journal:
     def resume(self, writer: BetonWriter) -> None:
         """Restore `done` and the writer as of the last mark, or start anew if there is none.
 
-        Raises Refused for the progress of another conversion."""
+        Raises ValueError for the progress of another conversion."""
         sizes = [np.zeros(0, np.uint64)]
         end, page, whole = 0, writer.page_size, 0
         for content, at in _whole_lines(journal_path(self.dst)):
@@ -115,7 +111,7 @@ class Journal:
                 self._check_binding(content)
                 continue
             if self._stamp(self.done.photos, content["photos"]) != content["stamp"]:
-                raise Refused(f"photos have changed since they were read{self._advice()}")
+                raise ValueError(f"photos have changed since they were read{self._advice()}")
             self._take(content)
             sizes.append(np.array(content["sizes"], np.uint64))
             end, page = content["end"], content["page"]
@@ -125,7 +121,7 @@ class Journal:
         try:
             writer.resume(np.concatenate(sizes), end, page)
         except ValueError as error:
-            raise Refused(f"{error}{self._advice()}") from error
+            raise ValueError(f"{error}{self._advice()}") from error
         self._keep = len(sizes) > 1
         self._marked = (self.done.photos, writer.count, len(self.done.unreadable))
 
@@ -141,7 +137,7 @@ class Journal:
                 told = "has changed" if name == "list of photos" else f"was {old} and is {value}"
                 differ.append(f"its {name} {told}")
         if differ:
-            raise Refused(
+            raise ValueError(
                 f"the unfinished conversion to {self.dst} is a different one:"
                 f" {'; '.join(differ)}{self._advice()}"
             )
@@ -160,7 +156,6 @@ class Journal:
         """Leave a mark every MARK_EVERY_S; to be called between photos. `block`: samples per
         checksum. Raises OSError if the disk did not take the data of the previous mark."""
         now = time.monotonic()
-        self._last = now if self._last is None else self._last
         busy = self._pending and not self._pending.done()
         if busy or now - self._last < MARK_EVERY_S:
             return

@@ -7,17 +7,17 @@ every byte is compared with the checksums of the conversion. OUT.beton and its J
 they are complete, and equal those of a conversion without --shard byte for byte.
 """
 
+import argparse
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_command
-from ibeton.options import Parser, add_options, fill, option
+from ibeton.options import Parser
 from ibeton.pipeline.convert.converter import check_destination
 from ibeton.pipeline.convert.stored import checksum
 from ibeton.pipeline.convert.verify import BLOCK
@@ -30,13 +30,6 @@ _SAME = {  # what the JSON files of all shards must have in common
     "listing": "a listing of other photos",
     "options": "other options",
 }
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How to merge."""
-
-    overwrite: bool = option(False, "replace an existing OUT")
 
 
 class Shard:
@@ -183,16 +176,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m pipeline.convert.merge", description=about)
     parser.add_argument("shards", nargs="+", help="the files of all shards, in any order")
     parser.add_argument("out", help="the .beton file to write")
-    add_options(parser, MergeOptions)
-    given = vars(parser.parse_args(argv))
+    parser.add_argument(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        help="replace an existing OUT (default: False)",
+    )
+    given = parser.parse_args(argv)
 
     def act() -> int:
-        out = Path(given["out"])
-        photos = merge(given["shards"], out, fill(MergeOptions, given).overwrite)
-        print(
-            f"{out}: {photos:,} photos of {len(given['shards'])} shards,"
-            f" {out.stat().st_size / 1e6:,.1f} MB"
-        )
+        photos = merge(given.shards, given.out, bool(given.overwrite))
+        size = Path(given.out).stat().st_size / 1e6
+        print(f"{given.out}: {photos:,} photos of {len(given.shards)} shards, {size:,.1f} MB")
         return 0
 
     return run_command(act)

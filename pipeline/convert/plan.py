@@ -13,7 +13,6 @@ import numpy as np
 from ibeton.options import option, refuse, too_low, unknown_choices
 from ibeton.pipeline.store.sources import Photo, Source
 
-WRITE_MODES = ("keep", "jpg", "raw", "smart")
 _LEAST_SIDE = 16  # of a photo from which views can be cut
 
 
@@ -24,7 +23,9 @@ class ConvertOptions:
     max_resolution: int = option(0, "shrink photos whose longer side has more pixels (0: none)")
     quality: int = option(90, "JPEG quality where a photo is encoded, 1 to 100")
     write_mode: str = option(
-        "keep", "keep JPEG bytes; jpg: encode all anew; raw: pixels; smart: by size", WRITE_MODES
+        "keep",
+        "keep JPEG bytes; jpg: encode all anew; raw: pixels; smart: by size",
+        ("keep", "jpg", "raw", "smart"),
     )
     smart_threshold: int = option(0, "smart: bytes of pixels above which a photo becomes JPEG")
     workers: int = option(0, "workers (0: all cores)")
@@ -60,10 +61,6 @@ class ConvertOptions:
         if not good:
             raise ValueError(f"--shard {self.shard}: expected I/N with I from 1 to N, such as 2/8")
         return int(number), int(of)
-
-    def mostly_kept(self) -> bool:
-        """Whether the usual photo, a color JPEG, is stored without being decoded."""
-        return self.write_mode == "keep" and not self.max_resolution
 
     def content(self) -> dict[str, Any]:
         """The options that decide what the file holds."""

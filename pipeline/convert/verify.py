@@ -1,5 +1,6 @@
 """Read a .beton file back: every photo decodes, and every byte is the one that was written."""
 
+import functools
 from contextlib import closing
 
 from ibeton.pipeline.convert.stored import checksum
@@ -12,7 +13,7 @@ BLOCK = 256  # samples under one checksum
 
 Job = tuple[str, int, int]  # file, first sample, last sample + 1
 
-_opened: dict[str, BetonReader] = {}  # one worker reads many blocks of one file
+_opened = functools.cache(BetonReader)  # one worker reads many blocks of one file
 
 
 def verify(path: str, checksums: list[int] | None, classes: int, workers: int) -> list[str]:
@@ -47,9 +48,7 @@ def verify(path: str, checksums: list[int] | None, classes: int, workers: int) -
 def verify_block(job: Job) -> tuple[int, list[str]]:
     """Checksum of some samples and what is unreadable among them, in a worker process."""
     path, first, end = job
-    if path not in _opened:
-        _opened[path] = BetonReader(path)
-    reader = _opened[path]
+    reader = _opened(path)
     crc, problems = 0, []
     for i in range(first, end):
         crc = checksum(crc, *reader.sample(i))

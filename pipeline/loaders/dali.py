@@ -105,7 +105,7 @@ class DaliPixels(PhotoSource):
                 work.add("read", time.perf_counter() - began, 1, self._workers)
                 if self._is_for_dali(index, data) and self._is_complete(index, data):
                     return Read(index, np.frombuffer(data, np.uint8))
-        return self._decode_by_pillow(index)
+        return Read(*self._replacements.readable(index))  # it, or the next one that can be read
 
     def _is_for_dali(self, index: int, data: bytes | memoryview) -> bool:
         """A JPEG without surprises and, in a .beton file, of the size noted there."""
@@ -120,10 +120,6 @@ class DaliPixels(PhotoSource):
             self._complete[index] = 1
         return bool(self._complete[index])
 
-    def _decode_by_pillow(self, index: int) -> Read:
-        """Pixels of photo `index`, or of the next one that can be read."""
-        return Read(*self._replacements.readable(index))
-
     def _finish(self, batch: list[Read]) -> Decoded:
         indices: list[int] = []
         photos: list[Tensor] = []
@@ -137,7 +133,7 @@ class DaliPixels(PhotoSource):
                 if index not in self._refused:  # else it had been read before
                     log.warning("DALI refuses %s, Pillow takes it", self._photos.name(index))
                 self._refused.add(index)
-                index, data = self._decode_by_pillow(index)
+                index, data = self._replacements.readable(index)
                 pixels = torch.from_numpy(data)
             indices.append(index)
             photos.append(pixels)

@@ -50,13 +50,23 @@ class DaliDecoder:
     def start(self, jpegs: list[np.ndarray]) -> None:
         """Begin to decode `jpegs`, uint8 [bytes] each, and return."""
         self._jpegs = jpegs
-        self._schedule(jpegs)
+        if jpegs:
+            self._pipe.feed_input("jpegs", jpegs)
+            self._pipe.schedule_run()
 
     def finish(self) -> list[Tensor | None]:
         """Wait for the batch: uint8 [H, W, 3] on the device for each JPEG, or None if DALI refuses
         it."""
         jpegs, self._jpegs = self._jpegs, []
-        return self._collect(jpegs)
+        if not jpegs:
+            return []
+        try:
+            (images,) = self._pipe.share_outputs()
+            self._pipe.release_outputs()
+        except RuntimeError:
+            self._pipe = self._build()  # after an error DALI takes no more batches
+            return self._by_halves(jpegs)
+        return [torch.from_dlpack(images[i]) for i in range(len(jpegs))]
 
     def abandon(self) -> None:
         """Drop the batch under way, if there is one."""
@@ -68,22 +78,6 @@ class DaliDecoder:
         pipe.build()
         return pipe
 
-    def _schedule(self, jpegs: list[np.ndarray]) -> None:
-        if jpegs:
-            self._pipe.feed_input("jpegs", jpegs)
-            self._pipe.schedule_run()
-
-    def _collect(self, jpegs: list[np.ndarray]) -> list[Tensor | None]:
-        if not jpegs:
-            return []
-        try:
-            (images,) = self._pipe.share_outputs()
-            self._pipe.release_outputs()
-        except RuntimeError:
-            self._pipe = self._build()  # after an error DALI takes no more batches
-            return self._by_halves(jpegs)
-        return [torch.from_dlpack(images[i]) for i in range(len(jpegs))]
-
     def _by_halves(self, jpegs: list[np.ndarray]) -> list[Tensor | None]:
         """Decode a batch that failed."""
         if len(jpegs) == 1:
@@ -91,6 +85,6 @@ class DaliDecoder:
         decoded: list[Tensor | None] = []
         middle = len(jpegs) // 2
         for part in (jpegs[:middle], jpegs[middle:]):
-            self._schedule(part)
-            decoded += self._collect(part)
+            self.start(part)
+            decoded += self.finish()
         return decoded

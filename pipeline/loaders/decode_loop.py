@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from ibeton.pipeline.compiled import compiled
 from ibeton.pipeline.crops.cpu import cut_views
 from ibeton.pipeline.sampling.draws import DRAW, draw_sample
-from ibeton.pipeline.store.beton import JPG, BetonReader
+from ibeton.pipeline.store.beton import JPG
 from ibeton.pipeline.store.jpeg import MAX_PIXELS
 from ibeton.pipeline.store.turbojpeg import FLAGS, RGB, library
 
@@ -41,7 +41,8 @@ _clock = types.ExternalFunction("clock_gettime", _i32(_i32, _address))
 
 
 class Stored(NamedTuple):
-    """Where the photos of .beton files are; arrays over all samples."""
+    """Where the photos of .beton files are: arrays of a BetonReader, which must outlive their use,
+    over all samples."""
 
     files: np.ndarray  # int32 [n], descriptors
     pointers: np.ndarray  # uint64 [n]
@@ -63,13 +64,6 @@ class Task(NamedTuple):
     global_crops: np.ndarray  # uint8 [B, V, 3, S, S]
     local_crops: np.ndarray  # uint8 [B, L, 3, s, s]
     times: np.ndarray  # int64 [B, 1 + STAGES, 2], seconds and nanoseconds around each stage
-
-
-def stored(reader: BetonReader) -> Stored:
-    """What the loop needs to know of a file. The reader must outlive its use."""
-    return Stored(
-        reader.files, reader.pointers, reader.sizes, reader.heights, reader.widths, reader.modes
-    )
 
 
 @intrinsic

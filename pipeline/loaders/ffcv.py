@@ -16,7 +16,7 @@ import torch
 
 from ibeton.pipeline.batch import BatchPlan, Crops, Decoded
 from ibeton.pipeline.loaders.context import Cutter, LoaderContext, PhotoSource
-from ibeton.pipeline.loaders.decode_loop import STAGES, Task, stored, work_on
+from ibeton.pipeline.loaders.decode_loop import STAGES, Stored, Task, work_on
 from ibeton.pipeline.loaders.gpu_decode import GpuPhotos
 from ibeton.pipeline.loaders.shared_work import Job, Worker, share
 from ibeton.pipeline.sampling.draws import spec_table, stack_shape
@@ -136,14 +136,13 @@ class _Threads:
 
     def __init__(self, context: LoaderContext) -> None:
         reader = context.photos
-        if not isinstance(reader, BetonReader):
-            raise ValueError(f"{' '.join(context.config.data)}: the ffcv loader reads .beton files")
-        self.reader: BetonReader = reader
+        assert isinstance(reader, BetonReader)
+        self.reader = reader
         # One is with the consumer, and one is being finished while the next is begun.
         self.slots = range(context.config.batches_ahead + 2)
         self._context = context
-        self._photos, self._specs = stored(self.reader), spec_table(context.views)
-        self._seed = context.config.seed
+        self._photos = Stored(*(getattr(reader, name) for name in Stored._fields))
+        self._specs, self._seed = spec_table(context.views), context.config.seed
 
     def run(
         self,
@@ -158,9 +157,7 @@ class _Threads:
         def batches() -> Iterator[_Batch]:
             gpu = self._context.gpu_decoding
             for number, plan in enumerate(plans):
-                on_gpu = np.zeros(len(plan.indices), bool)
-                if gpu is not None:
-                    on_gpu = gpu.chosen(plan.indices)
+                on_gpu = gpu.chosen(plan.indices) if gpu else np.zeros(len(plan.indices), bool)
                 task = make_task(number, BatchPlan(plan.epoch, plan.indices[~on_gpu]))
                 places = np.flatnonzero(~on_gpu), np.flatnonzero(on_gpu)
                 yield _Batch(len(plan.indices), plan, task, *places)

@@ -8,8 +8,7 @@ of a few rows, with which every later decode is compared.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from ibeton.pipeline.store.beton import JPG, BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.jpeg import MAX_PIXELS
-from ibeton.pipeline.store.turbojpeg import Decoder
+from ibeton.pipeline.store.photos import turbo_pixels
 
 ROWS, _COLUMNS = 8, 16  # compared pixels of a photo
 # Levels between row means. Without fancy upsampling and with the fast DCT they move by less than 5
@@ -37,16 +36,6 @@ class GpuPhotos(NamedTuple):
     good: np.ndarray  # bool [B]
 
 
-class JpegDecoder(Protocol):
-    """Decodes JPEGs on its device."""
-
-    device: torch.device
-
-    def __call__(self, jpegs: list[Tensor]) -> list[Tensor]:
-        """uint8 [bytes] each, on the CPU -> uint8 [3, H, W] each, on the device. Raises
-        RuntimeError if any of them cannot be decoded."""
-
-
 class NvJpeg:
     """nvJPEG through torchvision."""
 
@@ -54,6 +43,8 @@ class NvJpeg:
         self.device = device
 
     def __call__(self, jpegs: list[Tensor]) -> list[Tensor]:
+        """uint8 [bytes] each, on the CPU -> uint8 [3, H, W] each, on the device. Raises
+        RuntimeError if any of them cannot be decoded."""
         from torchvision.io import ImageReadMode, decode_jpeg
 
         return decode_jpeg(jpegs, ImageReadMode.RGB, self.device)
@@ -101,7 +92,7 @@ class GpuDecoding:
     `cpu_rate`, `gpu_rate`: photos/s of all CPU threads together and of the GPU, kept up to date.
     """
 
-    def __init__(self, reader: BetonReader, decoder: JpegDecoder) -> None:
+    def __init__(self, reader: BetonReader, decoder: NvJpeg) -> None:
         self._reader, self._decoder = reader, decoder
         self._state = np.where(reader.modes == JPG, _NEW, _CPU_ONLY).astype(np.uint8)
         self._state[reader.heights.astype(np.int64) * reader.widths > MAX_PIXELS] = _CPU_ONLY
@@ -131,7 +122,8 @@ class GpuDecoding:
         ends = np.cumsum(3 * heights * widths)
         offsets = ends - 3 * heights * widths
         good = np.zeros(len(indices), bool)
-        with self._on_device():
+        # A stream of its own: the training's is not held up, nor waited for. None does nothing.
+        with torch.cuda.stream(self._stream):
             pixels = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=self._decoder.device)
             for i, image in enumerate(self._images(indices)):
                 good[i] = image is not None and image.shape == (3, heights[i], widths[i])
@@ -165,14 +157,6 @@ class GpuDecoding:
                 return [None]
             return [image for i in indices for image in self._images(np.array([i]))]
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """A stream of its own: the training's is not held up, nor waited for."""
-        stack = ExitStack()
-        if self._stream is not None:
-            stack.enter_context(torch.cuda.device(self._decoder.device))
-            stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
-
     def trial(self, workers: int) -> tuple[int, int]:
         """Measure both rates on photos from all over the file, with `workers` CPU threads. Returns
         how many the GPU decoded, and of how many that the CPU had."""
@@ -198,16 +182,25 @@ class GpuDecoding:
         return int(good.sum()), len(whole)
 
     def _on_cpu(self, index: int) -> np.ndarray | None:
-        height, width = int(self._reader.heights[index]), int(self._reader.widths[index])
-        with closing(Decoder()) as decoder:
-            try:
-                return decoder.decode(self._reader.photo_bytes(index), height, width)
-            except UnreadablePhoto:
-                return None
+        try:
+            return turbo_pixels(self._reader, index)
+        except UnreadablePhoto:
+            return None
+
+
+def share_with_nvjpeg(
+    wish: str, reader: BetonReader, device: torch.device, workers: int
+) -> tuple[GpuDecoding | None, str]:
+    """`choose_decoding` with nvJPEG; without it "auto" is silent."""
+    if problem := nvjpeg_problem(device):
+        if wish == "gpu":
+            raise ValueError(f"--decode gpu {problem}")
+        return None, ""
+    return choose_decoding(wish, reader, NvJpeg(device), workers)
 
 
 def choose_decoding(
-    wish: str, reader: BetonReader, decoder: JpegDecoder, workers: int
+    wish: str, reader: BetonReader, decoder: NvJpeg, workers: int
 ) -> tuple[GpuDecoding | None, str]:
     """GPU decoding if `wish` is "gpu", or "auto" and it is worth it, and the reason in one line.
     Raises ValueError if "gpu" cannot decode any photo."""

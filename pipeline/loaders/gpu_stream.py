@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 import torch
 
@@ -59,7 +59,7 @@ class GpuCrops:
         """The views, under way, and the event behind the copy of the photos."""
         shapes = photos.heights, photos.widths
         draws = draw_batch(self._specs, self._seed, plan.epoch, plan.indices, *shapes)
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+        with torch.cuda.stream(self._stream):  # None, on a CPU, does nothing
             self._clock.start()
             self._clock.enter("copy")
             parts = [part.to(self._device, non_blocking=True).reshape(-1) for part in photos.parts]

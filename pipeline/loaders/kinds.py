@@ -43,9 +43,9 @@ class LoaderKind:
     name: str
     about: str
     crops: "Callable[[LoaderContext], Cutter]"
-    pixels: "Callable[[LoaderContext], PhotoSource] | None"
-    problem: Callable[[], str]
-    decode: "Callable[[Photos, int], np.ndarray]"
+    pixels: "Callable[[LoaderContext], PhotoSource] | None" = None
+    problem: Callable[[], str] = lambda: ""
+    decode: "Callable[[Photos, int], np.ndarray]" = lambda photos, index: photos.pixels(index)
     decode_rate: float = 0.0
     crop_rate: float = 0.0
     reads_folders: bool = True  # or .beton files alone
@@ -64,12 +64,11 @@ class LoaderKind:
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
-    """A class of a module beside this one, which is imported when the class is called."""
+    """A class or function of a module beside this one, which is imported when that is called."""
 
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"ibeton.pipeline.loaders.{module}"), name)(
-            *arguments
-        )
+        found = importlib.import_module(f"ibeton.pipeline.loaders.{module}")
+        return getattr(found, name)(*arguments)
 
     return call
 
@@ -90,8 +89,7 @@ def dali_problem() -> str:
     try:
         importlib.import_module("nvidia.dali")
     except ImportError as error:  # also where a library that it was built with is gone
-        missing = isinstance(error, ModuleNotFoundError)
-        state = "not installed" if missing else f"broken ({error})"
+        state = "not installed" if isinstance(error, ModuleNotFoundError) else f"broken ({error})"
         return (
             f"nvidia-dali is {state}: `{INSTALL_DALI}` installs it, `python -m pipeline.doctor`"
             " explains"
@@ -99,28 +97,13 @@ def dali_problem() -> str:
     return ""
 
 
-def _share_with_nvjpeg(
-    wish: str, photos: "Photos", device: "torch.device", workers: int
-) -> "tuple[GpuDecoding | None, str]":
-    from ibeton.pipeline.loaders.gpu_decode import NvJpeg, choose_decoding, nvjpeg_problem
-    from ibeton.pipeline.store.beton import BetonReader
-
-    assert isinstance(photos, BetonReader)
-    if problem := nvjpeg_problem(device):
-        if wish == "gpu":
-            raise ValueError(f"--decode gpu {problem}")
-        return None, ""
-    return choose_decoding(wish, photos, NvJpeg(device), workers)
-
-
 def _decode_by_turbojpeg(photos: "Photos", index: int) -> "np.ndarray":
     from ibeton.pipeline.store.beton import JPG, BetonReader
-    from ibeton.pipeline.store.turbojpeg import Decoder
+    from ibeton.pipeline.store.photos import turbo_pixels
 
-    if not isinstance(photos, BetonReader) or photos.modes[index] != JPG:
-        return photos.pixels(index)
-    height, width = int(photos.heights[index]), int(photos.widths[index])
-    return Decoder().decode(photos.photo_bytes(index), height, width)
+    if isinstance(photos, BetonReader) and photos.modes[index] == JPG:
+        return turbo_pixels(photos, index)
+    return photos.pixels(index)
 
 
 LOADERS = {
@@ -135,7 +118,7 @@ LOADERS = {
             decode=_decode_by_turbojpeg,
             decode_rate=572,
             crop_rate=197,
-            share_decoding=_share_with_nvjpeg,
+            share_decoding=_later("gpu_decode", "share_with_nvjpeg"),
             reads_folders=False,
         ),
         LoaderKind(
@@ -144,16 +127,12 @@ LOADERS = {
             crops=_later("dali", "DaliCrops"),
             pixels=_later("dali", "DaliPixels"),
             problem=dali_problem,
-            decode=lambda photos, index: photos.pixels(index),
             decodes_on_gpu=True,
         ),
         LoaderKind(
             name="pil",
             about="the published recipe",
             crops=_later("pil", "PilCrops"),
-            pixels=None,
-            problem=lambda: "",
-            decode=lambda photos, index: photos.pixels(index),
             decode_rate=410,
             crop_rate=33,
             worker_processes=True,

@@ -145,7 +145,7 @@ class PilCrops:
                 self._tensor(global_crops), self._tensor(local_crops), torch.from_numpy(used)
             )
             for index, reason in unreadable.items():
-                self._replacements.take_over(index, reason)
+                self._replacements.note(index, reason)
             for name, spent in zip(STAGES, times, strict=True):
                 work.add(name, float(spent), len(crops.indices), self._loader.num_workers)
             yield self._keys.under_way.popleft(), crops

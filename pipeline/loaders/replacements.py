@@ -43,19 +43,15 @@ class Replacements:
             try:
                 return candidate, self._photos.pixels(candidate)
             except UnreadablePhoto as reason:
-                self.note(candidate, str(reason))
+                self.note(candidate, f"{self._photos.name(candidate)}: {reason}")
         count = min(_MOST_IN_A_ROW, len(self._photos))
         raise UnreadableData(
             f"{count} photos in a row cannot be read, from {self._photos.name(index)} on"
             f" ({self.unreadable[index].rpartition(': ')[2]}); check the data set"
         )
 
-    def note(self, index: int, reason: str) -> None:
+    def note(self, index: int, name_and_reason: str) -> None:
         """Add an unreadable photo to the list, and log it once."""
-        self.take_over(index, f"{self._photos.name(index)}: {reason}")
-
-    def take_over(self, index: int, name_and_reason: str) -> None:
-        """The same for one that a worker process found."""
         with self._noting:
             known = index in self.unreadable
             self.unreadable.setdefault(index, name_and_reason)

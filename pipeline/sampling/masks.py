@@ -7,7 +7,6 @@ The distribution is that of iBOT's published sampler; block-wise masks follow BE
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -197,19 +196,6 @@ def _fill_random(cells: np.ndarray, count: int, key: Uint64, counter: int) -> No
         cells[last], cells[other] = cells[other], cells[last]
 
 
-class Draws(Protocol):
-    """Random numbers for `draw_mask_reference`, from a key or from a log."""
-
-    def uniform(self, low: float, high: float) -> float: ...
-
-    def randint(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
-
-    def choice(self, options: list[float]) -> float: ...
-
-    def shuffle(self, cells: np.ndarray) -> None: ...
-
-
 class KeyDraws:
     """The draws of one sample's view by `rng`: those that the compiled sampler makes."""
 
@@ -222,6 +208,7 @@ class KeyDraws:
         return low + (high - low) * uniform_reference(self.key, self.counter - 1)
 
     def randint(self, low: int, high: int) -> int:
+        """An integer from low to high, both included."""
         self.counter += 1
         return low + randint_reference(self.key, self.counter - 1, high - low + 1)
 
@@ -234,8 +221,9 @@ class KeyDraws:
             cells[last], cells[other] = cells[other], cells[last]
 
 
-def draw_mask_reference(config: MaskConfig, grid: tuple[int, int], draws: Draws) -> np.ndarray:
-    """Return one view's mask, bool [h, w]: the published sampler in plain Python."""
+def draw_mask_reference(config: MaskConfig, grid: tuple[int, int], draws: KeyDraws) -> np.ndarray:
+    """Return one view's mask, bool [h, w]: the published sampler in plain Python. `draws` may be
+    anything with the methods of KeyDraws, such as a log of the published sampler's draws."""
     height, width = grid
     ratios = [
         draws.uniform(mean - var, mean + var) if var > 0 else mean
@@ -257,7 +245,7 @@ def draw_mask_reference(config: MaskConfig, grid: tuple[int, int], draws: Draws)
     return mask
 
 
-def _try_block(mask: np.ndarray, left: float, aspect: tuple[float, float], draws: Draws) -> bool:
+def _try_block(mask: np.ndarray, left: float, aspect: tuple[float, float], draws: KeyDraws) -> bool:
     """Draw one block; mask it and return True if it adds at least one cell and at most `left`."""
     height, width = mask.shape
     area = draws.uniform((min(height, width) // 3) ** 2, left)

@@ -19,7 +19,6 @@ from ibeton.pipeline.compiled import compiled
 Uint64 = Any  # numba's uint64, of which mypy knows nothing
 
 # Purposes. The number of the view is added to AUGMENT and MASK, so a sample has up to 256 of each.
-ORDER = 0  # the order of the samples in an epoch
 AUGMENT = 0x100  # crop box, flip, colors, blur, solarise of one view
 MASK = 0x200  # the mask of one view
 

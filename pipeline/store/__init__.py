@@ -8,7 +8,6 @@ from ibeton.pipeline.store.decode import decode_photo as decode_photo
 from ibeton.pipeline.store.jpeg import whole_jpeg_size as whole_jpeg_size
 from ibeton.pipeline.store.photos import Photos as Photos
 from ibeton.pipeline.store.photos import is_beton as is_beton
-from ibeton.pipeline.store.photos import open_photos as open_photos
 from ibeton.pipeline.store.sources import Photo as Photo
 from ibeton.pipeline.store.sources import open_source as open_source
 from ibeton.pipeline.store.sources import read_bytes as read_bytes

@@ -49,10 +49,6 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(f"{path}.json")
 
 
-class FileChanged(OSError):
-    """A .beton file has changed since it was opened."""
-
-
 class BetonReader:
     """A .beton file with the fields `image` and `label`. Photos are read on demand.
 
@@ -110,7 +106,7 @@ class BetonReader:
     def photo_bytes(self, index: int) -> bytes:
         """The stored bytes, JPEG or raw pixels by `modes[index]`.
 
-        Raises FileChanged if the file has become shorter since it was opened.
+        Raises OSError if the file has become shorter since it was opened.
         """
         return self._read(int(self.pointers[index]), int(self.sizes[index]))
 
@@ -126,7 +122,7 @@ class BetonReader:
             parts.append(part)
             size, begin = size - len(part), begin + len(part)
         if size:
-            raise FileChanged(
+            raise OSError(
                 f"{self.path} ends at byte {begin:,}, before what it held when it was opened:"
                 " it was cut short or replaced while in use"
             )

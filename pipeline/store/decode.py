@@ -43,12 +43,10 @@ def load_photo(data: bytes | memoryview) -> Image.Image:
         image.load()
         if image.format in ("JPEG", "MPO"):
             check_complete(data)
-    except UnreadablePhoto:
+    except (UnreadablePhoto, MemoryError):
         raise
     except Image.UnidentifiedImageError:
         raise UnreadablePhoto("not an image format that Pillow knows") from None
-    except MemoryError:
-        raise
     except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
         raise UnreadablePhoto(str(error) or type(error).__name__) from error
     return image

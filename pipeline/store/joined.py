@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
@@ -26,15 +25,11 @@ def open_all(paths: str | Sequence[str]) -> Photos:
     return JoinedBeton(files) if len(files) == len(parts) else JoinedPhotos(parts)
 
 
-class _Joined:
-    """What both kinds have in common. Classes are matched by name. Labels of a part without class
-    names stay as they are if no part has names, else they are -1, unlabeled."""
+class JoinedPhotos:
+    """Photos of folders, tars and .beton files. Classes are matched by name. Labels of a part
+    without class names stay as they are if no part has names, else they are -1, unlabeled."""
 
-    labels: np.ndarray  # int64 [n]
-    classes: list[str]
-    notes: list[str]
-
-    def _join(self, parts: Sequence[BetonReader | FolderPhotos]) -> None:
+    def __init__(self, parts: Sequence[BetonReader | FolderPhotos]) -> None:
         self._parts = parts
         self._starts = np.array([0, *accumulate(len(part) for part in parts)])
         self.classes = sorted({name for part in parts for name in part.classes})
@@ -48,7 +43,7 @@ class _Joined:
         known = (part.labels >= 0) & (part.labels < len(part.classes))
         return numbers[np.where(known, part.labels, -1)].astype(np.int64)
 
-    def _place(self, index: int) -> tuple[Any, int]:
+    def _place(self, index: int) -> tuple[BetonReader | FolderPhotos, int]:
         """The part that holds photo `index`, and its place there."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part], int(index - self._starts[part])
@@ -58,28 +53,21 @@ class _Joined:
 
     def photo_bytes(self, index: int) -> bytes:
         part, place = self._place(index)
-        return bytes(part.photo_bytes(place))
-
-    def name(self, index: int) -> str:
-        part, place = self._place(index)
-        return str(part.name(place))
-
-
-class JoinedPhotos(_Joined):
-    """Photos of folders, tars and .beton files."""
-
-    def __init__(self, parts: Sequence[BetonReader | FolderPhotos]) -> None:
-        self._join(parts)
+        return part.photo_bytes(place)
 
     def pixels(self, index: int) -> np.ndarray:
         part, place = self._place(index)
-        return np.asarray(part.pixels(place))
+        return part.pixels(place)
+
+    def name(self, index: int) -> str:
+        part, place = self._place(index)
+        return part.name(place)
 
 
-class JoinedBeton(_Joined, BetonReader):
+class JoinedBeton(JoinedPhotos, BetonReader):
     """Several .beton files, with the arrays of a single one, so that the ffcv loader reads them."""
 
     def __init__(self, parts: Sequence[BetonReader]) -> None:
-        self._join(parts)
+        super().__init__(parts)
         for name in ("modes", "widths", "heights", "pointers", "sizes", "files"):
             setattr(self, name, np.concatenate([getattr(part, name) for part in parts]))

@@ -69,14 +69,22 @@ def open_photos(path: str | Path) -> BetonReader | FolderPhotos:
     return BetonReader(path) if is_beton(path) else FolderPhotos(open_source(path))
 
 
+def turbo_pixels(reader: BetonReader, index: int) -> np.ndarray:
+    """uint8 [H, W, 3] of a JPEG by libjpeg-turbo: Pillow's pixels in half of the time.
+
+    Raises UnreadablePhoto, and OSError if the library is missing.
+    """
+    size = int(reader.heights[index]), int(reader.widths[index])
+    return thread_decoder().decode(reader.photo_bytes(index), *size)
+
+
 class TurboPhotos(BetonReader):
-    """A .beton whose JPEGs libjpeg-turbo decodes: Pillow's pixels in half of the time."""
+    """A .beton whose JPEGs libjpeg-turbo decodes."""
 
     def pixels(self, index: int) -> np.ndarray:
         if self.modes[index] == JPG:
-            size = int(self.heights[index]), int(self.widths[index])
             with suppress(UnreadablePhoto):
-                return thread_decoder().decode(self.photo_bytes(index), *size)
+                return turbo_pixels(self, index)
         return super().pixels(index)  # reads more kinds of files, and says why it cannot
 
 

@@ -83,11 +83,9 @@ def read_bytes(photo: Photo) -> bytes:
     if photo.offset is None or photo.size is None:
         with open(os.path.join(photo.path, photo.name), "rb") as file:
             return file.read()
-    with open(photo.path, "rb", buffering=0) as file:
+    with open(photo.path, "rb") as file:
         file.seek(photo.offset)
-        data = file.read(photo.size) or b""
-        while len(data) < photo.size and (more := file.read(photo.size - len(data))):
-            data += more
+        data = file.read(photo.size)
     if len(data) < photo.size:
         raise OSError(f"{photo.path} ends inside {photo.name}; is it being changed?")
     return data

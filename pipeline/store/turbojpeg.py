@@ -64,9 +64,11 @@ def thread_decoder() -> "Decoder":
 class Decoder:
     """A decompressor, for one thread at a time. Raises OSError if the library is missing."""
 
+    handle: int = 0
+
     def __init__(self) -> None:
         self._library = library()
-        self.handle: int = self._library.tjInitDecompress()
+        self.handle = self._library.tjInitDecompress()
         if not self.handle:
             raise MemoryError("libjpeg-turbo could not make a decompressor")
 
@@ -118,6 +120,4 @@ class Decoder:
             self._library.tjDestroy(self.handle)
             self.handle = 0
 
-    def __del__(self) -> None:
-        if getattr(self, "handle", 0):
-            self.close()
+    __del__ = close
