@@ -19,7 +19,7 @@ from ibeton.pipeline.compiled import compiled
 Uint64 = Any  # numba's uint64, of which mypy knows nothing
 
 # Purposes. The number of the view is added to AUGMENT and MASK, so a sample has up to 256 of each.
-AUGMENT = 0x100  # crop box, flip, colors, blur, solarise of one view
+AUGMENT = 0x100  # crop box, flip, colors, blur, solarize of one view
 MASK = 0x200  # the mask of one view
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, made odd
