@@ -14,7 +14,7 @@ from ibeton.model.masking import masked_patches
 from ibeton.model.network import Logits
 from ibeton.model.optim import build_optimizer, clip_gradients, parameter_groups
 from ibeton.model.reference import loss_reference, network_reference, update_teacher_reference
-from ibeton.model.steps import set_rates
+from ibeton.model.steps import Step, set_rates
 
 PARTS = ("teacher", "student", "loss", "backward", "optimizer", "ema")
 Times = dict[str, float]
@@ -38,6 +38,14 @@ class Batch:
         self.global_crops, self.local_crops = (
             t.to(device) for t in (self.global_crops, self.local_crops)
         )
+
+
+def new_step(config: ModelConfig, device: str, dtype: torch.dtype | None) -> Step:
+    """What takes steps of a new model of ours, in `dtype` (None: no autocast)."""
+    torch.manual_seed(0)
+    ibot = build(config).to(device)
+    scaler = torch.amp.GradScaler(device) if dtype is torch.float16 else None
+    return Step(ibot, build_optimizer(ibot.student), scaler, autocast_dtype=dtype)
 
 
 class Side:
