@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A row of the last table: wanted is `limit` or more (or less, if `at_most`). `form` writes what
+    """A row of the last table: wanted is `limit` or more, or less if `at_most`. `form` writes what
     was measured; `holds` is None where nothing was."""
 
     what: str

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -160,6 +161,24 @@ def on_two_clocks(
 def ratios(rates: dict[str, list[float]], name: str, to: str) -> list[float]:
     """Round by round, how many times as fast as `to` it is."""
     return [a / b for a, b in zip(rates[name], rates[to], strict=True)]
+
+
+@contextmanager
+def counting_kept(weights: bool = True) -> Iterator[Callable[[], int]]:
+    """Yield a function that gives the bytes that operations inside keep for the backward, each
+    storage once; `weights`: parameters too."""
+    import torch
+
+    kept: dict[int, Any] = {}  # alive, or another could take the address of one that was counted
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if weights or not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())
 
 
 def conclude(
