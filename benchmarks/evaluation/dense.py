@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibeton.benchmarks.harness.budget_rates import DEVICES
-from ibeton.benchmarks.harness.measure import in_words, machine
+from ibeton.benchmarks.harness.measure import counting_kept, in_words, machine
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.segmenter import Segmenter
 from ibeton.evaluation.segment import main as segment
@@ -80,20 +80,12 @@ def loss_without_matching(model: Detector, batch: Any) -> Tensor:
 def counted(task: str, arch: str, images: int) -> dict[str, float]:
     """Of a whole step: millions of weights, GiB of weights, gradients and moments in float32, GiB
     that the forward keeps for the backward in half precision, and TFLOP of all matrix products."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
     with FakeTensorMode():
         model = build(task, arch, drop_path=0.0).train()  # what is dropped has no fake tensors
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         batch = drawn(task, images)
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        flops = FlopCounterMode(display=False)
-        with flops, hooks, torch.autocast("cpu", torch.bfloat16):
+        hooks, flops = counting_kept(weights=False), FlopCounterMode(display=False)
+        with flops, hooks as kept, torch.autocast("cpu", torch.bfloat16):
             if task == "segment":
                 loss = model(batch, list(range(images)))["loss"]
             else:
@@ -104,7 +96,7 @@ def counted(task: str, arch: str, images: int) -> dict[str, float]:
     return {
         "weights M": weights / 1e6,
         "fixed GiB": 16 * weights / 2**30,
-        "kept GiB": sum(kept.values()) / 2**30,
+        "kept GiB": kept() / 2**30,
         "TFLOP": 3 * flops.get_total_flops() / 1e12,  # the backward takes twice the forward
     }
 
@@ -171,11 +163,8 @@ def main() -> int:
         found = work(task, arch, args.images)
         more = {} if args.measure else predicted(task, found, args.images)
         rows[f"{task} {arch}"] = {**found, **more}
-    table = Table(
-        title=f"a step of {args.images} images, {'measured' if args.measure else 'counted'}"
-    )
-    for heading in ("", *next(iter(rows.values()))):
-        table.add_column(heading)
+    title = f"a step of {args.images} images, {'measured' if args.measure else 'counted'}"
+    table = Table("", *next(iter(rows.values())), title=title)
     for name, values in rows.items():
         cells = [v if isinstance(v, str) else f"{v:.2f}" for v in values.values()]
         table.add_row(name, *cells)
