@@ -12,8 +12,6 @@ import argparse
 import ctypes
 import functools
 import gc
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,12 @@ def resident(field: str) -> int:
     raise SystemExit("memory can be measured on Linux only")
 
 
-def peak_memory(side: Side, batch: Batch) -> int:
+def peak_memory(name: str, args: argparse.Namespace) -> int:
     """Bytes above the idle process at the peak of a step. Idle: weights and the optimizer's moments
     are there, gradients and activations are not."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    side, batch = make_side(name, args), make_batch(args)
     side.step(batch)
     side.optimizer.zero_grad(set_to_none=True)
     gc.collect()
@@ -57,15 +58,6 @@ def peak_memory(side: Side, batch: Batch) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     side.step(batch)
     return resident("VmHWM") - idle
-
-
-def memory_of(name: str, args: argparse.Namespace) -> int:
-    """`peak_memory` of a side; on a CPU in a process of its own."""
-    if args.device == "cuda":
-        return peak_memory(make_side(name, args), make_batch(args))
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    out = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(out.stdout.split()[-1])
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
@@ -86,7 +78,7 @@ def make_batch(args: argparse.Namespace) -> Batch:
 
 def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Ours against the baseline: time by part, memory, FLOPs."""
-    batch = make_batch(args)
+    batch, on_cpu = make_batch(args), args.device == "cpu"
     sides = {name: make_side(name, args) for name in NAMES}
     steps: dict[str, Callable[[], Times]] = {
         name: functools.partial(side.step, batch) for name, side in sides.items()
@@ -106,7 +98,7 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     table.add_section()
     whole = {name: [sum(t[part] for part in PARTS) for t in times[name]] for name in NAMES}
     add("step", whole)
-    if args.device == "cpu":  # a busy machine disturbs it less
+    if on_cpu:  # a busy machine disturbs it less
         add("CPU seconds", {name: [t["busy"] for t in times[name]] for name in NAMES})
     add("images/s", {name: [args.batch_size / t for t in whole[name]] for name in NAMES})
     counts = {}
@@ -119,7 +111,10 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     shares = (counts[n] / quartiles(whole[n])[0] / peak for n in NAMES)
     table.add_row(f"of {peak / 1e9:.4g} GFLOP/s", *(f"{s:.1%}" for s in shares), "")
     del sides, side, steps
-    memory = {name: memory_of(name, args) for name in NAMES}
+    memory = {
+        name: harness.apart(peak_memory, name, args) if on_cpu else peak_memory(name, args)
+        for name in NAMES
+    }
     share = f"ours: {memory['ours'] / memory['baseline']:.2f} of it"
     table.add_row("peak MiB above idle", *(f"{m / 2**20:.0f}" for m in memory.values()), share)
     console.print(table)
@@ -137,7 +132,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint-blocks", action="store_true", help="ours: less memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: torch's choice)")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -145,9 +139,6 @@ def main() -> None:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(peak_memory(make_side(args.memory_of, args), make_batch(args)))
-        return
     console = plain_console(width=110)
     about = harness.machine("torch", "triton", device=args.device)
     about["threads"] = torch.get_num_threads()

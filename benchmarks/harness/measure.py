@@ -7,9 +7,11 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from ibeton.workers import end_with_parent
 
 Result = TypeVar("Result")
 
@@ -156,6 +160,12 @@ def on_two_clocks(
 
     rates = take_turns({name: partial(timed, name) for name in sides}, rounds)
     return rates, {name: spent[1:] for name, spent in cpu.items()}  # the first is not timed
+
+
+def apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What it returns in a new process, with thread pools and memory of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
+        return process.submit(function, *arguments).result()
 
 
 def ratios(rates: dict[str, list[float]], name: str, to: str) -> list[float]:
