@@ -31,8 +31,9 @@ from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.benchmarks.harness.measure import figures, ratios, spread
+from ibeton.benchmarks.harness.model_step import new_step
 from ibeton.command import run_or_exit
-from ibeton.model import ModelConfig, build
+from ibeton.model import ModelConfig
 from ibeton.model.config import ARCHITECTURES
 from ibeton.model.cuda_graph import CudaRecorder
 from ibeton.model.fused.embed import fused_embed
@@ -49,8 +50,7 @@ from ibeton.model.kernels.library_attention import split_heads
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 from ibeton.model.kernels.packed_attention import Shapes, attend, attention_backward
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
-from ibeton.model.optim import build_optimizer
-from ibeton.model.steps import Step, StepInputs
+from ibeton.model.steps import StepInputs
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
 
@@ -149,9 +149,8 @@ def update_case(sizes: Sizes, x: Any) -> Case:
         hidden_dim=sizes.hidden,
         bottleneck_dim=sizes.bottleneck,
     )
-    ibot = build(config).to(x["device"])
-    optimizer = build_optimizer(ibot.student)
-    step = Step(ibot, optimizer, None)
+    step = new_step(config, x["device"], None)
+    ibot = step.ibot
     if x["dtype"] is not torch.float32:
         ibot.half_weights._make(x["dtype"])
     for parameter in ibot.student.parameters():

@@ -28,16 +28,14 @@ class Batch:
         generator = torch.Generator().manual_seed(0)
         views, size = config.global_crops_number, config.image_size
         grid = size // config.patch_size
-        self.global_crops = torch.randn(views, images, 3, size, size, generator=generator)
+        global_crops = torch.randn(views, images, 3, size, size, generator=generator)
+        self.global_crops = global_crops.to(device)
         local_shape = (config.local_crops_number, images, 3, local_size, local_size)
-        self.local_crops = torch.randn(local_shape, generator=generator)
+        self.local_crops = torch.randn(local_shape, generator=generator).to(device)
         share = torch.linspace(0.1, 0.5, max(1, views * images // 2))
         share = torch.cat([share, torch.zeros(views * images - len(share))])
         share = share[torch.randperm(len(share), generator=generator)].view(views, images, 1, 1)
         self.masks = torch.rand(views, images, grid, grid, generator=generator) < share
-        self.global_crops, self.local_crops = (
-            t.to(device) for t in (self.global_crops, self.local_crops)
-        )
 
 
 def new_step(config: ModelConfig, device: str, dtype: torch.dtype | None) -> Step:
@@ -76,9 +74,6 @@ class Side:
     def clip(self) -> None:
         clip_gradients(self.ibot.student.parameters(), 3.0)
 
-    def optimize(self) -> None:
-        self.scaler.step(self.optimizer)
-
     def ema(self) -> None:
         self.ibot.update_teacher(0.996)
 
@@ -99,7 +94,7 @@ class Side:
         self.ibot.loss.update_centers([means])
         self.scaler.unscale_(self.optimizer)
         self.clip()
-        self.optimize()
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         clock.ends("optimizer")
         self.ema()
