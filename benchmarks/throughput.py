@@ -217,7 +217,6 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         description=__doc__,
         epilog="All other options are those of train.py, see `python train.py --help`.",
-        allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns per side")
     parser.add_argument("--steps", type=int, default=0, help="steps per turn (0: 1, on GPUs 20)")

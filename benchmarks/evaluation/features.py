@@ -22,12 +22,7 @@ from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, spread
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
-from ibeton.evaluation.frozen.features import (
-    Extraction,
-    feature_batches,
-    normalized,
-    tokens_of,
-)
+from ibeton.evaluation.frozen.features import Extraction, feature_batches, normalized, tokens_of
 from ibeton.evaluation.photos import PhotoSet, view_batches
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_network
