@@ -14,8 +14,8 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rich.console import Console
 
 from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, spread, take_turns
-from ibeton.benchmarks.harness.model_step import new_step
+from ibeton.benchmarks.harness.model_step import new_step, now
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
@@ -143,12 +143,6 @@ class Bench:
             "steps from the feed": self.both,
         }
 
-    def clock(self) -> float:
-        """Seconds, once the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
 
 def report(times: dict[str, list[float]], batch: int, gigabytes: float, console: Console) -> None:
     title = f"croppers on the GPU, batch {batch}"
@@ -194,7 +188,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder), 1 if args.interpreted else 12)
         bench = Bench(args, data)
-        rates = take_turns(bench.sides(), args.rounds, bench.clock)
+        rates = take_turns(bench.sides(), args.rounds, partial(now, bench.device.type))
     times = {name: [1 / rate for rate in values] for name, values in rates.items()}
     report(times, args.batch_size, bench.source.decoded.parts[0].numel() / 1e9, console)
     if args.interpreted:

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import figures, in_words, machine, make_parser
-from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step
+from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step, now
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, training_step
 from ibeton.model.cuda_graph import GraphedStep
@@ -86,26 +86,18 @@ def step_of(side: str, case: Case, device: str) -> Callable[[], object]:
     return lambda: training_step(*parts, *inputs, autocast_dtype=dtype, **RATES)  # type: ignore[arg-type]
 
 
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(side: str, case: Case, device: str) -> dict[str, float]:
     """Seconds per step, host seconds, launches (0: not counted), and peak bytes."""
     step = step_of(side, case, device)
     for _ in range(3):  # compile, capture, replay
         step()
-    wait(device)
     first = timed(step, 1, device)
     seconds = timed(step, max(1, min(50, int(TIMED_S / first))), device)
     hosts = []
     for _ in range(5 if device == "cuda" else 1):  # with an empty queue, which never makes it wait
-        wait(device)
-        start = time.perf_counter()
+        start = now(device)
         step()
         hosts.append(time.perf_counter() - start)
-    wait(device)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     result = {"seconds": seconds, "host": statistics.median(hosts), "memory": memory}
     return result | {"launches": launches(step, device)}
@@ -113,18 +105,17 @@ def measure(side: str, case: Case, device: str) -> dict[str, float]:
 
 def timed(step: Callable[[], object], count: int, device: str) -> float:
     """Seconds per step over `count` steps."""
-    wait(device)
-    start = time.perf_counter()
+    start = now(device)
     for _ in range(count):
         step()
-    wait(device)
-    return (time.perf_counter() - start) / count
+    return (now(device) - start) / count
 
 
 def launches(step: Callable[[], object], device: str) -> int:
     """What the host launches in a step: kernels, graphs, copies. 0 on a CPU."""
     if device != "cuda":
         return 0
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as trace:
         step()
         torch.cuda.synchronize()

@@ -16,7 +16,6 @@ With --compile nothing is timed: it compiles all kernels of a training step for 
 sm_90, without a GPU, and lists their registers, shared memory and spills.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.benchmarks.harness.measure import figures, ratios, spread
-from ibeton.benchmarks.harness.model_step import new_step
+from ibeton.benchmarks.harness.model_step import new_step, now
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import ARCHITECTURES
@@ -259,29 +258,21 @@ def linear_cases(sizes: Sizes, x: Any) -> list[Case]:
     ]
 
 
-def timed(function: Callable[[], object], device: str) -> Callable[[], float]:
-    """What runs it and returns the seconds that it took."""
-
-    def seconds() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return seconds
+def seconds(function: Callable[[], object], device: str) -> float:
+    start = now(device)
+    function()
+    return now(device) - start
 
 
 def prepared(function: Callable[[], object], device: str) -> Callable[[], float]:
-    """As `timed`; on CUDA it becomes a CUDA graph, so that the host does not slow it down."""
+    """What runs it and returns the seconds that it took. On CUDA it becomes a CUDA graph, so that
+    the host does not slow it down."""
     if device != "cuda":
-        return timed(function, device)
+        return partial(seconds, function, device)
     recorder, draws = CudaRecorder(), HostInputs()
     with recorder.warm_up(), draws.recording():
         function()
-    return timed(recorder.record(function, draws), device)
+    return partial(seconds, recorder.record(function, draws), device)
 
 
 def forward_and_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -304,9 +295,9 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
         name: prepared(partial(forward_and_backward, side, case.x), device)
         for name, side in sides.items()
     }
-    steps["copy"] = timed(lambda: target.copy_(source), device)
+    steps["copy"] = partial(seconds, lambda: target.copy_(source), device)
     times = harness.in_turns(steps, rounds)
-    times["copy"] = [seconds / (2 * source.numel()) for seconds in times["copy"]]  # of a byte
+    times["copy"] = [took / (2 * source.numel()) for took in times["copy"]]  # of a byte
     kept = {name: kept_bytes(side, case.x) for name, side in sides.items()}
     return {"seconds": times, "bytes": case.bytes, "kept": kept}
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ibeton.benchmarks.harness.budget_rates import DEVICES
 from ibeton.benchmarks.harness.measure import counting_kept, in_words, machine
+from ibeton.benchmarks.harness.model_step import now
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.segmenter import Segmenter
 from ibeton.evaluation.segment import main as segment
@@ -116,16 +116,14 @@ def measured(task: str, arch: str, images: int, steps: int = 10) -> dict[str, fl
     torch.cuda.reset_peak_memory_stats()
     for step in range(steps + 3):
         if step == 3:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
+            begun = now("cuda")
         with torch.autocast("cuda", torch.float16):
             loss = model(batch, list(range(images)))["loss"]
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    torch.cuda.synchronize()
-    rate = images * steps / (time.perf_counter() - begun)
+    rate = images * steps / (now("cuda") - begun)
     return {"images_per_s": rate, "peak": torch.cuda.max_memory_allocated() / 2**30}
 
 

@@ -21,6 +21,13 @@ Times = dict[str, float]
 LossOutput = tuple[dict[str, Tensor], Tensor]  # terms, batch means
 
 
+def now(device: str) -> float:
+    """Seconds, once the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Batch:
     """Random crops, and block-like masks: half of the views, a share of 0.1 to 0.5 of each."""
 
@@ -133,15 +140,10 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device, self.times = device, Times()
-        self.last, self.busy = self._now(), time.process_time()
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.last, self.busy = now(device), time.process_time()
 
     def ends(self, part: str) -> None:
-        now = self._now()
-        self.times[part] = now - self.last
+        end = now(self.device)
+        self.times[part] = end - self.last
         self.times["busy"] = time.process_time() - self.busy  # so far, of all threads
-        self.last = now
+        self.last = end
