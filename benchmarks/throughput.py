@@ -189,12 +189,12 @@ def sentences(
     middle = windows[BOTH][middle_round(windows[BOTH])]
     rate[BOTH] = middle.images_per_s
     least = min((LOADER, MODEL), key=lambda name: rate[name])
-    said = [sentence(verdict(middle, room, lowest).text)]
-    said.append(
+    said = [
+        sentence(verdict(middle, room, lowest).text),
         f"Both together give {rate[BOTH]:.4g} images/s, {rate[BOTH] / rate[least]:.0%} of what the"
         f" {least} alone does, the slower of the two (loader {rate[LOADER]:.4g}, model"
-        f" {rate[MODEL]:.4g})."
-    )
+        f" {rate[MODEL]:.4g}).",
+    ]
     if not room.on_gpu:
         shared = 1 / (1 / rate[LOADER] + 1 / rate[MODEL])
         said.append(
@@ -238,7 +238,7 @@ def main(given: list[str] | None = None) -> int:
 
     def act() -> int:
         if own.compare:
-            compare(own.compare[0], own.compare[1], console)
+            compare(*own.compare, console)
             return 0
         if own.report.exists() and not own.report.is_dir():
             raise ValueError(f"--report {own.report} is a file: give a folder")

@@ -10,7 +10,6 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +153,18 @@ def main() -> int:
         parser.error("--measure: no CUDA device is usable here")
     if args.images < 2:
         parser.error(f"--images {args.images}: UperNet normalizes over the batch; give at least 2")
-    console = plain_console(width=100)
-    work: Callable[[str, str, int], dict[str, float]] = measured if args.measure else counted
-    rows: dict[str, dict[str, float | str]] = {}
+    console, images = plain_console(width=100), args.images
+    rows: dict[str, dict[str, Any]] = {}
     for task, arch in itertools.product(("segment", "detect"), args.archs):
-        found = work(task, arch, args.images)
-        more = {} if args.measure else predicted(task, found, args.images)
-        rows[f"{task} {arch}"] = {**found, **more}
-    title = f"a step of {args.images} images, {'measured' if args.measure else 'counted'}"
+        if args.measure:
+            rows[f"{task} {arch}"] = measured(task, arch, images)
+        else:
+            found = counted(task, arch, images)
+            rows[f"{task} {arch}"] = {**found, **predicted(task, found, images)}
+    title = f"a step of {images} images, {'measured' if args.measure else 'counted'}"
     table = Table("", *next(iter(rows.values())), title=title)
     for name, values in rows.items():
-        cells = [v if isinstance(v, str) else f"{v:.2f}" for v in values.values()]
-        table.add_row(name, *cells)
+        table.add_row(name, *(v if isinstance(v, str) else f"{v:.2f}" for v in values.values()))
     console.print(table)
     if args.checkpoint and args.data:
         console.print(learned(args.checkpoint, args.data, args.steps))

@@ -52,9 +52,8 @@ def measure(
         done = 0
         for batch in itertools.cycle(ready):
             with torch.inference_mode(), how.autocast():
-                found = tokens_of(
-                    network.backbone, network.head, normalized(batch.images, how.device), NAMES
-                )
+                views = normalized(batch.images, how.device)
+                found = tokens_of(network.backbone, network.head, views, NAMES)
             done += len(batch.images)
             if done >= images:
                 break

@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
         inputs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
         tensors = [t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name.startswith(MULTI_TENSOR) and name not in ("_foreach_norm",):
+        if name.startswith(MULTI_TENSOR) and name != "_foreach_norm":
             written = tensors  # updated in place
         if name == "copy_":
             tensors = tensors[1:]
