@@ -123,7 +123,8 @@ class Attention(torch.autograd.Function):
 def library_attention(qkv: Tensor, shapes: Shapes, heads: int) -> Tensor:
     outs = []
     for part, (images, tokens) in zip(qkv.split([n * t for n, t in shapes]), shapes, strict=True):
-        out = F.scaled_dot_product_attention(*split_heads(part, images, tokens, heads))
+        query, key, value = split_heads(part, images, tokens, heads)
+        out = F.scaled_dot_product_attention(query, key, value)
         outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(outs)
 

@@ -238,7 +238,7 @@ def main(given: list[str] | None = None) -> int:
 
     def act() -> int:
         if own.compare:
-            compare(*own.compare, console)
+            compare(own.compare[0], own.compare[1], console)
             return 0
         if own.report.exists() and not own.report.is_dir():
             raise ValueError(f"--report {own.report} is a file: give a folder")

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -115,7 +115,7 @@ def figures(first: str, *headings: str, title: str | None = None) -> Table:
     return table
 
 
-def in_turns(sides: dict[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+def in_turns(sides: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
     """What every side returns, once per round, after a round that is left out: what is compiled or
     cached at first use does not count. In each round every side has its turn, so that a busy
     machine slows all."""
