@@ -3,7 +3,7 @@
 The step runs on fake tensors, which have shapes and dtypes but no memory. A dispatch mode sees each
 operator below autograd and autocast, and `model.kernels.launch` reports the Triton kernels. How
 many kernels an operator launches, and the bytes they move, follow from the rules below. They were
-read off a profile of an H100 (see `benchmarks.harness.budget_rates`).
+read off a profile of an H100 (see `tests/benchmarks/test_budget.py`).
 """
 
 from collections.abc import Iterator
