@@ -10,16 +10,14 @@ to a profile of an H100. "without kernels" is the step as it was profiled, witho
 kernels of the blocks.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ibeton.benchmarks.harness.budget_launches import CATEGORIES, Launches, Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category
+from ibeton.benchmarks.harness.measure import figures, make_parser
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import RECOMPUTE
@@ -43,9 +41,7 @@ def summary(launches: list[Launches], device: Device) -> dict[str, dict[str, flo
 
 
 def show(title: str, rows: dict[str, dict[str, float]], images: int, console: Console) -> None:
-    table = Table(title=title)
-    for heading in ("category", "launches", "GB", "TFLOP", "ms"):
-        table.add_column(heading, justify="left" if heading == "category" else "right")
+    table = figures("category", "launches", "GB", "TFLOP", "ms", title=title)
     for name, row in rows.items():
         if name == "total":
             table.add_section()
@@ -61,28 +57,22 @@ def show(title: str, rows: dict[str, dict[str, float]], images: int, console: Co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = make_parser(__doc__, rounds=0)
     parser.add_argument("--arch", default="vit_s")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp16")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="off")
     parser.add_argument("--device", choices=tuple(DEVICES), default="h100")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    console, device = plain_console(width=80), DEVICES[args.device]
+    console, device, images = plain_console(width=80), DEVICES[args.device], args.batch_size
     results: dict[str, Any] = {}
     for name, kernels in (("without kernels", False), ("with kernels", True)):
         model = ModelConfig(arch=args.arch, recompute=args.recompute if kernels else "on")
-        settings = Settings(
-            model,
-            args.batch_size,
-            dtype=DTYPES[args.precision],
-            kernels=kernels,
-            capability=device.capability,
-        )
+        dtype, capability = DTYPES[args.precision], device.capability
+        settings = Settings(model, images, 96, dtype, kernels, capability)
         results[name] = summary(step_launches(settings), device)
-        title = f"{name}: {args.arch}, batch {args.batch_size}, {args.precision}, {args.device}"
-        show(title, results[name], args.batch_size, console)
+        title = f"{name}: {args.arch}, batch {images}, {args.precision}, {args.device}"
+        show(title, results[name], images, console)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,26 +84,18 @@ def copy(photos: list[Photo], dst: Path) -> None:
         os.fsync(file.fileno())
 
 
-def measure(
-    sides: dict[str, Callable[[Path], Any]], room: Path, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each side in each round, after one that is not counted; the files stay."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for i, (name, work) in enumerate(sides.items()):
-            dst = room / f"{i}.beton"
-            dst.unlink(missing_ok=True)
-            os.sync()  # what others wrote
-            start = time.perf_counter()
-            work(dst)
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return times
+def seconds(work: Callable[[Path], Any], dst: Path) -> float:
+    """What it takes to write `dst` anew."""
+    dst.unlink(missing_ok=True)
+    os.sync()  # what others wrote
+    start = time.perf_counter()
+    work(dst)
+    return time.perf_counter() - start
 
 
-def compare(room: Path, names: list[str]) -> str:
+def compare(files: dict[str, Path]) -> str:
     """Whether the files hold the same samples; SystemExit where they do not."""
-    readers = {n: BetonReader(room / f"{i}.beton") for i, n in enumerate(names) if n != COPY}
+    readers = {name: BetonReader(file) for name, file in files.items() if name != COPY}
     ours, distances = readers[OURS], []
     for name, theirs in readers.items():
         if len(theirs) != len(ours) or not np.array_equal(theirs.labels, ours.labels):
@@ -145,8 +138,10 @@ def run(args: argparse.Namespace, room: Path) -> None:
         RAW: lambda dst: write_ffcv(photos, dst),
         JPG: lambda dst: write_ffcv(photos, dst, write_mode="jpg"),
     }
-    times = measure(sides, room, args.rounds)
-    stored = {name: (room / f"{i}.beton").stat().st_size / 1e6 for i, name in enumerate(sides)}
+    files = {name: room / f"{i}.beton" for i, name in enumerate(sides)}
+    steps = {name: partial(seconds, work, files[name]) for name, work in sides.items()}
+    times = harness.in_turns(steps, args.rounds)
+    stored = {name: file.stat().st_size / 1e6 for name, file in files.items()}
     given = sum(os.stat(os.path.join(p.path, p.name)).st_size for p in photos) / 1e6
     headings = ("photos/s", "MB/s of JPEG", "ours is faster by", "file MB")
     title = f"{len(photos):,} photos, {given:.1f} MB, one worker, written to {room.parent}"
@@ -157,7 +152,7 @@ def run(args: argparse.Namespace, room: Path) -> None:
         table.add_row(name, *map(spread, rates), spread(faster), f"{stored[name]:,.0f}")
     console = plain_console(width=110)
     console.print(table)
-    console.print(compare(room, list(sides)))
+    console.print(compare(files))
     results = {"photos": len(photos), "megabytes": given, "file_megabytes": stored}
     about = harness.machine("ffcv", "pillow", "numpy")
     harness.conclude(console, about, args.rounds, args.json, seconds=times, **results)

@@ -14,8 +14,8 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,11 @@ from rich.console import Console
 
 from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, spread, take_turns
+from ibeton.benchmarks.harness.model_step import new_step, now
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
-from ibeton.model import ModelConfig, build
+from ibeton.model import ModelConfig
 from ibeton.model.cuda_graph import GraphedStep
-from ibeton.model.optim import build_optimizer
-from ibeton.model.steps import Step
 from ibeton.pipeline import PipelineConfig
 from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
 from ibeton.pipeline.loaders.context import context_of
@@ -44,6 +43,13 @@ from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
 
 STEPS = 8  # of a turn
+SMALL_VIEWS: dict[str, Any] = {
+    **{"global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 2, "patch_size": 16}
+}
+SMALL_MODEL: dict[str, Any] = {
+    **{"embed_dim": 32, "depth": 1, "num_heads": 2},
+    **{"hidden_dim": 32, "bottleneck_dim": 16, "out_dim": 64},
+}
 
 
 class StoredPhotos:
@@ -76,40 +82,26 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, data: str) -> None:
         self.device = torch.device("cpu" if args.interpreted else "cuda")
-        self.config = PipelineConfig(data=(data,), **SMALL_VIEWS if args.interpreted else {})
-        config, on_gpu = self.config, not args.interpreted
-        self.dtype = DTYPES[args.precision]
         self.steps = 1 if args.interpreted else STEPS
-        self.reader = BetonReader(data)
-        self.source = StoredPhotos(self.reader, args.batch_size, pinned=on_gpu)
-        self.feed = GpuCrops(context_of(config, self.reader, self.device), self.source)
-        self.cropper = self.feed.cropper
+        self.config = PipelineConfig(data=(data,), **SMALL_VIEWS if args.interpreted else {})
+        reader = BetonReader(data)
+        self.source = StoredPhotos(reader, args.batch_size, pinned=not args.interpreted)
+        self.feed = GpuCrops(context_of(self.config, reader, self.device), self.source)
         self.indices = np.arange(args.batch_size)
-        self.model(args.arch)
         self.resident = self.source.decoded.parts[0].to(self.device)
-
-    def model(self, arch: str) -> None:
+        _, self.crops = next(self.feed.stream(iter([BatchPlan(0, self.indices)])))
         config = self.config
-        torch.manual_seed(0)
-        settings = ModelConfig(
-            arch=arch,
+        model = ModelConfig(
+            arch=args.arch,
             patch_size=config.patch_size,
             image_size=config.global_crops_size,
             local_crops_number=config.local_crops_number,
-            **SMALL_MODEL if self.device.type == "cpu" else {},
+            **SMALL_MODEL if args.interpreted else {},
         )
-        ibot = build(settings).to(self.device)
-        half = self.dtype is torch.float16
-        scaler = torch.amp.GradScaler(self.device.type) if half else None
-        optimizer = build_optimizer(ibot.student)
-        self.graphed = GraphedStep(Step(ibot, optimizer, scaler, autocast_dtype=self.dtype))
+        self.graphed = GraphedStep(new_step(model, self.device.type, DTYPES[args.precision]))
         cells = config.global_crops_size // config.patch_size
-        views = config.global_crops_number
-        indices = np.arange(len(self.source.decoded.offsets))
-        self.masks = torch.from_numpy(
-            draw_masks(MaskConfig(), 0, 0, indices, views, (cells, cells))
-        )
-        _, self.crops = next(self.feed.stream(iter([BatchPlan(0, self.indices)])))
+        shape = config.global_crops_number, (cells, cells)
+        self.masks = torch.from_numpy(draw_masks(MaskConfig(), 0, 0, self.indices, *shape))
 
     def step(self, crops: DeviceCrops) -> None:
         rates = {"lr": 1e-5, "weight_decay": 0.04, "momentum": 0.996}
@@ -125,15 +117,12 @@ class Bench:
         shapes = photos.heights, photos.widths
         for number in range(self.steps):
             draws = draw_batch(specs, self.config.seed, number, self.indices, *shapes)
-            self.cropper.cut(self.resident, photos.offsets, *shapes, draws)
+            self.feed.cropper.cut(self.resident, photos.offsets, *shapes, draws)
         return self.steps
 
     def fed(self) -> Iterator[DeviceCrops]:
         plans = iter([BatchPlan(1, self.indices)] * self.steps)
         return (crops for _, crops in self.feed.stream(plans))
-
-    def feed_alone(self) -> int:
-        return sum(1 for _ in self.fed())
 
     def step_alone(self) -> int:
         for _ in range(self.steps):
@@ -149,28 +138,10 @@ class Bench:
         return {
             "copy alone": self.copy,
             "crops alone": self.cut,
-            "feed alone (copy + crops)": self.feed_alone,
+            "feed alone (copy + crops)": lambda: sum(1 for _ in self.fed()),
             "step alone": self.step_alone,
             "steps from the feed": self.both,
         }
-
-    def clock(self) -> float:
-        """Seconds, once the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-SMALL_MODEL: dict[str, Any] = {
-    **{"embed_dim": 32, "depth": 1, "num_heads": 2},
-    **{"hidden_dim": 32, "bottleneck_dim": 16, "out_dim": 64},
-}
-SMALL_VIEWS: dict[str, Any] = {
-    "global_crops_size": 32,
-    "local_crops_size": 16,
-    "local_crops_number": 2,
-    "patch_size": 16,
-}
 
 
 def report(times: dict[str, list[float]], batch: int, gigabytes: float, console: Console) -> None:
@@ -217,7 +188,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder), 1 if args.interpreted else 12)
         bench = Bench(args, data)
-        rates = take_turns(bench.sides(), args.rounds, bench.clock)
+        rates = take_turns(bench.sides(), args.rounds, partial(now, bench.device.type))
     times = {name: [1 / rate for rate in values] for name, values in rates.items()}
     report(times, args.batch_size, bench.source.decoded.parts[0].numel() / 1e9, console)
     if args.interpreted:

@@ -9,26 +9,21 @@ needs to enqueue a step, launches, and peak memory. "plain" is
 same code without a graph: that shows that it runs, not how fast it is.
 """
 
-import argparse
 import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import in_words, machine
-from ibeton.benchmarks.harness.model_step import Baseline, Batch
+from ibeton.benchmarks.harness.measure import figures, in_words, machine, make_parser
+from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step, now
 from ibeton.command import run_or_exit
-from ibeton.model import ModelConfig, build, training_step
+from ibeton.model import ModelConfig, training_step
 from ibeton.model.cuda_graph import GraphedStep
-from ibeton.model.optim import build_optimizer
-from ibeton.model.steps import Step
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
 from ibeton.training.timing.flops import flop_counter, matrix_rate
@@ -78,26 +73,17 @@ def case_of(name: str) -> Case:
 
 def step_of(side: str, case: Case, device: str) -> Callable[[], object]:
     """A function that takes a step, and does not wait for the device."""
-    torch.manual_seed(0)
     batch, dtype = case.batch(device), DTYPES[case.precision]
     if side == "plain":
         baseline = Baseline(case.config, device, dtype)
         return lambda: baseline.step(batch)
-    ibot = build(case.config).to(device)
-    optimizer = build_optimizer(ibot.student)
-    scaler = torch.amp.GradScaler(device) if dtype is torch.float16 else None
+    step = new_step(case.config, device, dtype)
     inputs = (batch.global_crops, batch.local_crops, batch.masks)
     if side == "graph":
-        graphed = GraphedStep(Step(ibot, optimizer, scaler, autocast_dtype=dtype), required=True)
+        graphed = GraphedStep(step, required=True)
         return lambda: graphed(*inputs, **RATES)  # type: ignore[arg-type]
-    return lambda: training_step(
-        ibot, optimizer, scaler, *inputs, autocast_dtype=dtype, **RATES  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    parts = (step.ibot, step.optimizer, step.scaler)
+    return lambda: training_step(*parts, *inputs, autocast_dtype=dtype, **RATES)  # type: ignore[arg-type]
 
 
 def measure(side: str, case: Case, device: str) -> dict[str, float]:
@@ -105,37 +91,31 @@ def measure(side: str, case: Case, device: str) -> dict[str, float]:
     step = step_of(side, case, device)
     for _ in range(3):  # compile, capture, replay
         step()
-    wait(device)
     first = timed(step, 1, device)
     seconds = timed(step, max(1, min(50, int(TIMED_S / first))), device)
     hosts = []
     for _ in range(5 if device == "cuda" else 1):  # with an empty queue, which never makes it wait
-        wait(device)
-        start = time.perf_counter()
+        start = now(device)
         step()
         hosts.append(time.perf_counter() - start)
-    wait(device)
-    memory = 0
-    if device == "cuda":
-        memory = torch.cuda.max_memory_allocated()
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     result = {"seconds": seconds, "host": statistics.median(hosts), "memory": memory}
     return result | {"launches": launches(step, device)}
 
 
 def timed(step: Callable[[], object], count: int, device: str) -> float:
     """Seconds per step over `count` steps."""
-    wait(device)
-    start = time.perf_counter()
+    start = now(device)
     for _ in range(count):
         step()
-    wait(device)
-    return (time.perf_counter() - start) / count
+    return (now(device) - start) / count
 
 
 def launches(step: Callable[[], object], device: str) -> int:
     """What the host launches in a step: kernels, graphs, copies. 0 on a CPU."""
     if device != "cuda":
         return 0
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as trace:
         step()
         torch.cuda.synchronize()
@@ -161,51 +141,46 @@ def compare(case: Case, device: str, sides: tuple[str, ...]) -> dict[str, Any]:
     return results
 
 
-def show(results: dict[str, Any], console: Console) -> None:
-    table = Table(title="a training step")
-    for heading in ("case", "side", "ms", "images/s", "of peak", "host ms", "launches", "GiB"):
-        table.add_column(heading, justify="left" if heading in ("case", "side") else "right")
-    for name, case in results.items():
-        for side in ("plain", "eager", "graph"):
-            if (found := case.get(side)) is None:
-                continue
-            if "problem" in found:
-                table.add_row(name, side, "out of memory")
-                continue
-            share = case["flops"] / found["seconds"] / case["peak_flops"]
-            table.add_row(
-                *(name, side, f"{1e3 * found['seconds']:.3g}"),
-                f"{case['images'] / found['seconds']:,.0f}",
-                f"{share:.1%}" if side != "plain" else "",
-                *(f"{1e3 * found['host']:.3g}" if side != "plain" else "",),
-                f"{found['launches']:,}" if found["launches"] else "",
-                f"{found['memory'] / 2**30:.2f}" if found["memory"] else "",
-            )
+def show(name: str, case: dict[str, Any], sides: tuple[str, ...], console: Console) -> None:
+    headings = ("ms", "images/s", "of peak", "host ms", "launches", "GiB")
+    table = figures("case", "side", *headings, title="a training step")
+    table.columns[1].justify = "left"
+    for side in sides:
+        found, is_plain = case[side], side == "plain"
+        if "problem" in found:
+            table.add_row(name, side, "out of memory")
+            continue
+        share = case["flops"] / found["seconds"] / case["peak_flops"]
+        table.add_row(
+            *(name, side, f"{1e3 * found['seconds']:.3g}"),
+            f"{case['images'] / found['seconds']:,.0f}",
+            "" if is_plain else f"{share:.1%}",
+            "" if is_plain else f"{1e3 * found['host']:.3g}",
+            f"{found['launches']:,}" if found["launches"] else "",
+            f"{found['memory'] / 2**30:.2f}" if found["memory"] else "",
+        )
     console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = make_parser(__doc__, rounds=0)
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:PRECISION:IMAGES")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=600, help="cases begin within this time")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     try:
         cases = [case_of(name) for name in args.cases]
     except ValueError as error:
         parser.error(str(error))
     console, results = plain_console(width=110), {}
-    about, start = machine("torch", "triton"), time.monotonic()
-    if args.device == "cuda":
-        about["processor"] = torch.cuda.get_device_name()
+    about, start = machine("torch", "triton", device=args.device), time.monotonic()
     bf16 = args.device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     for case in cases:
         if time.monotonic() - start > args.seconds or (case.precision == "bf16" and not bf16):
             continue
         sides = ("plain", "eager", "graph") if case.name in PLAIN_CASES else ("eager", "graph")
         results[case.name] = compare(case, args.device, sides)
-        show({case.name: results[case.name]}, console)
+        show(case.name, results[case.name], sides, console)
         if args.json:  # after each case: a process that is ended leaves what it has
             args.json.write_text(json.dumps({"machine": about, "cases": results}, indent=1))
     console.print(in_words(about))

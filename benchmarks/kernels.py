@@ -16,25 +16,23 @@ With --compile nothing is timed: it compiles all kernels of a training step for 
 sm_90, without a GPU, and lists their registers, shared memory and spills.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.interpreter import adapt_interpreter
-from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.benchmarks.harness.measure import figures, ratios, spread
+from ibeton.benchmarks.harness.model_step import new_step, now
 from ibeton.command import run_or_exit
-from ibeton.model import ModelConfig, build
+from ibeton.model import ModelConfig
 from ibeton.model.config import ARCHITECTURES
 from ibeton.model.cuda_graph import CudaRecorder
 from ibeton.model.fused.embed import fused_embed
@@ -51,11 +49,9 @@ from ibeton.model.kernels.library_attention import split_heads
 from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
 from ibeton.model.kernels.packed_attention import Shapes, attend, attention_backward
 from ibeton.model.kernels.residual_norm import Branch, residual_norm, residual_norm_reference
-from ibeton.model.optim import build_optimizer
-from ibeton.model.steps import Step, StepInputs
+from ibeton.model.steps import StepInputs
 from ibeton.progress import plain_console
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ibeton.training.precision import DTYPES
 
 
 class Sizes(NamedTuple):
@@ -153,9 +149,8 @@ def update_case(sizes: Sizes, x: Any) -> Case:
         hidden_dim=sizes.hidden,
         bottleneck_dim=sizes.bottleneck,
     )
-    ibot = build(config).to(x["device"])
-    optimizer = build_optimizer(ibot.student)
-    step = Step(ibot, optimizer, None)
+    step = new_step(config, x["device"], None)
+    ibot = step.ibot
     if x["dtype"] is not torch.float32:
         ibot.half_weights._make(x["dtype"])
     for parameter in ibot.student.parameters():
@@ -264,26 +259,21 @@ def linear_cases(sizes: Sizes, x: Any) -> list[Case]:
     ]
 
 
+def seconds(function: Callable[[], object], device: str) -> float:
+    start = now(device)
+    function()
+    return now(device) - start
+
+
 def prepared(function: Callable[[], object], device: str) -> Callable[[], float]:
     """What runs it and returns the seconds that it took. On CUDA it becomes a CUDA graph, so that
     the host does not slow it down."""
     if device != "cuda":
-        return lambda: seconds(function, device)
+        return partial(seconds, function, device)
     recorder, draws = CudaRecorder(), HostInputs()
     with recorder.warm_up(), draws.recording():
         function()
-    replay = recorder.record(function, draws)
-    return lambda: seconds(replay, device)
-
-
-def seconds(function: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return partial(seconds, recorder.record(function, draws), device)
 
 
 def forward_and_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -293,47 +283,30 @@ def forward_and_backward(function: Callable[[Tensor], Tensor], x: Tensor) -> Non
 
 
 def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes that wait for the backward, parameters included, each tensor once."""
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with harness.counting_kept() as kept:
         function(x.detach().requires_grad_())
-    return sum(sizes.values())
+        return kept()
 
 
 def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     source = torch.empty(max(case.bytes // 2, 1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times: dict[str, list[float]] = {"fused": [], "reference": [], "copy": []}
-    fused = prepared(lambda: forward_and_backward(case.fused, case.x), device)
-    reference = prepared(lambda: forward_and_backward(case.reference, case.x), device)
-    for i in range(rounds + 1):
-        took = {
-            "fused": fused(),
-            "reference": reference(),
-            "copy": seconds(lambda: target.copy_(source), device) / (2 * source.numel()),
-        }
-        if i:
-            for name, value in took.items():
-                times[name].append(value)
-    kept = {
-        "fused": kept_bytes(case.fused, case.x),
-        "reference": kept_bytes(case.reference, case.x),
+    sides = {"fused": case.fused, "reference": case.reference}
+    steps = {
+        name: prepared(partial(forward_and_backward, side, case.x), device)
+        for name, side in sides.items()
     }
+    steps["copy"] = partial(seconds, lambda: target.copy_(source), device)
+    times = harness.in_turns(steps, rounds)
+    times["copy"] = [took / (2 * source.numel()) for took in times["copy"]]  # of a byte
+    kept = {name: kept_bytes(side, case.x) for name, side in sides.items()}
     return {"seconds": times, "bytes": case.bytes, "kept": kept}
 
 
 def show_resources(arch: str, dtype: torch.dtype | None, console: Console) -> None:
     """What every kernel of a step takes, compiled for three architectures."""
-    table = Table(
-        title=f"kernels of {arch}: registers per thread / bytes of shared memory / spills"
-    )
-    for heading in ("kernel", "width", "warps", "sm_70", "sm_80", "sm_90"):
-        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    title = f"kernels of {arch}: registers per thread / bytes of shared memory / spills"
+    table = figures("kernel", "width", "warps", "sm_70", "sm_80", "sm_90", title=title)
     rows: dict[tuple[str, str, str], list[str]] = {}
     for i, capability in enumerate((70, 80, 90)):
         settings = Settings(ModelConfig(arch=arch, depth=2), 4, dtype=dtype, capability=capability)
@@ -348,22 +321,19 @@ def show_resources(arch: str, dtype: torch.dtype | None, console: Console) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = harness.make_parser(__doc__, rounds=9, least=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--images", type=int, default=8, help="of 2 + 10 views of ViT-S/16")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each side")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
         "--compile", choices=tuple(ARCHITECTURES), help="list what its kernels take, and end"
     )
     args = parser.parse_args()
-    console = plain_console(width=110)
+    console, dtype = plain_console(width=110), DTYPES[args.precision]
     if args.compile:
-        half = args.precision != "fp32"
-        show_resources(args.compile, DTYPES[args.precision] if half else None, console)
+        show_resources(args.compile, dtype, console)
         return
-    x = {"device": args.device, "dtype": DTYPES[args.precision]}
+    x = {"device": args.device, "dtype": dtype or torch.float32}
     sizes = Sizes(args.images)
     if interpreted():
         adapt_interpreter()
@@ -371,34 +341,26 @@ def main() -> None:
     cases = loss_cases(sizes, x) + linear_cases(sizes, x)
     if args.device == "cuda" or interpreted():
         cases += fused_cases(sizes, x)
-    table = Table(title=f"forward and backward, ms, {args.precision} on {args.device}")
-    for heading in ("kernel", "fused", "reference", "reference / fused", "of copy", "kept"):
-        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    headings = ("fused", "reference", "reference / fused", "of copy", "kept")
+    title = f"forward and backward, ms, {args.precision} on {args.device}"
+    table = figures("kernel", *headings, title=title)
     results: dict[str, Any] = {}
     for case in cases:
         results[case.name] = result = measure(case, args.rounds, args.device)
-        fused, plain, copy = result["seconds"].values()
-        kept = result["kept"]
+        times, kept = result["seconds"], result["kept"]
         table.add_row(
             case.name,
-            spread([1e3 * t for t in fused]),
-            spread([1e3 * t for t in plain]),
-            spread([b / a for a, b in zip(fused, plain, strict=True)]),
-            spread([100 * c * case.bytes / a for a, c in zip(fused, copy, strict=True)]) + " %",
+            *(spread([1e3 * t for t in times[side]]) for side in ("fused", "reference")),
+            spread(ratios(times, "reference", "fused")),
+            spread([100 * case.bytes * share for share in ratios(times, "copy", "fused")]) + " %",
             f"{kept['fused'] / kept['reference']:.2f}" if kept["reference"] else "",
         )
     console.print(table)
-    about = machine("torch", "triton")
-    if args.device == "cuda":
-        about["processor"] = torch.cuda.get_device_name()
-    console.print(
-        f"{in_words(about)}, {torch.get_num_threads()} threads; medians (quartiles) of"
-        f" {args.rounds} rounds, the sides in turns"
-    )
     if interpreted():
         console.print("by Triton's interpreter: these times say nothing about a GPU")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "kernels": results}, indent=1))
+    about = harness.machine("torch", "triton", device=args.device)
+    about["threads"] = torch.get_num_threads()
+    harness.conclude(console, about, args.rounds, args.json, kernels=results)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ All sides use the same threads and the same photos, in rounds that take turns.
 
 import argparse
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from ibeton.command import run_or_exit
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.batch import BatchPlan
 from ibeton.pipeline.loaders import LOADERS
-from ibeton.pipeline.loaders.context import context_of
+from ibeton.pipeline.loaders.context import PhotoSource, context_of
 from ibeton.pipeline.loaders.gpu_decode import GpuDecoding, NvJpeg, nvjpeg_problem
 from ibeton.pipeline.memory import keep_freed_memory
 from ibeton.pipeline.store import BetonReader, Decoder, is_beton
@@ -44,10 +45,15 @@ class Sides:
     def __init__(self, reader: BetonReader, workers: int, batch: int, images: int) -> None:
         self.reader, self.workers, self.batch = reader, workers, batch
         self.images = max(images, BATCHES * batch) // batch * batch
-        config = PipelineConfig(data=(str(reader.path),), workers=workers, batch_size=batch)
-        pixels = next(kind.pixels for kind in LOADERS.values() if kind.share_decoding)
-        assert pixels is not None
-        self.source = pixels(context_of(config, reader))
+        self.source = self.pixels()
+
+    def pixels(self, *shared: Any) -> PhotoSource:
+        """The loader's decoder. `shared`: the GPU and its part, as in `context_of`."""
+        data = (str(self.reader.path),)
+        config = PipelineConfig(data=data, workers=self.workers, batch_size=self.batch)
+        make = next(kind.pixels for kind in LOADERS.values() if kind.share_decoding)
+        assert make is not None
+        return make(context_of(config, self.reader, *shared))
 
     def decode(self) -> int:
         """Each thread decodes photos one after the other, and does nothing else."""
@@ -60,11 +66,9 @@ class Sides:
                     sides = int(self.reader.heights[i]), int(self.reader.widths[i])
                     decoder.decode(self.reader.photo_bytes(i), *sides)
 
-        threads = [threading.Thread(target=work) for _ in range(self.workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(self.workers) as threads:
+            for done in [threads.submit(work) for _ in range(self.workers)]:
+                done.result()
         return self.images
 
     def plans(self) -> Iterator[BatchPlan]:
@@ -72,8 +76,11 @@ class Sides:
         order = np.arange(self.images) % len(self.reader)
         return (BatchPlan(0, indices) for indices in order.reshape(-1, self.batch))
 
+    def stream(self, source: PhotoSource) -> int:
+        return sum(len(plan.indices) for plan, _ in source.stream(self.plans()))
+
     def loader(self) -> int:
-        return sum(len(plan.indices) for plan, _ in self.source.stream(self.plans()))
+        return self.stream(self.source)
 
 
 def idle_workers(args: argparse.Namespace, reader: BetonReader, console: Console) -> object:
@@ -103,18 +110,13 @@ def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) 
         for i in plan.indices:
             pixels = torch.from_numpy(reader.pixels(int(i)).reshape(-1))
             gpu.remember(np.array([i]), pixels, np.zeros(1, np.int64))
-    config = PipelineConfig(data=(str(reader.path),), workers=workers, batch_size=batch)
-    kind = next(kind for kind in LOADERS.values() if kind.share_decoding)
-    assert kind.pixels is not None
-    both = kind.pixels(context_of(config, reader, device, gpu))
+    both = sides.pixels(device, gpu)
 
     def by_gpu() -> int:
         return sum(int(gpu.decode(plan.indices).good.sum()) for plan in sides.plans())
 
-    def by_both() -> int:
-        return sum(len(plan.indices) for plan, _ in both.stream(sides.plans()))
-
-    rates = take_turns({"GPU": by_gpu, "CPU": sides.loader, "both": by_both}, args.rounds)
+    ways = {"GPU": by_gpu, "CPU": sides.loader, "both": lambda: sides.stream(both)}
+    rates = take_turns(ways, args.rounds)
     title = f"decode, {workers} threads, batch {batch}"
     table = harness.figures("", "images/s", title=title)
     for name, values in rates.items():

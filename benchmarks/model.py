@@ -12,19 +12,15 @@ import argparse
 import ctypes
 import functools
 import gc
-import json
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from ibeton.benchmarks.harness.measure import in_words, machine, spread
+from ibeton.benchmarks.harness import measure as harness
+from ibeton.benchmarks.harness.measure import quartiles, ratios, spread
 from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Side, Times
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
@@ -32,12 +28,7 @@ from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
 from ibeton.training.timing.flops import flop_counter, matrix_rate
 
-
-def flops(side: Side, batch: Batch) -> float:
-    """Floating-point operations of one step's matrix products and attention."""
-    with flop_counter() as counter:
-        side.step(batch)
-    return float(counter.get_total_flops())
+NAMES = ("ours", "baseline")
 
 
 def resident(field: str) -> int:
@@ -48,9 +39,12 @@ def resident(field: str) -> int:
     raise SystemExit("memory can be measured on Linux only")
 
 
-def peak_memory(side: Side, batch: Batch) -> int:
+def peak_memory(name: str, args: argparse.Namespace) -> int:
     """Bytes above the idle process at the peak of a step. Idle: weights and the optimizer's moments
     are there, gradients and activations are not."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    side, batch = make_side(name, args), make_batch(args)
     side.step(batch)
     side.optimizer.zero_grad(set_to_none=True)
     gc.collect()
@@ -64,15 +58,6 @@ def peak_memory(side: Side, batch: Batch) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     side.step(batch)
     return resident("VmHWM") - idle
-
-
-def memory_of(name: str, args: argparse.Namespace) -> int:
-    """`peak_memory` of a side; on a CPU in a process of its own."""
-    if args.device == "cuda":
-        return peak_memory(make_side(name, args), make_batch(args))
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    out = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(out.stdout.split()[-1])
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
@@ -91,82 +76,53 @@ def make_batch(args: argparse.Namespace) -> Batch:
     return Batch(model_config(args), args.batch_size, 96, args.device)
 
 
-def rounds(steps: dict[str, Callable[[], Times]], count: int) -> dict[str, list[Times]]:
-    """`count` timed steps of each, after one untimed: in turns, each round begun by another."""
-    results: dict[str, list[Times]] = {name: [] for name in steps}
-    names = list(steps)
-    for i in range(count + 1):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            times = steps[name]()
-            if i:
-                results[name].append(times)
-    return results
-
-
-def total(times: list[Times]) -> list[float]:
-    return [sum(parts[p] for p in PARTS if p in parts) for parts in times]
-
-
-def ratio(slow: list[float], fast: list[float]) -> list[float]:
-    return [a / b for a, b in zip(slow, fast, strict=True)]
-
-
 def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Ours against the baseline: time by part, memory, FLOPs."""
-    batch = make_batch(args)
-    sides = {"ours": make_side("ours", args), "baseline": make_side("baseline", args)}
+    batch, on_cpu = make_batch(args), args.device == "cpu"
+    sides = {name: make_side(name, args) for name in NAMES}
     steps: dict[str, Callable[[], Times]] = {
         name: functools.partial(side.step, batch) for name, side in sides.items()
     }
     dtype = DTYPES[args.precision]
     steps["peak"] = lambda: {"flops": matrix_rate(torch.device(args.device), dtype)}
-    times = rounds(steps, args.rounds)
-    ours, baseline = total(times["ours"]), total(times["baseline"])
-    table = Table(title=f"seconds a step, {args.arch}, batch {args.batch_size}, {args.precision}")
-    for heading in ("part", "ours", "baseline", "baseline / ours"):
-        table.add_column(heading, justify="left" if heading == "part" else "right")
+    times = harness.in_turns(steps, args.rounds)
+    title = f"seconds a step, {args.arch}, batch {args.batch_size}, {args.precision}"
+    table = harness.figures("part", *NAMES, "baseline / ours", title=title)
+
+    def add(part: str, values: dict[str, list[float]]) -> None:
+        ratio = ratios(values, "baseline", "ours")
+        table.add_row(part, *map(spread, values.values()), spread(ratio))
+
     for part in PARTS:
-        values = [[t[part] for t in times[name]] for name in ("ours", "baseline")]
-        table.add_row(part, *map(spread, values), spread(ratio(values[1], values[0])))
+        add(part, {name: [t[part] for t in times[name]] for name in NAMES})
     table.add_section()
-    table.add_row("step", spread(ours), spread(baseline), spread(ratio(baseline, ours)))
-    if args.device == "cpu":  # a busy machine disturbs it less
-        busy = [[t["busy"] for t in times[name]] for name in ("ours", "baseline")]
-        table.add_row("CPU seconds", *map(spread, busy), spread(ratio(busy[1], busy[0])))
-    speed = [[args.batch_size / t for t in side] for side in (ours, baseline)]
-    table.add_row("images/s", *map(spread, speed), spread(ratio(speed[1], speed[0])))
-    counts = {name: flops(side, batch) for name, side in sides.items()}
-    peak = statistics.median(t["flops"] for t in times["peak"])
-    table.add_row("GFLOP", *(f"{counts[n] / 1e9:.4g}" for n in counts), "")
-    shares = [
-        counts[n] / statistics.median(t) / peak
-        for n, t in zip(counts, (ours, baseline), strict=True)
-    ]
+    whole = {name: [sum(t[part] for part in PARTS) for t in times[name]] for name in NAMES}
+    add("step", whole)
+    if on_cpu:  # a busy machine disturbs it less
+        add("CPU seconds", {name: [t["busy"] for t in times[name]] for name in NAMES})
+    add("images/s", {name: [args.batch_size / t for t in whole[name]] for name in NAMES})
+    counts = {}
+    for name, side in sides.items():
+        with flop_counter() as counter:
+            side.step(batch)
+        counts[name] = float(counter.get_total_flops())
+    peak = quartiles([t["flops"] for t in times["peak"]])[0]
+    table.add_row("GFLOP", *(f"{counts[n] / 1e9:.4g}" for n in NAMES), "")
+    shares = (counts[n] / quartiles(whole[n])[0] / peak for n in NAMES)
     table.add_row(f"of {peak / 1e9:.4g} GFLOP/s", *(f"{s:.1%}" for s in shares), "")
-    measured = [name for name in steps if name != "peak"]
-    del sides, steps
-    memory = {name: memory_of(name, args) for name in measured}
-    share = memory["ours"] / memory["baseline"]
-    table.add_row(
-        "peak MiB above idle",
-        *(f"{memory[name] / 2**20:.0f}" for name in ("ours", "baseline")),
-        f"ours: {share:.2f} of it",
-    )
+    del sides, side, steps
+    memory = {
+        name: harness.apart(peak_memory, name, args) if on_cpu else peak_memory(name, args)
+        for name in NAMES
+    }
+    share = f"ours: {memory['ours'] / memory['baseline']:.2f} of it"
+    table.add_row("peak MiB above idle", *(f"{m / 2**20:.0f}" for m in memory.values()), share)
     console.print(table)
     return {"times": times, "flops": counts, "peak_flops": peak, "memory": memory}
 
 
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine, with the GPU's name where one is measured."""
-    words = machine("torch", "triton") | {"threads": torch.get_num_threads()}
-    if args.device == "cuda":
-        words["processor"] = torch.cuda.get_device_name()
-    return words
-
-
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = harness.make_parser(__doc__)
     parser.add_argument("--arch", default="vit_s")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--local-crops-number", type=int, default=10)
@@ -176,31 +132,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint-blocks", action="store_true", help="ours: less memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: torch's choice)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        print(peak_memory(make_side(args.memory_of, args), make_batch(args)))
-        return
     console = plain_console(width=110)
-    results: dict[str, Any] = {"machine": about(args), "settings": {**vars(args), "json": None}}
-    results["comparison"] = compare(args, console)
-    console.print(
-        f"{in_words(results['machine'])}; medians (quartiles) of {args.rounds} rounds, taken in"
-        " turns"
-    )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1, default=str))
+    about = harness.machine("torch", "triton", device=args.device)
+    about["threads"] = torch.get_num_threads()
+    results = {"settings": {**vars(args), "json": None}, "comparison": compare(args, console)}
+    harness.conclude(console, about, args.rounds, args.json, **results)
 
 
 if __name__ == "__main__":

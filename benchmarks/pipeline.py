@@ -14,13 +14,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +38,6 @@ from ibeton.pipeline.loaders.kinds import turbojpeg_problem
 from ibeton.pipeline.sampling import ViewSpec, draw_views, stack_shape
 from ibeton.pipeline.store import JPG, BetonReader, Decoder, is_beton
 from ibeton.progress import plain_console
-from ibeton.workers import end_with_parent
 
 BATCH = 32
 RECIPE_ROW, LIMIT = "published recipe (Pillow)", "libjpeg-turbo decode alone"
@@ -153,8 +149,9 @@ class Bench:
 def measure(
     data: str, cores: list[int], images: int, rounds: int, two_crops: bool
 ) -> dict[str, list[float]]:
-    """Rates of all sides on `cores`. On one core they are per CPU second of the process, which is a
-    second where it has the core to itself; the single-threaded ones run on no more than one."""
+    """Rates of all sides on `cores`, in a process of its own. On one core they are per CPU second,
+    which is a second where the process has the core to itself; the single-threaded sides run on no
+    more than one."""
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
     with ExitStack() as stack:
@@ -164,12 +161,6 @@ def measure(
         return take_turns(
             sides, rounds, time.process_time if len(cores) == 1 else time.perf_counter
         )
-
-
-def measured_apart(*arguments: Any) -> dict[str, list[float]]:
-    """The same in a process of its own: thread pools keep the size that they began with."""
-    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
-        return process.submit(measure, *arguments).result()
 
 
 def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -218,10 +209,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = args.data or synthetic_beton(Path(folder))
         how = args.images, args.rounds, args.like == "two-crops"
-        rates = {"1 core": measured_apart(data, usable[:1], *how)}
+        rates = {"1 core": harness.apart(measure, data, usable[:1], *how)}
         if args.cores > 1 and len(usable) >= args.cores:
             name = f"{args.cores} cores"
-            rates[name] = measured_apart(data, usable[: args.cores], *how)
+            rates[name] = harness.apart(measure, data, usable[: args.cores], *how)
         reader = BetonReader(data)
         megapixels = float((reader.heights.astype(float) * reader.widths).mean() / 1e6)
     for cores, sides in rates.items():
@@ -234,17 +225,15 @@ def main() -> None:
 
 def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]) -> Table:
     """Rates, and their ratios to the recipe and to the decoder; those of more cores to one core."""
-    first = one is sides
-    columns = ("x recipe", "share of decode") if first else ("x one core",)
+    columns = ("x recipe", "share of decode") if one is sides else ("x one core",)
     out = harness.figures("", "images/s", *columns, title=f"images/s, {cores}")
     for name, values in sides.items():
-        cells = [spread(values)]
-        if not first:
-            cells.append(spread([a / b for a, b in zip(values, one[name], strict=True)]))
+        if one is sides:
+            share = spread(ratios(sides, name, LIMIT), 2) if LIMIT in sides else ""
+            out.add_row(name, spread(values), spread(ratios(sides, name, RECIPE_ROW)), share)
         else:
-            cells.append(spread(ratios(sides, name, RECIPE_ROW)))
-            cells.append(spread(ratios(sides, name, LIMIT), 2) if LIMIT in sides else "")
-        out.add_row(name, *cells)
+            more = spread([a / b for a, b in zip(values, one[name], strict=True)])
+            out.add_row(name, spread(values), more)
     return out
 
 

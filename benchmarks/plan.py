@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch.autograd.graph import saved_tensors_hooks
 
 from ibeton.atomic import write_text
 from ibeton.benchmarks.harness.budget_launches import Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import DEVICES, predicted_seconds
+from ibeton.benchmarks.harness.measure import counting_kept, figures
 from ibeton.command import run_command
 from ibeton.model import build
 from ibeton.model.config import SWINS
@@ -32,6 +31,7 @@ from ibeton.options import Parser, check_output_file
 from ibeton.pipeline.loaders import LOADERS, choose_crops
 from ibeton.progress import plain_console
 from ibeton.training.config import Config, parse
+from ibeton.training.precision import DTYPES
 from ibeton.training.timing.forecast import checkpoint_bytes, duration, gib, number
 
 MEMORY = {"v100": 32, "a100": 80, "h100": 80}  # GiB
@@ -49,23 +49,13 @@ PUBLISHED_LOADER = (18, 23)
 
 def step_cost(config: Config, gpu: str, precision: str, kernels: bool) -> tuple[float, float]:
     """Predicted seconds of a step, and the bytes that it keeps for its backward."""
-    kept: dict[int, int] = {}
-    alive = []  # or another tensor could take the address of one that was counted
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
     images = config.pipeline.batch_size // config.model.micro_steps
-    dtype, local = getattr(torch, precision), config.pipeline.local_crops_size
+    local, dtype = config.pipeline.local_crops_size, DTYPES[precision]
     device = DEVICES[gpu]
     settings = Settings(config.model, images, local, dtype, kernels, device.capability)
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with counting_kept() as kept:
         launches = step_launches(settings)
-    seconds = predicted_seconds(launches, device) * config.model.micro_steps
-    return seconds, float(sum(kept.values()))
+        return predicted_seconds(launches, device) * config.model.micro_steps, float(kept())
 
 
 def step_seconds(
@@ -128,9 +118,7 @@ def loader_rates(config: Config) -> tuple[float, float]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """A table from slow to fast, then memory and where the figures come from."""
-    table = Table(f"{result['gpus']} x {result['gpu']}", "slow", "fast")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures(f"{result['gpus']} x {result['gpu']}", "slow", "fast")
     table.add_row("images/s", *map(number, result["images_per_s"]))
     table.add_row("  of the model alone", *map(number, result["model_images_per_s"]))
     table.add_row("  of the loader alone", *map(number, result["loader_images_per_s"]))
@@ -207,11 +195,10 @@ def planned(own: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     config.share_batch(own.gpus)
     if config.model.arch in SWINS:
         raise ValueError(f"--arch {config.model.arch}: no step of a Swin was measured on a GPU")
-    names = {"auto": "float16", "fp16": "float16", "bf16": "bfloat16"}
-    precision = config.run.precision
-    if precision not in names or (precision == "bf16" and own.gpu == "v100"):
+    precision = "fp16" if config.run.precision == "auto" else config.run.precision
+    if precision not in ("fp16", "bf16") or (precision == "bf16" and own.gpu == "v100"):
         raise ValueError(f"--precision {precision}: plans are for fp16, or bf16 on newer GPUs")
-    return plan(own, config, names[precision])
+    return plan(own, config, precision)
 
 
 def main(given: list[str] | None = None) -> int:

@@ -189,12 +189,12 @@ def sentences(
     middle = windows[BOTH][middle_round(windows[BOTH])]
     rate[BOTH] = middle.images_per_s
     least = min((LOADER, MODEL), key=lambda name: rate[name])
-    said = [sentence(verdict(middle, room, lowest).text)]
-    said.append(
+    said = [
+        sentence(verdict(middle, room, lowest).text),
         f"Both together give {rate[BOTH]:.4g} images/s, {rate[BOTH] / rate[least]:.0%} of what the"
         f" {least} alone does, the slower of the two (loader {rate[LOADER]:.4g}, model"
-        f" {rate[MODEL]:.4g})."
-    )
+        f" {rate[MODEL]:.4g}).",
+    ]
     if not room.on_gpu:
         shared = 1 / (1 / rate[LOADER] + 1 / rate[MODEL])
         said.append(
@@ -217,7 +217,6 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         description=__doc__,
         epilog="All other options are those of train.py, see `python train.py --help`.",
-        allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns per side")
     parser.add_argument("--steps", type=int, default=0, help="steps per turn (0: 1, on GPUs 20)")

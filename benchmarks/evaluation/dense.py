@@ -10,8 +10,6 @@ import itertools
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibeton.benchmarks.harness.budget_rates import DEVICES
-from ibeton.benchmarks.harness.measure import in_words, machine
+from ibeton.benchmarks.harness.measure import counting_kept, in_words, machine
+from ibeton.benchmarks.harness.model_step import now
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.segmenter import Segmenter
 from ibeton.evaluation.segment import main as segment
@@ -80,20 +79,12 @@ def loss_without_matching(model: Detector, batch: Any) -> Tensor:
 def counted(task: str, arch: str, images: int) -> dict[str, float]:
     """Of a whole step: millions of weights, GiB of weights, gradients and moments in float32, GiB
     that the forward keeps for the backward in half precision, and TFLOP of all matrix products."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
-
     with FakeTensorMode():
         model = build(task, arch, drop_path=0.0).train()  # what is dropped has no fake tensors
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         batch = drawn(task, images)
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        flops = FlopCounterMode(display=False)
-        with flops, hooks, torch.autocast("cpu", torch.bfloat16):
+        hooks, flops = counting_kept(weights=False), FlopCounterMode(display=False)
+        with flops, hooks as kept, torch.autocast("cpu", torch.bfloat16):
             if task == "segment":
                 loss = model(batch, list(range(images)))["loss"]
             else:
@@ -104,7 +95,7 @@ def counted(task: str, arch: str, images: int) -> dict[str, float]:
     return {
         "weights M": weights / 1e6,
         "fixed GiB": 16 * weights / 2**30,
-        "kept GiB": sum(kept.values()) / 2**30,
+        "kept GiB": kept() / 2**30,
         "TFLOP": 3 * flops.get_total_flops() / 1e12,  # the backward takes twice the forward
     }
 
@@ -124,16 +115,14 @@ def measured(task: str, arch: str, images: int, steps: int = 10) -> dict[str, fl
     torch.cuda.reset_peak_memory_stats()
     for step in range(steps + 3):
         if step == 3:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
+            begun = now("cuda")
         with torch.autocast("cuda", torch.float16):
             loss = model(batch, list(range(images)))["loss"]
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    torch.cuda.synchronize()
-    rate = images * steps / (time.perf_counter() - begun)
+    rate = images * steps / (now("cuda") - begun)
     return {"images_per_s": rate, "peak": torch.cuda.max_memory_allocated() / 2**30}
 
 
@@ -164,21 +153,18 @@ def main() -> int:
         parser.error("--measure: no CUDA device is usable here")
     if args.images < 2:
         parser.error(f"--images {args.images}: UperNet normalizes over the batch; give at least 2")
-    console = plain_console(width=100)
-    work: Callable[[str, str, int], dict[str, float]] = measured if args.measure else counted
-    rows: dict[str, dict[str, float | str]] = {}
+    console, images = plain_console(width=100), args.images
+    rows: dict[str, dict[str, Any]] = {}
     for task, arch in itertools.product(("segment", "detect"), args.archs):
-        found = work(task, arch, args.images)
-        more = {} if args.measure else predicted(task, found, args.images)
-        rows[f"{task} {arch}"] = {**found, **more}
-    table = Table(
-        title=f"a step of {args.images} images, {'measured' if args.measure else 'counted'}"
-    )
-    for heading in ("", *next(iter(rows.values()))):
-        table.add_column(heading)
+        if args.measure:
+            rows[f"{task} {arch}"] = measured(task, arch, images)
+        else:
+            found = counted(task, arch, images)
+            rows[f"{task} {arch}"] = {**found, **predicted(task, found, images)}
+    title = f"a step of {images} images, {'measured' if args.measure else 'counted'}"
+    table = Table("", *next(iter(rows.values())), title=title)
     for name, values in rows.items():
-        cells = [v if isinstance(v, str) else f"{v:.2f}" for v in values.values()]
-        table.add_row(name, *cells)
+        table.add_row(name, *(v if isinstance(v, str) else f"{v:.2f}" for v in values.values()))
     console.print(table)
     if args.checkpoint and args.data:
         console.print(learned(args.checkpoint, args.data, args.steps))

@@ -22,12 +22,7 @@ from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, spread
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
-from ibeton.evaluation.frozen.features import (
-    Extraction,
-    feature_batches,
-    normalized,
-    tokens_of,
-)
+from ibeton.evaluation.frozen.features import Extraction, feature_batches, normalized, tokens_of
 from ibeton.evaluation.photos import PhotoSet, view_batches
 from ibeton.model.config import ModelConfig
 from ibeton.model.ibot import build_network
@@ -57,9 +52,8 @@ def measure(
         done = 0
         for batch in itertools.cycle(ready):
             with torch.inference_mode(), how.autocast():
-                found = tokens_of(
-                    network.backbone, network.head, normalized(batch.images, how.device), NAMES
-                )
+                views = normalized(batch.images, how.device)
+                found = tokens_of(network.backbone, network.head, views, NAMES)
             done += len(batch.images)
             if done >= images:
                 break

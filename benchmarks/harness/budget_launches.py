@@ -3,11 +3,11 @@
 The step runs on fake tensors, which have shapes and dtypes but no memory. A dispatch mode sees each
 operator below autograd and autocast, and `model.kernels.launch` reports the Triton kernels. How
 many kernels an operator launches, and the bytes they move, follow from the rules below. They were
-read off a profile of an H100 (see `benchmarks.harness.budget_rates`).
+read off a profile of an H100 (see `tests/benchmarks/test_budget.py`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -73,7 +73,6 @@ CHUNK = 320 * 65_536  # elements that one launch of a multi-tensor kernel takes
 class Launches(NamedTuple):
     """What one operator or Triton kernel launches."""
 
-    stage: str
     category: str
     name: str
     kernels: int
@@ -82,13 +81,12 @@ class Launches(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the launches of each operator that runs in it; `stage` labels them."""
+    """Notes the launches of each operator that runs in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launches] = []
         self.kernels: list[Launch] = []  # those of Triton
-        self.stage = "other"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -98,7 +96,7 @@ class Recorder(TorchDispatchMode):
         inputs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
         tensors = [t for t in tree_leaves((args, inputs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name.startswith(MULTI_TENSOR) and name not in ("_foreach_norm",):
+        if name.startswith(MULTI_TENSOR) and name != "_foreach_norm":
             written = tensors  # updated in place
         if name == "copy_":
             tensors = tensors[1:]
@@ -138,7 +136,7 @@ class Recorder(TorchDispatchMode):
         self.add(category, launch.name, 1, _bytes(launch.tensors()), flops)
 
     def add(self, category: str, name: str, kernels: int, moved: int, flops: int) -> None:
-        self.launches.append(Launches(self.stage, category, name, kernels, moved, flops))
+        self.launches.append(Launches(category, name, kernels, moved, flops))
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -172,14 +170,13 @@ def step_launches(settings: Settings) -> list[Launches]:
 def record_step(settings: Settings) -> Recorder:
     """What `step_launches` sees, with the launches of Triton kernels as they are made."""
     recorder, model = Recorder(), settings.model
-    with _fake_gpu(settings, recorder) as stage:
+    with _fake_gpu(settings, recorder):
         ibot = build(model)
         optimizer = build_optimizer(ibot.student)
         for group in optimizer.param_groups:  # a step in the middle of training
             for parameter in group["params"]:
                 state = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.empty(()), **state}
-        scaler = torch.amp.GradScaler("cpu") if settings.dtype is torch.float16 else None
         size, grid = model.image_size, model.image_size // model.patch_size
         views, images, local = model.global_crops_number, settings.images, settings.local_size
         masked = views * images * grid * grid
@@ -197,12 +194,9 @@ def record_step(settings: Settings) -> Recorder:
         ibot.loss._across_views(views * images, torch.device("cpu"))  # kept from the first step on
         if settings.kernels and settings.dtype is not None:
             ibot.half_weights._make(settings.dtype)  # as the step before has left them
+        scaler = torch.amp.GradScaler("cpu") if settings.dtype is torch.float16 else None
         step = Step(ibot, optimizer, scaler, autocast_dtype=settings.dtype)
-        with (
-            recorder,
-            mock.patch("ibeton.model.ibot.stage", stage),
-            mock.patch("ibeton.model.steps.stage", stage),
-        ):
+        with recorder:
             gradients = step.compute_gradients(inputs, epoch=1)
             if not settings.kernels:
                 inputs = inputs._replace(rates=cast(Tensor, on_host))
@@ -211,10 +205,10 @@ def record_step(settings: Settings) -> Recorder:
 
 
 @contextmanager
-def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str], Any]]:
+def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[None]:
     """Fake tensors that stand for those of a GPU. (They are on the CPU, as PyTorch cannot run a
-    backward on fake CUDA tensors where there is no GPU.) What the host draws
-    is given: stochastic depth keeps all samples."""
+    backward on fake CUDA tensors where there is no GPU.) What the host draws is given: stochastic
+    depth keeps all samples."""
 
     def kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
         return spread_kept(torch.empty(len(rates), sum(n for n, _ in shapes)), rates, shapes)
@@ -225,23 +219,10 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[Callable[[str]
         recorder.add(ROW_KERNELS, "_row_kernel", 1, moved, 0)
         return loss, difference
 
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        before, recorder.stage = recorder.stage, name
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch("ibeton.model.backbones.vit.draw_kept", kept),
+        mock.patch("ibeton.model.kernels.head.cross_entropy.rows_by_chunk", rows),
+        counting(recorder.kernel, settings.capability) if settings.kernels else nullcontext(),
+    ):
         yield
-        recorder.stage = before
-
-    rates = torch.ones(5, dtype=torch.float64)  # no fake: the host reads them
-
-    def on(inputs: StepInputs, *_: Any) -> StepInputs:
-        return inputs._replace(rates=rates)
-
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(mock.patch("ibeton.model.steps.StepInputs.on", on))
-        patch = mock.patch
-        stack.enter_context(patch("ibeton.model.backbones.vit.draw_kept", kept))
-        stack.enter_context(patch("ibeton.model.kernels.head.cross_entropy.rows_by_chunk", rows))
-        if settings.kernels:
-            stack.enter_context(counting(recorder.kernel, settings.capability))
-        yield stage

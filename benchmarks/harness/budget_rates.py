@@ -1,9 +1,9 @@
-"""From launches to seconds: the rates of devices, and the profile that they are held against.
+"""From launches to seconds: the rates of devices.
 
 A launch takes the longest of its bytes over the bandwidth that its category reaches, its operations
 over the matrix rate, and the shortest time of a kernel; two categories have a fixed time besides.
 The shares of the bandwidth were fitted to the profile at batch 64, the fixed times also to that at
-batch 256 (PROFILED), those of our kernels to a profile of the step with them (PROFILED_KERNELS).
+batch 256, those of our kernels to a profile with them (all in tests/benchmarks/test_budget.py).
 A100 and V100 are assumed to reach the same shares: nothing was measured there.
 """
 
@@ -48,45 +48,6 @@ SHARES = {  # of the copy bandwidth
 }
 # Seconds on top, of an operator with too few blocks to fill the device (gamma and beta; biases)
 FIXED = {b.NORM_BACKWARD: 194e-6, b.SUMS: 18e-6}
-# Milliseconds per step by category, from profiles of 2026-11-26 (one H100 80GB SXM, torch 2.11,
-# triton 3.6, commit 216b8a1): ViT-S/16, 2 x 224 + 10 x 96 px, fp16, norm and GELU recomputed.
-# Batch size -> category -> sum over the `aten::` rows of its operators.
-PROFILED = {
-    64: {
-        b.PRODUCTS: 13.60,
-        b.ATTENTION: 6.22,
-        b.COPIES: 7.98,
-        b.ELEMENTWISE: 8.29,
-        b.NORM: 6.02,
-        b.NORM_BACKWARD: 6.65,
-        b.GELU: 3.19,
-        b.GELU_BACKWARD: 1.72,
-        b.CONCATENATION: 4.13,
-        b.SUMS: 3.58,
-        b.OPTIMIZER: 0.54,
-    },
-    256: {
-        b.PRODUCTS: 48.89,
-        b.ATTENTION: 23.51,
-        b.COPIES: 28.62,
-        b.ELEMENTWISE: 31.07,
-        b.NORM: 23.39,
-        b.NORM_BACKWARD: 12.04,
-        b.GELU: 12.47,
-        b.GELU_BACKWARD: 6.70,
-        b.CONCATENATION: 16.03,
-        b.SUMS: 9.27,
-    },
-}
-# The same step at batch 64 with our kernels, replayed as a CUDA graph, nothing recomputed; one H100
-# 80GB SXM, 2026-11-27, torch 2.11, triton 3.6. All kernels: 31.0 ms.
-PROFILED_KERNELS = {
-    b.PRODUCTS: 12.97,
-    b.ATTENTION: 5.96,
-    b.ROW_KERNELS: 6.00,
-    b.STREAM_KERNELS: 4.54,
-}
-PROFILED_LAUNCHES = 1997  # of which 223 are memsets, which are not counted here
 GRAPH_HOST_S = 4e-3  # of the host, for a step that is replayed as a CUDA graph
 
 

@@ -5,17 +5,24 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from ibeton.workers import end_with_parent
+
+Result = TypeVar("Result")
 
 
 def integer(least: int) -> Callable[[str], int]:
@@ -31,10 +38,13 @@ def integer(least: int) -> Callable[[str], int]:
     return parse
 
 
-def make_parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options of every benchmark: --rounds and --json. `doc`: of its module."""
+def make_parser(doc: str | None, rounds: int = 5, least: int = 2) -> argparse.ArgumentParser:
+    """The options of every benchmark: --rounds, `least` or more (no such option if `rounds` is 0),
+    and --json. `doc`: of its module."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
-    parser.add_argument("--rounds", type=integer(2), default=rounds, help="rounds of each side")
+    if rounds:
+        kind = integer(least)
+        parser.add_argument("--rounds", type=kind, default=rounds, help="rounds of each side")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser
 
@@ -82,9 +92,7 @@ def in_words(about: dict[str, Any]) -> str:
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    middle, low, high = np.quantile(values, (0.5, 0.25, 0.75)).tolist()
     return middle, low, high
 
 
@@ -107,22 +115,33 @@ def figures(first: str, *headings: str, title: str | None = None) -> Table:
     return table
 
 
+def in_turns(sides: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """What every side returns, once per round, after a round that is left out: what is compiled or
+    cached at first use does not count. In each round every side has its turn, so that a busy
+    machine slows all."""
+    results: dict[str, list[Result]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            result = side()
+            if i:
+                results[name].append(result)
+    return results
+
+
 def take_turns(
     sides: dict[str, Callable[[], int]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Items per second of every side, one figure per round. A side does its work and says how many
-    items that was. In each round every side has its turn, so that a busy machine slows all."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():  # what is compiled or cached at first use is not timed
-        side()
-    for _ in range(rounds):
-        for name, side in sides.items():
-            start = clock()
-            items = side()
-            rates[name].append(items / (clock() - start))
-    return rates
+    """Items per second of every side, `in_turns`. A side does its work and says how many items that
+    was."""
+
+    def rate(side: Callable[[], int]) -> float:
+        start = clock()
+        items = side()
+        return items / (clock() - start)
+
+    return in_turns({name: partial(rate, side) for name, side in sides.items()}, rounds)
 
 
 def on_two_clocks(
@@ -143,9 +162,33 @@ def on_two_clocks(
     return rates, {name: spent[1:] for name, spent in cpu.items()}  # the first is not timed
 
 
+def apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What it returns in a new process, with thread pools and memory of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
+        return process.submit(function, *arguments).result()
+
+
 def ratios(rates: dict[str, list[float]], name: str, to: str) -> list[float]:
     """Round by round, how many times as fast as `to` it is."""
     return [a / b for a, b in zip(rates[name], rates[to], strict=True)]
+
+
+@contextmanager
+def counting_kept(weights: bool = True) -> Iterator[Callable[[], int]]:
+    """Yield a function that gives the bytes that operations inside keep for the backward, each
+    storage once; `weights`: parameters too."""
+    import torch
+
+    kept: dict[int, Any] = {}  # alive, or another could take the address of one that was counted
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if weights or not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())
 
 
 def conclude(

@@ -14,11 +14,18 @@ from ibeton.model.masking import masked_patches
 from ibeton.model.network import Logits
 from ibeton.model.optim import build_optimizer, clip_gradients, parameter_groups
 from ibeton.model.reference import loss_reference, network_reference, update_teacher_reference
-from ibeton.model.steps import set_rates
+from ibeton.model.steps import Step, set_rates
 
 PARTS = ("teacher", "student", "loss", "backward", "optimizer", "ema")
 Times = dict[str, float]
 LossOutput = tuple[dict[str, Tensor], Tensor]  # terms, batch means
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Batch:
@@ -28,16 +35,22 @@ class Batch:
         generator = torch.Generator().manual_seed(0)
         views, size = config.global_crops_number, config.image_size
         grid = size // config.patch_size
-        self.global_crops = torch.randn(views, images, 3, size, size, generator=generator)
+        global_crops = torch.randn(views, images, 3, size, size, generator=generator)
+        self.global_crops = global_crops.to(device)
         local_shape = (config.local_crops_number, images, 3, local_size, local_size)
-        self.local_crops = torch.randn(local_shape, generator=generator)
+        self.local_crops = torch.randn(local_shape, generator=generator).to(device)
         share = torch.linspace(0.1, 0.5, max(1, views * images // 2))
         share = torch.cat([share, torch.zeros(views * images - len(share))])
         share = share[torch.randperm(len(share), generator=generator)].view(views, images, 1, 1)
         self.masks = torch.rand(views, images, grid, grid, generator=generator) < share
-        self.global_crops, self.local_crops = (
-            t.to(device) for t in (self.global_crops, self.local_crops)
-        )
+
+
+def new_step(config: ModelConfig, device: str, dtype: torch.dtype | None) -> Step:
+    """What takes steps of a new model of ours, in `dtype` (None: no autocast)."""
+    torch.manual_seed(0)
+    ibot = build(config).to(device)
+    scaler = torch.amp.GradScaler(device) if dtype is torch.float16 else None
+    return Step(ibot, build_optimizer(ibot.student), scaler, autocast_dtype=dtype)
 
 
 class Side:
@@ -68,9 +81,6 @@ class Side:
     def clip(self) -> None:
         clip_gradients(self.ibot.student.parameters(), 3.0)
 
-    def optimize(self) -> None:
-        self.scaler.step(self.optimizer)
-
     def ema(self) -> None:
         self.ibot.update_teacher(0.996)
 
@@ -91,7 +101,7 @@ class Side:
         self.ibot.loss.update_centers([means])
         self.scaler.unscale_(self.optimizer)
         self.clip()
-        self.optimize()
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         clock.ends("optimizer")
         self.ema()
@@ -130,15 +140,10 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device, self.times = device, Times()
-        self.last, self.busy = self._now(), time.process_time()
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.last, self.busy = now(device), time.process_time()
 
     def ends(self, part: str) -> None:
-        now = self._now()
-        self.times[part] = now - self.last
+        end = now(self.device)
+        self.times[part] = end - self.last
         self.times["busy"] = time.process_time() - self.busy  # so far, of all threads
-        self.last = now
+        self.last = end

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ibeton import stages
+from ibeton.benchmarks.harness.model_step import Baseline
 from ibeton.pipeline import Batch, Loader, build_loader
 from ibeton.pipeline.loaders import RECIPE
 from ibeton.stages import StageClock, stage
@@ -99,8 +100,6 @@ class Bench:
             *(take(self.loader, LOADER, run.loader), take(self.model, MODEL, ours), self.both)
         ]
         if baseline:
-            from ibeton.benchmarks.model import Baseline
-
             recipe = dataclasses.replace(run.config.pipeline, loader=RECIPE)
             published = build_loader(recipe, run.device)
             stack.callback(published.close)

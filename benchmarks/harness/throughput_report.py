@@ -41,12 +41,8 @@ class Row:
         times = "{} ({} - {})".format(*(_ms(value) for value in (self.middle, low, high)))
         ceiling = number(1000 * images / self.middle) if self.middle else ""
         share = "beside" if self.share is None else f"{self.share:.1%}"
-        if not self.floor_ms:
-            return [self.name, times, ceiling, share, "", ""]
-        return [
-            *(self.name, times, ceiling, share),
-            *(number(self.floor_ms), number(self.middle / self.floor_ms)),
-        ]
+        floor = [self.floor_ms, self.middle / self.floor_ms] if self.floor_ms else []
+        return [self.name, times, ceiling, share, *map(number, floor)]
 
 
 def _ms(value: float) -> str:
@@ -220,6 +216,5 @@ def _load(path: Path) -> dict[str, list[float]]:
         series |= {f"loader {n}, ms": stage["ms"] for n, stage in result["loader_ms"].items()}
         return series | {f"{name}, ms": ms for name, ms in result["step_ms"].items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--compare: {path} is not what benchmarks/throughput.py writes"
-        ) from error
+        sentence = f"--compare: {path} is not what benchmarks/throughput.py writes"
+        raise ValueError(sentence) from error

@@ -11,11 +11,11 @@ A photo depends only on (seed, split, class, number). DST/train and DST/val appe
 complete.
 """
 
-import io
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -185,14 +185,6 @@ def _developed(rng: Rng, photo: Image.Image) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _jpeg(seed: int, split: str, kind: str, number: int) -> bytes:
-    """The photo as a JPEG file of quality 85 to 95."""
-    file = io.BytesIO()
-    photo = make_photo(seed, split, kind, number)
-    photo.save(file, "JPEG", quality=85 + (7 * number + seed) % 11)
-    return file.getvalue()
-
-
 def make_photos(dst: str | Path, options: SyntheticOptions | None = None) -> None:
     """Write train and val photos of every class below `dst`, and the contact sheet if one is named.
 
@@ -209,14 +201,14 @@ def make_photos(dst: str | Path, options: SyntheticOptions | None = None) -> Non
     partial = Path(tempfile.mkdtemp(prefix=".drawing-", dir=dst))
     try:
         with progress("draw", len(CLASSES) * sum(counts.values())) as advance:
-            for split, count in counts.items():
-                for kind in CLASSES:
-                    folder = partial / split / kind
-                    folder.mkdir(parents=True)
-                    for number in range(count):
-                        path = folder / f"{number:05d}.jpg"
-                        path.write_bytes(_jpeg(options.seed, split, kind, number))
-                        advance(1)
+            for (split, count), kind in product(counts.items(), CLASSES):
+                folder = partial / split / kind
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    photo = make_photo(options.seed, split, kind, number)
+                    quality = 85 + (7 * number + options.seed) % 11
+                    photo.save(folder / f"{number:05d}.jpg", "JPEG", quality=quality)
+                    advance(1)
         if options.contact_sheet:
             contact_sheet(partial / "train").save(options.contact_sheet)
         for split in SPLITS:
