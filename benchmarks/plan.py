@@ -42,8 +42,8 @@ ROOM = 1.3  # memory at the peak over what waits for the backward
 # ViT-S, fp16, batch 64, commit 216b8a1, November 2026, torch 2.11.
 PUBLISHED = 152.5 / 66.5
 # Photos/s of one core with the published code: ImageNet photos (0.2 megapixels), 2 x 224 + 10 x 96
-# views, on one older machine. Those of our loaders are in their table, pipeline/loaders/kinds.py;
-# the slow end has all hyper-threads busy (docs/results.md).
+# views, on one older machine, with all hyper-threads busy and with one. Those of our loaders are in
+# their table, pipeline/loaders/kinds.py.
 PUBLISHED_LOADER = (18, 23)
 
 

@@ -34,8 +34,8 @@ GPUS = ("h100", "v100")
 CROP, SIDES = 512, (800, 1333)  # pixels of a crop of ADE20K, of COCO's largest view
 ROIS, OBJECTS = 512, 8  # regions per image and stage, objects of a drawn image
 RUN_IMAGES = {"segment": 160_000 * 16, "detect": 12 * 117_266}  # of the published runs
-# Share of the rate of a large product that a whole step reaches, from slow to fast: iBOT's own step
-# reached 0.16 on an H100 (docs/results.md). What a dense task's reaches is not measured.
+# Share of the rate of a large product that a whole step reaches, from slow to fast: a pre-training
+# step in PyTorch's operations reached 0.16 on an H100. A dense task's share is to be measured.
 SHARES = (0.1, 0.25)
 
 

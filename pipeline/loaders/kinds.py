@@ -37,7 +37,7 @@ class LoaderKind:
     problem: why it cannot run here, and what to install; empty if it can.
     decode: one photo to uint8 [H, W, 3] as this loader does it, to be timed.
     decode_rate, crop_rate: photos/s of one core, decoded, and cut into 2 x 224 + 10 x 96 views on
-    the CPU as well (docs/results.md); 0 if not measured.
+    the CPU as well, from one older machine; 0 if not measured.
     """
 
     name: str
