@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from ibeton.command import missing_extra
 from ibeton.workers import stop_with_launcher
 
-# subcommand -> module with `main(argv)`, help, and an argument put before the user's, if any
-COMMANDS: dict[str, tuple[str, ...]] = {
+_CHECKPOINT = "model.checkpoint.__main__"  # which takes the subcommand itself as first argument
+# subcommand -> (module with `main(argv)`, help)
+COMMANDS = {
     "train": ("train", "pre-train a backbone"),
     "convert": ("pipeline.convert.converter", "photos to one .beton file"),
     "merge": ("pipeline.convert.merge", "the shards of a conversion to one file"),
@@ -31,9 +32,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "correspondence": ("evaluation.matching.correspondence", "patches found in another view"),
     "report": ("evaluation.report", "all figures of a backbone on one page"),
     "show": ("evaluation.show", "pictures of what a backbone sees"),
-    "inspect": ("model.checkpoint.__main__", "list what a checkpoint holds", "inspect"),
-    "import": ("model.checkpoint.__main__", "read weights of iBOT, DINO, timm and others", "import"),
-    "export": ("model.checkpoint.__main__", "write timm, Hugging Face or iBOT weights", "export"),
+    "inspect": (_CHECKPOINT, "list what a checkpoint holds"),
+    "import": (_CHECKPOINT, "read weights of iBOT, DINO, timm and others"),
+    "export": (_CHECKPOINT, "write timm, Hugging Face or iBOT weights"),
     "runs": ("training.runs", "list runs, or compare two"),
     "doctor": ("pipeline.doctor", "what is installed, what is missing, how to fix it"),
     "plan": ("benchmarks.plan", "about how long a run takes on other GPUs"),
@@ -44,7 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 def usage() -> str:
     """The text of `ibeton --help`."""
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {help}" for name, (_, help, *_) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items())
     return f"usage: ibeton COMMAND [OPTIONS]\n\n{lines}\n\n`ibeton COMMAND --help` lists options."
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `ibeton {near[0]}`?" if near else "`ibeton --help` lists commands"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
-    module, _, *before = COMMANDS[name]
+    module, _ = COMMANDS[name]
     stop_with_launcher()
     sys.argv[0] = f"ibeton {name}"  # what usage and errors call the program
     try:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {words}", file=sys.stderr)
         return 2
-    return program.main([*before, *rest]) or 0
+    return program.main([name, *rest] if module == _CHECKPOINT else rest) or 0
 
 
 if __name__ == "__main__":
