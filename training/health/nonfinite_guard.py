@@ -15,9 +15,8 @@ IN_A_ROW = 4  # skipped steps that trigger a rollback
 # cannot be the cause.
 OVERFLOWS_IN_A_ROW = 20
 AGAIN_WITHIN = 1000  # steps after a rollback in which skipped steps count as the same failure
-RECOVERED = (
-    10  # plausible steps in a row after an implausible one: a diverging loss passes zero too
-)
+# Plausible steps in a row after an implausible one: a diverging loss passes zero too
+RECOVERED = 10
 _PLAUSIBLE = 1.5  # times the larger of the uniform loss and the loss of the run's first step
 
 

@@ -117,5 +117,5 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _warn(name: str, error: Exception) -> None:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     print(f"--log-to {name}: no further records are sent ({reason})", file=sys.stderr)
