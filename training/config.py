@@ -116,10 +116,6 @@ class RunConfig:
             yield "--eval-every needs --eval-train and --eval-val, two labeled sets"
         if self.eval_every and find_spec("sklearn") is None:
             yield f"--eval-every: {missing_extra('sklearn')}"
-        yield from self._start_problems()
-        yield from missing_packages(self.log_to)
-
-    def _start_problems(self) -> Iterator[str]:
         if self.init_from and self.resume not in ("no", "auto"):
             yield "--init-from starts a run, --resume FILE continues one: give one of them"
         if self.resume not in ("no", "auto") and Path(self.resume).is_dir():
@@ -127,6 +123,7 @@ class RunConfig:
                 f"--resume {self.resume} is a folder: give a checkpoint file in it, or"
                 f" --output-dir {self.resume} --resume auto to continue its run"
             )
+        yield from missing_packages(self.log_to)
 
 
 @dataclass
@@ -188,7 +185,7 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     shortened, with a note. Raises ValueError, naming every option whose value cannot work.
     """
     base, values = _with_data(preset or {}), _with_data(values)
-    refuse(wrong_types({**base, **values}, RunConfig, PipelineConfig, ModelConfig))
+    refuse(wrong_types({**base, **values}, *_PARTS))
     name = values.get("recipe") or values.get("arch") or base.get("arch", "vit_s")
     if name == SMALL and values.get("data"):
         recipe = small_recipe(values["data"], values.get("device", RunConfig.device))
@@ -201,10 +198,12 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     merged.setdefault(
         "image_size", merged.get("global_crops_size", PipelineConfig.global_crops_size)
     )
-    everything = _defaults() | merged
-    shorter = {k: v for k, v in shortened(everything).items() if k not in values}
-    notes = [_shortening(everything, shorter)] if shorter else []
-    merged |= shorter
+    long, notes = _defaults() | merged, []
+    if shorter := {k: v for k, v in shortened(long).items() if k not in values}:
+        words = ", ".join(f"{flag(name)} {long[name]} to {new}" for name, new in shorter.items())
+        epochs = f"--epochs {long['epochs']} is shorter than the recipe's warm-ups"
+        notes.append(f"{epochs}: shortened {words}")
+        merged |= shorter
     if (lr := merged.get("lr", RunConfig.lr)) > _HIGH_LR:
         notes.append(f"--lr {lr:g} is far above any published rate (5e-4): expect divergence")
     parts = (fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged))
@@ -224,11 +223,6 @@ def _with_data(values: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     return {f.name: f.default for part in _PARTS for f in dataclasses.fields(part)}
-
-
-def _shortening(values: dict[str, Any], shorter: dict[str, int]) -> str:
-    words = ", ".join(f"{flag(name)} {values[name]} to {new}" for name, new in shorter.items())
-    return f"--epochs {values['epochs']} is shorter than the recipe's warm-ups: shortened {words}"
 
 
 def read_preset(path: str) -> dict[str, Any]:

@@ -97,12 +97,10 @@ def _advice(limit: str, window: Window, room: LoaderResources) -> str:
         return f"Give --workers {room.cores}, as many as there are cores"
     if limit == "crop" and shared and room.on_gpu:
         return f"Cut on the GPU: {(room.kind and room.kind.faster) or '--crops-on gpu'}"
+    advice = "add cores, or a GPU"
     if "decode" in window.stage_work:
-        return (
-            f"All {room.cores} cores are busy: store smaller photos (ibeton convert"
-            " --max-resolution), or add cores"
-        )
-    return f"All {room.cores} cores are busy: add cores, or a GPU"
+        advice = "store smaller photos (ibeton convert --max-resolution), or add cores"
+    return f"All {room.cores} cores are busy: {advice}"
 
 
 def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:
