@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from ibeton.published_names import nearest_option, nearest_value
 
 Settings = TypeVar("Settings")
+expand = os.path.expanduser  # the type of options that are paths but not `Path`s
 _SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -32,11 +33,6 @@ def option(
 def flag(name: str) -> str:
     """The command-line spelling of a field: out_dim -> --out-dim."""
     return f"--{name.replace('_', '-')}"
-
-
-def expand(path: str) -> str:
-    """`path` with a leading ~ or ~user replaced by the home folder."""
-    return os.path.expanduser(path)
 
 
 def check_output_file(option: str, path: Path, suffix: str, begins: bytes | None = None) -> None:

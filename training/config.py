@@ -137,13 +137,6 @@ class Config:
     notes: list[str] = dataclasses.field(default_factory=list)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def problems(self, batch_given: bool = False) -> Iterator[str]:
-        """A sentence per value that cannot work. `batch_given`: whether --batch-size was."""
-        for part in (self.run, self.pipeline, self.model):
-            yield from part.problems()
-        if batch_given and self.run.global_batch_size:
-            yield "--batch-size and --global-batch-size: give one of them"
-
     def resolved(self) -> dict[str, Any]:
         """Every setting by name, for the saved configuration."""
         parts = (self.run, self.pipeline, self.model)
@@ -209,7 +202,10 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     parts = (fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged))
     config = Config(*parts, notes, recipe)
     config.run.output_dir = config.run.output_dir or f"runs/{name}"
-    refuse(config.problems("batch_size" in values))
+    problems = [problem for part in parts for problem in part.problems()]
+    if "batch_size" in values and config.run.global_batch_size:
+        problems.append("--batch-size and --global-batch-size: give one of them")
+    refuse(problems)
     if not config.run.global_batch_size:
         config.share_batch(world_size=1)
     return config

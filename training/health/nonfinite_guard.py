@@ -39,7 +39,7 @@ class NonFiniteGuard:
         self.skipped = 0
         self.overflows = 0
         self.first_loss: float | None = None  # of the whole run
-        self._last_trouble: int | None = None
+        self._last_trouble = -math.inf
         self._last_target = 0
         self.restore({}, 0)
 
@@ -118,8 +118,7 @@ class NonFiniteGuard:
 
     def rolled_back_before(self) -> bool:
         """Whether a recent rollback has already failed to help."""
-        before = self._last_trouble
-        return before is not None and self.last_bad <= before + AGAIN_WITHIN
+        return self.last_bad <= self._last_trouble + AGAIN_WITHIN
 
     def newest_target(self) -> int:
         """The highest step of a checkpoint to roll back to: one followed by a good step, or else
