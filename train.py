@@ -163,7 +163,7 @@ def train(loop: Loop) -> bool:
     while run.step < run.last and not loop.stops.requested_on_any_rank(run.device):
         train_epoch(loop)
         with run.watchdog.no_timeout("saving"):
-            saved = not run.guard.should_roll_back() and try_save(run)
+            saved = try_save(run)
         if run.guard.should_roll_back():
             with run.watchdog.no_timeout("rolling back"):
                 roll_back(run, loop.log, DTYPES[run.precision])
@@ -203,8 +203,7 @@ def train_epoch(loop: Loop) -> None:
         if (due or run.save_deferred) and run.step < end:
             stop = settle(loop)  # the log must not lack a step that the checkpoint has
             with run.watchdog.no_timeout("saving"):
-                if not run.guard.should_roll_back():
-                    try_save(run)
+                try_save(run)
             if stop or run.guard.should_roll_back():
                 return
             monitor.clock.start()

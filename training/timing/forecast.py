@@ -80,10 +80,8 @@ def disk_line(checkpoint: float, to_come: int, free: float) -> str:
     """Whether `to_come` checkpoints and the one being written fit."""
     need = checkpoint * (to_come + 1)
     what = f"{to_come} checkpoint{'s' * (to_come != 1)} of {gib(checkpoint)}"
-    head = f"{gib(need)} for {what}, {gib(free)} free: "
-    return head + (
-        "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
-    )
+    fits = "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
+    return f"{gib(need)} for {what}, {gib(free)} free: {fits}"
 
 
 def forecast_line(seconds: float, images_per_s: float, waiting: float, device: torch.device) -> str:
