@@ -166,7 +166,7 @@ def train(loop: Loop) -> bool:
             saved = try_save(run)
         if run.guard.should_roll_back():
             with run.watchdog.no_timeout("rolling back"):
-                roll_back(run, loop.log, DTYPES[run.precision])
+                roll_back(run, loop.log)
         elif saved and evaluation_due(loop):
             evaluate(loop)
     if run.step < run.last or loop.stops.requested_on_any_rank(run.device):

@@ -12,7 +12,7 @@ _NAMED = 8  # tensors named in one list; the others are counted
 
 
 def diagnose(
-    ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float = 1.0
+    ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float
 ) -> dict[str, Any]:
     """Find the non-finite values of the step on `batch` with the current weights. Ranks do not
     communicate. `scale` is the loss scale. Leaves `ibot` without gradients.
