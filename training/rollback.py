@@ -45,8 +45,8 @@ def roll_back(run: Run, log: RunLog | None) -> None:
         )
     content = load_checkpoint(path)
     proven = run.guard.last_good
+    run.guard.rolled_back(content["step"])  # before the guard forgets the streak
     restore(run, path, content)
-    run.guard.rolled_back(run.step)
     # A checkpoint from which a good step was made stays, also if going back to it did not help:
     # it may be a fault of the steps after it, which an older one meets again.
     lines += _set_aside(run, max(run.step, proven))
