@@ -217,11 +217,16 @@ def train_step(
     run: Run, batch: Batch, epoch: int, rates: dict[str, float]
 ) -> dict[str, torch.Tensor]:
     seed_step(run, run.step)
-    crops_and_masks = batch.global_crops, batch.local_crops, batch.masks
+    crops, local, masks = batch.global_crops, batch.local_crops, batch.masks
     if run.graphed_step is not None:
-        return run.graphed_step(*crops_and_masks, epoch=epoch, **rates)
+        return run.graphed_step(crops, local, masks, epoch=epoch, **rates)
     return training_step(
-        *(run.ibot, run.optimizer, run.scaler, *crops_and_masks),
+        run.ibot,
+        run.optimizer,
+        run.scaler,
+        crops,
+        local,
+        masks,
         epoch=epoch,
         **rates,
         clip_grad=run.config.run.clip_grad,
