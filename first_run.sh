@@ -17,17 +17,15 @@ if [ -z "$DATA" ]; then
         --images-per-class 300 --val-per-class 50
 fi
 mkdir -p "$RUN"
-classes=""
+classes="" photos="$DATA"
 if [ -d "$DATA/train" ] && [ -d "$DATA/val" ]; then
-    "$PY" -m pipeline.convert "$DATA/train" "$RUN/train.beton" --overwrite
+    classes=yes photos="$DATA/train"
     "$PY" -m pipeline.convert "$DATA/val" "$RUN/val.beton" --overwrite
-    classes=yes
     set -- --eval-train "$RUN/train.beton" --eval-val "$RUN/val.beton" --eval-every 4
 else
     echo "k-NN is left out: $DATA has no train/ and val/ folders of classes"
-    "$PY" -m pipeline.convert "$DATA" "$RUN/train.beton" --overwrite
-    set -- --eval-every 0
 fi
+"$PY" -m pipeline.convert "$photos" "$RUN/train.beton" --overwrite
 # A ViT for two cores and a few minutes: small views, few prototypes, and many small steps with sharp
 # targets. Batch norm in the head keeps the photos apart while the network cannot.
 "$PY" train.py --data "$RUN/train.beton" --output-dir "$RUN" --arch vit_t "$@" \

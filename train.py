@@ -62,15 +62,17 @@ from ibeton.workers import cores
 
 @dataclass
 class Loop:
-    """What the training loop works with: the run, its log (on rank 0), clock and stop signals."""
+    """What the training loop works with: the run, its log (on rank 0), clock and stop signals.
+    `schedule`: learning rate, weight decay and momentum of every step."""
 
     run: Run
     log: RunLog | None
     monitor: StepMonitor
     stops: StopSignals
-    schedule: list[dict[str, float]]  # learning rate, weight decay and momentum of every step
-    metrics: DelayedMetrics
-    last: int  # where training ends: the step of --epochs or of --stop-after
+
+    def __post_init__(self) -> None:
+        self.schedule = rate_schedule(self.run)
+        self.metrics = DelayedMetrics(self.run.world_size)
 
 
 def prepare(config: Config) -> Run:
@@ -156,18 +158,18 @@ def train(loop: Loop) -> bool:
     run = loop.run
     if evaluation_due(loop):
         evaluate(loop)
-    if run.step < loop.last and loop.log is not None:
+    if run.step < run.last and loop.log is not None:
         loop.log.say("making the first batch; the first start on a machine compiles for a minute")
-    while run.step < loop.last and not loop.stops.requested_on_any_rank(run.device):
+    while run.step < run.last and not loop.stops.requested_on_any_rank(run.device):
         train_epoch(loop)
         with run.watchdog.no_timeout("saving"):
-            saved = not run.guard.should_roll_back() and try_save(run)
+            saved = try_save(run)
         if run.guard.should_roll_back():
             with run.watchdog.no_timeout("rolling back"):
-                roll_back(run, loop.log, DTYPES[run.precision])
+                roll_back(run, loop.log)
         elif saved and evaluation_due(loop):
             evaluate(loop)
-    if run.step < loop.last or loop.stops.requested_on_any_rank(run.device):
+    if run.step < run.last or loop.stops.requested_on_any_rank(run.device):
         return False
     if run.save_deferred:
         raise RunError(f"the run ended in skipped steps, from step {run.guard.first_bad} on")
@@ -179,7 +181,7 @@ def train_epoch(loop: Loop) -> None:
     run, monitor = loop.run, loop.monitor
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
     epoch, first = divmod(run.step, per_epoch)
-    end = min(loop.last, (epoch + 1) * per_epoch)
+    end = min(run.last, (epoch + 1) * per_epoch)
     batches = itertools.islice(run.loader.epoch(epoch, first), end - run.step)
     monitor.clock.start()
     for batch in monitor.waiting(run.watchdog.batches(batches, run.step)):
@@ -201,8 +203,7 @@ def train_epoch(loop: Loop) -> None:
         if (due or run.save_deferred) and run.step < end:
             stop = settle(loop)  # the log must not lack a step that the checkpoint has
             with run.watchdog.no_timeout("saving"):
-                if not run.guard.should_roll_back():
-                    try_save(run)
+                try_save(run)
             if stop or run.guard.should_roll_back():
                 return
             monitor.clock.start()
@@ -216,17 +217,16 @@ def train_step(
     run: Run, batch: Batch, epoch: int, rates: dict[str, float]
 ) -> dict[str, torch.Tensor]:
     seed_step(run, run.step)
+    crops, local, masks = batch.global_crops, batch.local_crops, batch.masks
     if run.graphed_step is not None:
-        return run.graphed_step(
-            batch.global_crops, batch.local_crops, batch.masks, epoch=epoch, **rates
-        )
+        return run.graphed_step(crops, local, masks, epoch=epoch, **rates)
     return training_step(
         run.ibot,
         run.optimizer,
         run.scaler,
-        batch.global_crops,
-        batch.local_crops,
-        batch.masks,
+        crops,
+        local,
+        masks,
         epoch=epoch,
         **rates,
         clip_grad=run.config.run.clip_grad,
@@ -254,23 +254,18 @@ def settle(loop: Loop) -> bool:
     if "spread" in record:
         lines += run.alarm.add(record)
     step = record["step"]
-    due = step % run.config.run.log_steps == 0 or step + 1 == loop.last or "skipped" in record
+    due = step % run.config.run.log_steps == 0 or step + 1 == run.last or "skipped" in record
     if due:
         ranks, more = monitor.compare_ranks()
         record |= ranks
         lines += more
     if loop.log is not None:
-        log_step(loop.log, record, lines, due)
+        for line in lines:
+            loop.log.say(line)
+        loop.log.progress(step + 1, record)
+        if due:
+            loop.log.record(record)
     return stop
-
-
-def log_step(log: RunLog, record: dict[str, Any], lines: list[str], due: bool) -> None:
-    """Show a step and, if its record is `due`, write it to the log."""
-    for line in lines:
-        log.say(line)
-    log.progress(record["step"] + 1, record)
-    if due:
-        log.record(record)
 
 
 def evaluation_due(loop: Loop) -> bool:
@@ -279,7 +274,7 @@ def evaluation_due(loop: Loop) -> bool:
     every, per_epoch = run.config.run.eval_every, run.loader.steps_per_epoch
     if not every or run.step % per_epoch:
         return False
-    return run.step == loop.last or (run.step // per_epoch) % every == 0
+    return run.step == run.last or (run.step // per_epoch) % every == 0
 
 
 def evaluate(loop: Loop) -> None:
@@ -338,10 +333,7 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
     try:
         with run.watchdog.report_errors():
             log = start_log(run) if folder is not None else None
-            schedule = rate_schedule(run)
-            last = min(len(schedule), run.config.run.stop_after or len(schedule))
-            metrics = DelayedMetrics(run.world_size)
-            finished = train(Loop(run, log, monitor, stops, schedule, metrics, last))
+            finished = train(Loop(run, log, monitor, stops))
             state, status = ("finished", 0) if finished else ("stopped", STOPPED)
             if log is not None and finished:
                 report(run, log)
@@ -380,15 +372,9 @@ def build_monitor(run: Run) -> StepMonitor:
     workers, own_cores = run.config.pipeline.workers or cores(), cores_a_process(cores())
     on_gpu = run.device.type == "cuda"
     resources = LoaderResources(run.loader.kind, workers, own_cores, on_gpu, per_epoch)
-    last = options.epochs * per_epoch
+    images, dtype, left = run.config.pipeline.batch_size, DTYPES[run.precision], run.last - run.step
     monitor = StepMonitor(
-        images=run.config.pipeline.batch_size,
-        rank=run.rank,
-        world_size=run.world_size,
-        device=run.device,
-        dtype=DTYPES[run.precision],
-        room=resources,
-        steps_left=min(last, options.stop_after or last) - run.step,
+        images, run.rank, run.world_size, run.device, dtype, resources, steps_left=left
     )
     if options.profile and run.rank == 0:
         monitor.trace(run.folder, options.profile)
@@ -398,7 +384,7 @@ def build_monitor(run: Run) -> StepMonitor:
 def start_log(run: Run) -> RunLog:
     """The log, with the settings and a forecast of the run."""
     per_epoch = run.loader.steps_per_epoch
-    log = RunLog(run.folder, run.step, run.config.run.epochs * per_epoch, per_epoch)
+    log = RunLog(run.folder, run.step, run.steps, per_epoch)
     log.trackers = Trackers(run.config.run.log_to, run.name, run.folder, run.config.resolved())
     log.say(run.config.summary())
     log.say(

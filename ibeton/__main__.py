@@ -13,59 +13,40 @@ from collections.abc import Sequence
 from ibeton.command import missing_extra
 from ibeton.workers import stop_with_launcher
 
-# subcommand -> (module with `main(argv)`, arguments put before the user's, help)
-COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "train": ("train", (), "pre-train a backbone"),
-    "convert": ("pipeline.convert.converter", (), "photos to one .beton file"),
-    "merge": ("pipeline.convert.merge", (), "the shards of a conversion to one file"),
-    "knn": ("evaluation.frozen.knn", (), "k-NN accuracy of frozen features"),
-    "linear": ("evaluation.frozen.linear", (), "linear probing of frozen features"),
-    "finetune": ("evaluation.finetune.__main__", (), "train a backbone further with labels"),
-    "evaluate": ("evaluation.all", (), "all protocols on frozen features"),
-    "segment": ("evaluation.segment", (), "train and score segmentation (ADE20K)"),
-    "detect": ("evaluation.detect", (), "train and score detection (COCO)"),
-    "robustness": (
-        "evaluation.robustness.__main__",
-        (),
-        "ImageNet-A, -R, -C, occlusion, ...",
-    ),
-    "davis": ("evaluation.matching.davis", (), "video object segmentation by label propagation"),
-    "retrieve": ("evaluation.matching.landmarks", (), "landmarks of revisited Oxford and Paris"),
-    "copies": ("evaluation.matching.copies", (), "copy detection on Copydays"),
-    "correspondence": ("evaluation.matching.correspondence", (), "patches found in another view"),
-    "report": ("evaluation.report", (), "all figures of a backbone on one page"),
-    "show": ("evaluation.show", (), "pictures of what a backbone sees"),
-    "inspect": ("model.checkpoint.__main__", ("inspect",), "list what a checkpoint holds"),
-    "import": (
-        "model.checkpoint.__main__",
-        ("import",),
-        "read weights of iBOT, DINO, timm and others",
-    ),
-    "export": (
-        "model.checkpoint.__main__",
-        ("export",),
-        "write timm, Hugging Face or iBOT weights",
-    ),
-    "runs": ("training.runs", (), "list runs, or compare two"),
-    "doctor": ("pipeline.doctor", (), "what is installed, what is missing, how to fix it"),
-    "plan": ("benchmarks.plan", (), "about how long a run takes on other GPUs"),
-    "throughput": ("benchmarks.throughput", (), "profile the loader, the model and both together"),
+_CHECKPOINT = "model.checkpoint.__main__"  # which takes the subcommand itself as first argument
+# subcommand -> (module with `main(argv)`, help)
+COMMANDS = {
+    "train": ("train", "pre-train a backbone"),
+    "convert": ("pipeline.convert.converter", "photos to one .beton file"),
+    "merge": ("pipeline.convert.merge", "the shards of a conversion to one file"),
+    "knn": ("evaluation.frozen.knn", "k-NN accuracy of frozen features"),
+    "linear": ("evaluation.frozen.linear", "linear probing of frozen features"),
+    "finetune": ("evaluation.finetune.__main__", "train a backbone further with labels"),
+    "evaluate": ("evaluation.all", "all protocols on frozen features"),
+    "segment": ("evaluation.segment", "train and score segmentation (ADE20K)"),
+    "detect": ("evaluation.detect", "train and score detection (COCO)"),
+    "robustness": ("evaluation.robustness.__main__", "ImageNet-A, -R, -C, occlusion, ..."),
+    "davis": ("evaluation.matching.davis", "video object segmentation by label propagation"),
+    "retrieve": ("evaluation.matching.landmarks", "landmarks of revisited Oxford and Paris"),
+    "copies": ("evaluation.matching.copies", "copy detection on Copydays"),
+    "correspondence": ("evaluation.matching.correspondence", "patches found in another view"),
+    "report": ("evaluation.report", "all figures of a backbone on one page"),
+    "show": ("evaluation.show", "pictures of what a backbone sees"),
+    "inspect": (_CHECKPOINT, "list what a checkpoint holds"),
+    "import": (_CHECKPOINT, "read weights of iBOT, DINO, timm and others"),
+    "export": (_CHECKPOINT, "write timm, Hugging Face or iBOT weights"),
+    "runs": ("training.runs", "list runs, or compare two"),
+    "doctor": ("pipeline.doctor", "what is installed, what is missing, how to fix it"),
+    "plan": ("benchmarks.plan", "about how long a run takes on other GPUs"),
+    "throughput": ("benchmarks.throughput", "profile the loader, the model and both together"),
 }
 
 
 def usage() -> str:
     """The text of `ibeton --help`."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {help}" for name, (_, _, help) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: ibeton COMMAND [OPTIONS]",
-            "",
-            *lines,
-            "",
-            "`ibeton COMMAND --help` lists options.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items())
+    return f"usage: ibeton COMMAND [OPTIONS]\n\n{lines}\n\n`ibeton COMMAND --help` lists options."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `ibeton {near[0]}`?" if near else "`ibeton --help` lists commands"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
-    module, before, _ = COMMANDS[name]
+    module, _ = COMMANDS[name]
     stop_with_launcher()
     sys.argv[0] = f"ibeton {name}"  # what usage and errors call the program
     try:
@@ -89,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {words}", file=sys.stderr)
         return 2
-    return program.main([*before, *rest]) or 0
+    return program.main([name, *rest] if module == _CHECKPOINT else rest) or 0
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# Errors that another option or file would fix. Other OSErrors are failures during the work.
+# Errors that another option, file or package would fix. Other OSErrors are failures during the
+# work.
 _BAD_INPUT = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    PermissionError,
+    *(ValueError, ModuleNotFoundError),
+    *(FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError),
 )
 
 
@@ -89,31 +87,21 @@ def _last(text: str) -> str:
     return text.strip().splitlines()[-1].rpartition("memory: ")[2] if text.strip() else "no details"
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def run_command(action: Callable[[], int], writes: bool = True) -> int:
     """Run `action` and return its exit status, or 2 for bad input, 1 for a failure during the work
     that `explain` knows, and 130 for an interrupt (SIGTERM included). `writes`: add to failures
     that nothing was written; give False for actions that keep a part."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
     protect_output()
     nothing = "; nothing was written" if writes else ""
     try:
         return action()
-    except _BAD_INPUT as error:
-        print(f"error: {explain(error) or error}", file=sys.stderr)
-        return 2
     except Exception as error:
-        message = explain(error)
+        message, bad_input = refusal(error), isinstance(error, _BAD_INPUT)
         if not message:
             raise
-        if isinstance(error, ModuleNotFoundError):
-            print(f"error: {message}", file=sys.stderr)
-            return 2
-        print(f"error: {message}{nothing}", file=sys.stderr)
-        return 1
+        print(f"error: {message}{'' if bad_input else nothing}", file=sys.stderr)
+        return 2 if bad_input else 1
     except KeyboardInterrupt:
         print(f"interrupted{nothing}", file=sys.stderr)
         return 130

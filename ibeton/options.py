@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from ibeton.published_names import nearest_option, nearest_value
 
 Settings = TypeVar("Settings")
+expand = os.path.expanduser  # the type of options that are paths but not `Path`s
 _SWITCH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -32,11 +33,6 @@ def option(
 def flag(name: str) -> str:
     """The command-line spelling of a field: out_dim -> --out-dim."""
     return f"--{name.replace('_', '-')}"
-
-
-def expand(path: str) -> str:
-    """`path` with a leading ~ or ~user replaced by the home folder."""
-    return os.path.expanduser(path)
 
 
 def check_output_file(option: str, path: Path, suffix: str, begins: bytes | None = None) -> None:
@@ -233,13 +229,12 @@ def fill(cls: type[Settings], values: dict[str, Any]) -> Settings:
 def wrong_types(values: dict[str, Any], *settings: type) -> list[str]:
     """A sentence for each of `values` whose type is not its field's, or that is not finite. An
     integer counts as a float."""
-    found = {}
-    for cls in settings:
-        hints = typing.get_type_hints(cls)
-        for name in set(values) & set(hints):
-            if not _is_of(values[name], hints[name]):
-                found[name] = f"{flag(name)} {values[name]!r}: expected {_in_words(hints[name])}"
-    return [found[name] for name in values if name in found]
+    hints = {k: hint for cls in settings for k, hint in typing.get_type_hints(cls).items()}
+    return [
+        f"{flag(name)} {value!r}: expected {_in_words(hints[name])}"
+        for name, value in values.items()
+        if name in hints and not _is_of(value, hints[name])
+    ]
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -40,29 +40,16 @@ def progress(what: str, total: int, unit: str = "photos") -> Iterator[Callable[[
 
 @contextmanager
 def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
+    class Rate(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> Text:
             return Text(f"{task.speed or 0:.0f} {unit}/s")
 
-    columns = (
-        TextColumn(what, markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=plain_console(stderr=True)) as shown:
+    place = bars.TextColumn(what, markup=False), bars.BarColumn(), bars.MofNCompleteColumn()
+    columns = *place, Rate(), bars.TimeRemainingColumn()
+    with bars.Progress(*columns, console=plain_console(stderr=True)) as shown:
         task = shown.add_task(what, total=total)
         yield lambda count: shown.advance(task, count)
 

@@ -44,23 +44,19 @@ class StageClock:
     def start(self) -> None:
         """Start a lap here and drop the marks since the last one."""
         self._marks.clear()
-        self._mark(self._innermost())
+        self.mark(self._innermost())
 
     def enter(self, name: str) -> None:
         self._open.append(name)
-        self._mark(name)
+        self.mark(name)
 
     def leave(self) -> None:
         self._open.pop()
-        self._mark(self._innermost())
-
-    def rest_is(self, name: str) -> None:
-        """Count the rest of the current stage as stage `name`."""
-        self._mark(name)
+        self.mark(self._innermost())
 
     def lap(self) -> "StepTiming":
         """End the lap and start the next. Its times can be read once the device is done."""
-        self._mark(self._innermost())
+        self.mark(self._innermost())
         lap = StepTiming(self._marks, self._spare if self._on_gpu else None)
         self._marks = self._marks[-1:]
         return lap
@@ -68,7 +64,8 @@ class StageClock:
     def _innermost(self) -> str:
         return self._open[-1] if self._open else OTHER
 
-    def _mark(self, name: str) -> None:
+    def mark(self, name: str) -> None:
+        """Count what follows, up to the next mark, as stage `name`."""
         if not self._on_gpu:
             self._marks.append((name, time.perf_counter()))
             return
@@ -151,7 +148,7 @@ def rest_is(name: str) -> None:
     """Count the rest of the current stage as stage `name`. May be called from any thread that the
     training thread waits for."""
     if _clock is not None:
-        _clock.rest_is(name)
+        _clock.mark(name)
 
 
 @dataclass(frozen=True)

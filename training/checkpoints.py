@@ -81,16 +81,14 @@ def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any]
 def newest_of_rank_0(
     folder: Path, device: torch.device, up_to: int | None = None
 ) -> tuple[Path | None, list[str]]:
-    """The path of the `newest` checkpoint as rank 0 finds it, or None, and on rank 0 the sentences
-    on damaged ones. All ranks must call this."""
-    damaged: list[str] = []
+    """The path of the `newest` checkpoint as rank 0 finds it, or None, and the sentences on damaged
+    ones. All ranks must call this."""
 
-    def find() -> Path | None:
-        path, _, sentences = newest(folder, up_to) or (None, {}, [])
-        damaged.extend(sentences)
-        return path
+    def find() -> tuple[Path | None, list[str]]:
+        path, _, damaged = newest(folder, up_to) or (None, {}, [])
+        return path, damaged
 
-    return from_rank_0(find, device), damaged
+    return from_rank_0(find, device)
 
 
 def resume_advice(folder: Path) -> str:
@@ -128,10 +126,10 @@ def set_aside(folder: Path, step: int) -> list[str]:
     """Remove checkpoints of steps after `step`, so that `--resume auto` starts from a usable one.
     The newest of them is kept as diverged.pt. Does nothing unless an earlier one remains. Returns
     the names of those removed."""
-    line = [folder / NEWEST, *(path for _, path in sorted(_numbered(folder, _ROLLING).items()))]
-    steps = {path: step_of(path) for path in line if path.exists()}
-    later = [path for path, saved in steps.items() if saved is not None and saved > step]
-    stay = [path for path, saved in steps.items() if saved is not None and saved <= step]
+    line = [path for path in listed(folder) if not _KEPT.fullmatch(path.name)]
+    steps = [(path, saved) for path in line if (saved := step_of(path)) is not None]
+    later = [path for path, saved in steps if saved > step]
+    stay = [path for path, saved in steps if saved <= step]
     if not later or not stay:
         return []
     for path in later[1:]:
@@ -174,8 +172,7 @@ def _step_aside(newest: Path, keep_last: int) -> None:
             rolling[number].unlink()
         else:
             os.replace(rolling[number], newest.with_name(f"checkpoint-{number + 1}.pt"))
-    if keep_last > 1:
-        _put(newest, newest.with_name("checkpoint-1.pt"))
+    _put(newest, newest.with_name("checkpoint-1.pt"))
 
 
 def _put(source: Path, target: Path) -> None:

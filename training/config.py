@@ -116,10 +116,6 @@ class RunConfig:
             yield "--eval-every needs --eval-train and --eval-val, two labeled sets"
         if self.eval_every and find_spec("sklearn") is None:
             yield f"--eval-every: {missing_extra('sklearn')}"
-        yield from self._start_problems()
-        yield from missing_packages(self.log_to)
-
-    def _start_problems(self) -> Iterator[str]:
         if self.init_from and self.resume not in ("no", "auto"):
             yield "--init-from starts a run, --resume FILE continues one: give one of them"
         if self.resume not in ("no", "auto") and Path(self.resume).is_dir():
@@ -127,6 +123,7 @@ class RunConfig:
                 f"--resume {self.resume} is a folder: give a checkpoint file in it, or"
                 f" --output-dir {self.resume} --resume auto to continue its run"
             )
+        yield from missing_packages(self.log_to)
 
 
 @dataclass
@@ -139,13 +136,6 @@ class Config:
     model: ModelConfig
     notes: list[str] = dataclasses.field(default_factory=list)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def problems(self, batch_given: bool = False) -> Iterator[str]:
-        """A sentence per value that cannot work. `batch_given`: whether --batch-size was."""
-        for part in (self.run, self.pipeline, self.model):
-            yield from part.problems()
-        if batch_given and self.run.global_batch_size:
-            yield "--batch-size and --global-batch-size: give one of them"
 
     def resolved(self) -> dict[str, Any]:
         """Every setting by name, for the saved configuration."""
@@ -188,7 +178,7 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     shortened, with a note. Raises ValueError, naming every option whose value cannot work.
     """
     base, values = _with_data(preset or {}), _with_data(values)
-    refuse(wrong_types({**base, **values}, RunConfig, PipelineConfig, ModelConfig))
+    refuse(wrong_types({**base, **values}, *_PARTS))
     name = values.get("recipe") or values.get("arch") or base.get("arch", "vit_s")
     if name == SMALL and values.get("data"):
         recipe = small_recipe(values["data"], values.get("device", RunConfig.device))
@@ -201,16 +191,21 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     merged.setdefault(
         "image_size", merged.get("global_crops_size", PipelineConfig.global_crops_size)
     )
-    everything = _defaults() | merged
-    shorter = {k: v for k, v in shortened(everything).items() if k not in values}
-    notes = [_shortening(everything, shorter)] if shorter else []
-    merged |= shorter
+    long, notes = _defaults() | merged, []
+    if shorter := {k: v for k, v in shortened(long).items() if k not in values}:
+        words = ", ".join(f"{flag(name)} {long[name]} to {new}" for name, new in shorter.items())
+        epochs = f"--epochs {long['epochs']} is shorter than the recipe's warm-ups"
+        notes.append(f"{epochs}: shortened {words}")
+        merged |= shorter
     if (lr := merged.get("lr", RunConfig.lr)) > _HIGH_LR:
         notes.append(f"--lr {lr:g} is far above any published rate (5e-4): expect divergence")
     parts = (fill(RunConfig, merged), fill(PipelineConfig, merged), fill(ModelConfig, merged))
     config = Config(*parts, notes, recipe)
     config.run.output_dir = config.run.output_dir or f"runs/{name}"
-    refuse(config.problems("batch_size" in values))
+    problems = [problem for part in parts for problem in part.problems()]
+    if "batch_size" in values and config.run.global_batch_size:
+        problems.append("--batch-size and --global-batch-size: give one of them")
+    refuse(problems)
     if not config.run.global_batch_size:
         config.share_batch(world_size=1)
     return config
@@ -224,11 +219,6 @@ def _with_data(values: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults() -> dict[str, Any]:
     return {f.name: f.default for part in _PARTS for f in dataclasses.fields(part)}
-
-
-def _shortening(values: dict[str, Any], shorter: dict[str, int]) -> str:
-    words = ", ".join(f"{flag(name)} {values[name]} to {new}" for name, new in shorter.items())
-    return f"--epochs {values['epochs']} is shorter than the recipe's warm-ups: shortened {words}"
 
 
 def read_preset(path: str) -> dict[str, Any]:

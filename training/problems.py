@@ -15,9 +15,7 @@ _PROBES = 16  # photos of which one must be readable
 
 def check_output_dir(folder: Path) -> None:
     """Raise ValueError unless `folder` is, or can become, a folder that can be written."""
-    for there in (folder, *folder.absolute().parents):
-        if there.exists():
-            break
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--output-dir {folder}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -11,19 +11,19 @@ from ibeton.training import checkpoints
 from ibeton.training.health.diagnosis import diagnose, sentences
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.log.run_log import RunLog
+from ibeton.training.precision import DTYPES
 from ibeton.training.run import Run, newest, restore, seed_step
 
 
-def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
+def roll_back(run: Run, log: RunLog | None) -> None:
     """Write the cause to trouble-rankR.json and restore the newest checkpoint that was followed by
     a good step, or an older one if that has already failed to help.
 
-    `dtype` is that of autocast. Collective. Raises RunError, with the report of this rank, if the
-    photos are the cause or if there is no checkpoint to restore; the folder's newest checkpoint is
-    then the last good one.
+    Collective. Raises RunError, with the report of this rank, if the photos are the cause or if
+    there is no checkpoint to restore; the folder's newest checkpoint is then the last good one.
     """
     step, again = run.guard.last_bad, run.guard.rolled_back_before()
-    lines, photos_to_blame, weights_to_blame = _report(run, step, dtype)
+    lines, photos_to_blame, weights_to_blame = _report(run, step)
     # Pixels that are not finite say nothing against the checkpoint that they were met after.
     only_photos = photos_to_blame and run.guard.diverging_since() is None
     path = newest(run, run.guard.first_bad if only_photos else run.guard.newest_target())
@@ -45,8 +45,8 @@ def roll_back(run: Run, log: RunLog | None, dtype: torch.dtype | None) -> None:
         )
     content = load_checkpoint(path)
     proven = run.guard.last_good
+    run.guard.rolled_back(content["step"])  # before the guard forgets the streak
     restore(run, path, content)
-    run.guard.rolled_back(run.step)
     # A checkpoint from which a good step was made stays, also if going back to it did not help:
     # it may be a fault of the steps after it, which an older one meets again.
     lines += _set_aside(run, max(run.step, proven))
@@ -68,14 +68,14 @@ def _set_aside(run: Run, step: int) -> list[str]:
             f" {checkpoints.DIVERGED})"]  # fmt: skip
 
 
-def _report(run: Run, step: int, dtype: torch.dtype | None) -> tuple[list[str], bool, bool]:
+def _report(run: Run, step: int) -> tuple[list[str], bool, bool]:
     """Diagnose the step on the same batch. Returns the findings in words, and whether any rank has
     non-finite pixels or weights; also writes them to a file."""
     epoch, place = divmod(step, run.loader.steps_per_epoch)
     seed_step(run, step)
     scale = run.scaler.get_scale() if run.scaler is not None else 1.0
     batch = next(run.loader.epoch(epoch, place))
-    report = diagnose(run.ibot, batch, epoch, dtype, scale)
+    report = diagnose(run.ibot, batch, epoch, DTYPES[run.precision], scale)
     report["diverging_since"] = run.guard.diverging_since()
     names = {index: run.loader.photos.name(index) for index in batch.indices.tolist()}
     named = {"step": step, "rank": run.rank, **report}

@@ -1,8 +1,8 @@
 """The state of a run, how it is saved in checkpoints, and how training resumes from them."""
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Run:
         weights = (model.lambda1, model.lambda2)
         uniform = sum(w * math.log(k) for w, k in zip(weights, prototypes, strict=True))
         self.guard = NonFiniteGuard(self.scaler is not None, uniform)
-        lasts = patience(self.config.run.epochs * per_epoch, per_epoch)
+        lasts = patience(self.steps, per_epoch)
         self.alarm = CollapseAlarm(model.out_dim, model.lambda1, lasts)
 
     @property
@@ -94,21 +94,27 @@ class Run:
     def global_batch(self) -> int:
         return self.config.pipeline.batch_size * self.world_size
 
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run, which its schedules span."""
+        return self.config.run.epochs * self.loader.steps_per_epoch
+
+    @property
+    def last(self) -> int:
+        """Where training ends: the step of --epochs or of --stop-after."""
+        return min(self.steps, self.config.run.stop_after or self.steps)
+
 
 def rate_schedule(run: Run) -> list[dict[str, float]]:
     """Learning rate, weight decay and teacher momentum of every step of the run, by name."""
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
     peak = options.lr * run.global_batch / 256
     lr = cosine_schedule(peak, options.min_lr, options.epochs, per_epoch, options.warmup_epochs)
-    decay = cosine_schedule(
-        options.weight_decay, options.weight_decay_end, options.epochs, per_epoch
-    )
+    decays = options.weight_decay, options.weight_decay_end
+    decay = cosine_schedule(*decays, options.epochs, per_epoch)
     momentum = cosine_schedule(options.momentum_teacher, 1.0, options.epochs, per_epoch)
-    names = ("lr", "weight_decay", "momentum")
-    return [
-        dict(zip(names, map(float, step), strict=True))
-        for step in zip(lr, decay, momentum, strict=True)
-    ]
+    names, steps = ("lr", "weight_decay", "momentum"), zip(lr, decay, momentum, strict=True)
+    return [dict(zip(names, map(float, step), strict=True)) for step in steps]
 
 
 def seed_step(run: Run, step: int) -> None:
@@ -143,9 +149,11 @@ def try_save(run: Run) -> bool:
 def is_finite(run: Run) -> bool:
     """Whether all weights, centers, statistics and optimizer state are finite on every rank. One
     pass over memory on the device, one synchronization."""
+    optimizer: Any = getattr(run.optimizer, "optim", run.optimizer)  # of this rank, if sharded
+    states = [run.ibot.state_dict(), *optimizer.state.values()]
     tensors: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in _state_tensors(run):
-        if tensor.is_floating_point() and tensor.numel():
+    for tensor in itertools.chain.from_iterable(state.values() for state in states):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
             tensors.setdefault(tensor.device, []).append(tensor)
     ok = torch.ones((), device=run.device)
     for same in tensors.values():  # the maximum is NaN or infinite if one value is
@@ -154,13 +162,6 @@ def is_finite(run: Run) -> bool:
     if run.world_size > 1:
         dist.all_reduce(ok, dist.ReduceOp.MIN)
     return bool(ok > 0)
-
-
-def _state_tensors(run: Run) -> Iterator[torch.Tensor]:
-    yield from run.ibot.state_dict().values()
-    optimizer: Any = getattr(run.optimizer, "optim", run.optimizer)  # of this rank, if sharded
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def save(run: Run) -> None:
@@ -197,7 +198,7 @@ def save(run: Run) -> None:
     checkpoints.write(run.folder, content, options.keep_last, stays, replace)
     if stays is not None:
         export_backbone(run, stays)
-    if run.step == options.epochs * per_epoch:
+    if run.step == run.steps:
         export_backbone(run, None)
 
 
@@ -226,8 +227,13 @@ def resume(run: Run) -> None:
         check_unused(run.folder)
     path = newest(run) if options.resume == "auto" else Path(options.resume)
     if options.resume == "no" or path is None:
-        _check_begun(run)
         run.name = run.seen or new_identity()
+        # The folder's run, if any, has no checkpoint yet.
+        if run.seen and (differ := changed(read_config(run.folder), run.config.resolved(), _FREE)):
+            raise ValueError(
+                f"{run.folder} holds a run with other settings, without a checkpoint yet"
+                f" ({differ}): give another --output-dir, or remove it"
+            )
         if options.init_from:
             fresh = load_weights_into(run.ibot, options.init_from)
             new = f"; heads and {', '.join(fresh)} are new" if fresh else "; the heads are new"
@@ -288,7 +294,8 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
             f"checkpoint {path} has --seed {seed}, this run {config['seed']}: some photos would be"
             " seen twice and others not at all; give the same seed"
         )
-    if not _same_photos(content.get("data"), fingerprint(run.loader.photos)):
+    photos = fingerprint(run.loader.photos)  # "": a photo that could not be read, then or now
+    if any(a and b and a != b for a, b in zip(content.get("data") or photos, photos, strict=True)):
         raise ValueError(
             f"checkpoint {path} was trained on other photos than --data {' '.join(config['data'])}:"
             " give the same, or start a run from its weights with --init-from"
@@ -302,17 +309,6 @@ def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:
         run.notes.append(f"settings that differ from the start of the run: {differ}")
 
 
-def _check_begun(run: Run) -> None:
-    """Raise ValueError if the folder's run, which has no checkpoint yet, had other settings."""
-    if not run.seen:
-        return
-    if differ := changed(read_config(run.folder), run.config.resolved(), _FREE):
-        raise ValueError(
-            f"{run.folder} holds a run with other settings, without a checkpoint yet ({differ}):"
-            " give another --output-dir, or remove it"
-        )
-
-
 def fingerprint(photos: Photos) -> list[str]:
     """Hashes that identify a data set, whatever stores it: of its labels and of some photos; ""
     for a photo that cannot be read."""
@@ -323,8 +319,3 @@ def fingerprint(photos: Photos) -> list[str]:
         except UnreadablePhoto:
             words.append("")
     return words
-
-
-def _same_photos(saved: list[str] | None, now: list[str]) -> bool:
-    """Whether two fingerprints agree wherever both could read."""
-    return saved is None or all(a == b for a, b in zip(saved, now, strict=True) if a and b)

@@ -19,6 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,8 @@ def _git(*arguments: str) -> str:
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

@@ -67,13 +67,10 @@ def compare(first: Path, second: Path, png: Path) -> int:
         if not (folder / CONFIG).exists():
             raise FileNotFoundError(f"{folder} is no run folder: it has no {CONFIG}")
     configs = [read_config(folder) for folder in (first, second)]
-    names = [
-        n for n in dict.fromkeys([*configs[0], *configs[1]]) if n not in ("output_dir", "resume")
-    ]
     rows = [
         (flag(name), *(_setting(config, name) for config in configs))
-        for name in names
-        if configs[0].get(name) != configs[1].get(name)
+        for name in configs[0] | configs[1]
+        if name not in ("output_dir", "resume") and configs[0].get(name) != configs[1].get(name)
     ]
     figures = zip(_HEADS[2:6], _row(first)[2:6], _row(second)[2:6], strict=True)
     titles = [f.name if first.name != second.name else str(f) for f in (first, second)]

@@ -38,16 +38,10 @@ def small_recipe(data: str | Sequence[str], device: str) -> dict[str, Any]:
 
 def recipe_for(photos: int, side: int, on_gpu: bool) -> dict[str, Any]:
     """The settings for so many photos whose shorter side is typically `side` pixels."""
-    view = 32
-    if on_gpu:
-        view = next((size for size in (128, 64) if side >= size), 32)
+    view = next((size for size in (128, 64) if on_gpu and side >= size), 32)
     seen = _SEEN_ON_GPU if on_gpu else _SEEN_ON_CPU
     epochs = int(np.clip(round(seen / photos), *_EPOCHS))
     warm_up = max(1, round(_WARM_UP * epochs))
-    temperatures = (
-        *("warmup_teacher_temp", "teacher_temp"),
-        *("warmup_teacher_patch_temp", "teacher_patch_temp"),
-    )
     return {
         "arch": "vit_t",
         **({} if on_gpu else _ON_CPU),
@@ -70,5 +64,6 @@ def recipe_for(photos: int, side: int, on_gpu: bool) -> dict[str, Any]:
         "out_dim": 512,
         "hidden_dim": 256,
         "bottleneck_dim": 64,
-        **dict.fromkeys(temperatures, 0.015),
+        **{"warmup_teacher_temp": 0.015, "teacher_temp": 0.015},
+        **{"warmup_teacher_patch_temp": 0.015, "teacher_patch_temp": 0.015},
     }

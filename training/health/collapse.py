@@ -45,7 +45,7 @@ class CollapseAlarm:
         self._uniform, self._lambda1, self._patience = math.log(out_dim), lambda1, patience
         self._since: dict[str, int] = {}
         self._warned: set[str] = set()
-        self._previous: int | None = None  # the last step without a sign
+        self._previous = math.inf  # the last step without a sign
         self.last_sound = math.inf
 
     def add(self, record: dict[str, Any]) -> list[str]:
@@ -62,7 +62,7 @@ class CollapseAlarm:
         }
         if not any(signs.values()):
             self._previous, self.last_sound = record["step"], math.inf
-        elif self._previous is not None:
+        else:
             self.last_sound = self._previous
         stay = (
             f"; checkpoints up to step {self.last_sound} stay" if self.last_sound < math.inf else ""

@@ -12,7 +12,7 @@ _NAMED = 8  # tensors named in one list; the others are counted
 
 
 def diagnose(
-    ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float = 1.0
+    ibot: IBOT, batch: Batch, epoch: int, dtype: torch.dtype | None, scale: float
 ) -> dict[str, Any]:
     """Find the non-finite values of the step on `batch` with the current weights. Ranks do not
     communicate. `scale` is the loss scale. Leaves `ibot` without gradients.
@@ -65,7 +65,10 @@ def sentences(report: dict[str, Any], names: dict[int, str]) -> list[str]:
     def photos(indices: list[int]) -> str:
         return _some([f"{index} ({names[index]})" for index in indices])
 
-    lines = [f"loss {report['terms']['loss']}, of which " + _terms(report["terms"])]
+    terms = ", ".join(
+        f"{name} {report['terms'][name]}" for name in ("cls", "patch", "teacher_entropy")
+    )
+    lines = [f"loss {report['terms']['loss']}, of which {terms}"]
     if report["weights"]:
         lines.append("non-finite weights: " + _some(report["weights"]))
     if report["images"]:
@@ -136,10 +139,6 @@ def _bad_images(batch: Batch) -> Tensor:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _terms(terms: dict[str, float]) -> str:
-    return ", ".join(f"{name} {terms[name]}" for name in ("cls", "patch", "teacher_entropy"))
 
 
 def _some(names: list[str]) -> str:

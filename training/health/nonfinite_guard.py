@@ -15,9 +15,8 @@ IN_A_ROW = 4  # skipped steps that trigger a rollback
 # cannot be the cause.
 OVERFLOWS_IN_A_ROW = 20
 AGAIN_WITHIN = 1000  # steps after a rollback in which skipped steps count as the same failure
-RECOVERED = (
-    10  # plausible steps in a row after an implausible one: a diverging loss passes zero too
-)
+# Plausible steps in a row after an implausible one: a diverging loss passes zero too
+RECOVERED = 10
 _PLAUSIBLE = 1.5  # times the larger of the uniform loss and the loss of the run's first step
 
 
@@ -40,7 +39,7 @@ class NonFiniteGuard:
         self.skipped = 0
         self.overflows = 0
         self.first_loss: float | None = None  # of the whole run
-        self._last_trouble: int | None = None
+        self._last_trouble = -math.inf
         self._last_target = 0
         self.restore({}, 0)
 
@@ -119,8 +118,7 @@ class NonFiniteGuard:
 
     def rolled_back_before(self) -> bool:
         """Whether a recent rollback has already failed to help."""
-        before = self._last_trouble
-        return before is not None and self.last_bad <= before + AGAIN_WITHIN
+        return self.last_bad <= self._last_trouble + AGAIN_WITHIN
 
     def newest_target(self) -> int:
         """The highest step of a checkpoint to roll back to: one followed by a good step, or else

@@ -45,11 +45,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in REQUESTS:
-                before = signal.signal(number, self._hear)
-                if number == signal.SIGHUP and before == signal.SIG_IGN:  # by nohup
-                    signal.signal(number, before)
-                else:
-                    self._before[number] = before
+                by_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+                if not by_nohup:
+                    self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *raised: object) -> None:

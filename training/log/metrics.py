@@ -6,12 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibeton.stages import StageClock, StageWork, StepTiming, stage, work
+from ibeton.stages import StageClock, stage, work
 
-LOGGED = (
-    *("loss", "cls", "patch", "teacher_entropy", "prototypes", "acc", "grad_norm"),
-    "spread",
-)
+LOGGED = ("loss", "cls", "patch", "teacher_entropy", "prototypes", "acc", "grad_norm", "spread")
 
 
 class DelayedMetrics:
@@ -20,8 +17,6 @@ class DelayedMetrics:
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._pending: dict[str, Any] | None = None
-        self._lap: StepTiming | None = None
-        self._efforts: dict[str, StageWork] = {}
         self._names: list[str] = []
         self._values = torch.empty(0)
         self._copied: torch.cuda.Event | None = None
@@ -50,18 +45,17 @@ class DelayedMetrics:
             self._copied.record()
         else:
             self._values = values
-        self._pending, self._lap, self._efforts = record, clock.lap(), work.take()
+        self._pending = record | {"parts": clock.lap(), "stage_work": work.take()}
 
     def resolve(self) -> dict[str, Any] | None:
         """The pending record with its metrics, the seconds of its lap as "parts", the loader's work
         as "stage_work", and whether any rank wants to stop as "stop"; None if none is pending.
         Waits until the device has finished that step. All ranks get the same metrics."""
-        if self._pending is None or self._lap is None:
+        if self._pending is None:
             return None
         if self._copied is not None:
             self._copied.synchronize()
         *numbers, stop = self._values.tolist()
-        record = self._pending | dict(zip(self._names, numbers, strict=True))
-        record |= {"parts": self._lap.seconds(), "stage_work": self._efforts, "stop": stop > 0}
-        self._pending = None
-        return record
+        record, self._pending = self._pending, None
+        record |= dict(zip(self._names, numbers, strict=True))
+        return record | {"parts": record["parts"].seconds(), "stop": stop > 0}

@@ -56,7 +56,7 @@ class RunLog:
 
     def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
         self.console = plain_console()
-        self.trackers: Trackers | None = None
+        self.trackers = Trackers((), "", folder, {})  # none
         threading.excepthook = _in_thread
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
@@ -97,8 +97,7 @@ class RunLog:
         infinity, which JSON lacks, become null."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
-        if self.trackers is not None:
-            self.trackers.record(record)
+        self.trackers.record(record)
         for name, value in numbers(record):
             self._board.add_scalar(name, value, record["step"])
 
@@ -146,7 +145,6 @@ class RunLog:
         """End the progress line and flush everything."""
         self.say_progress()
         self._progress.stop()
-        if self.trackers is not None:
-            self.trackers.close()
+        self.trackers.close()
         self._file.close()
         self._board.close()

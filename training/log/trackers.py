@@ -6,20 +6,12 @@ cannot be reached, costs one line on the screen and never the run.
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # tracker and module -> package
 TRACKERS = tuple(_PACKAGES)
-
-
-class Tracker(Protocol):
-    """Receives a run's metrics. Any method may raise."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Wandb:
@@ -71,7 +63,8 @@ class _Mlflow:
         self._client.set_terminated(self._id)
 
 
-_KINDS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow}
+_Tracker = _Wandb | _Mlflow  # any method may raise
+_KINDS: dict[str, Callable[..., _Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
 def missing_packages(names: Sequence[str]) -> Iterator[str]:
@@ -87,7 +80,7 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], run: str, folder: Path, config: dict[str, Any]
     ) -> None:
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, _Tracker] = {}
         for name in dict.fromkeys(names):
             try:
                 self._open[name] = _KINDS[name](run, folder, config)
@@ -97,21 +90,21 @@ class Trackers:
     def record(self, record: dict[str, Any]) -> None:
         """Send the numbers of a record of log.jsonl at its "step"."""
         metrics = dict(numbers(record))
-        for name, tracker in list(self._open.items()):
-            try:
-                tracker.log(metrics, record["step"])
-            except Exception as error:
-                del self._open[name]
-                _warn(name, error)
+        self._each(lambda tracker: tracker.log(metrics, record["step"]))
 
     def close(self) -> None:
         """End what the trackers have open."""
-        for name, tracker in self._open.items():
-            try:
-                tracker.close()
-            except Exception as error:
-                _warn(name, error)
+        self._each(lambda tracker: tracker.close())
         self._open.clear()
+
+    def _each(self, action: Callable[[_Tracker], None]) -> None:
+        """`action` on every tracker; one that fails is dropped."""
+        for name, tracker in list(self._open.items()):
+            try:
+                action(tracker)
+            except Exception as error:
+                del self._open[name]
+                _warn(name, error)
 
 
 def numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -124,5 +117,5 @@ def numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _warn(name: str, error: Exception) -> None:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     print(f"--log-to {name}: no further records are sent ({reason})", file=sys.stderr)

@@ -51,12 +51,12 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
             f"{head}{longest} takes {ms:.3g} ms per step on the training thread itself; crops on a"
             " GPU, or smaller batches in more processes, avoid that",
         )
-    busy = {name: e.seconds / (e.workers * window.seconds) for name, e in window.stage_work.items()}
-    of_workers = sum(busy[name] for name, e in window.stage_work.items() if e.shared)
-    apart = {n: b for n, b in busy.items() if not window.stage_work[n].shared}
-    share_busy = {"workers": of_workers} | apart
-    fullest = max(share_busy, key=lambda name: share_busy[name])
-    if share_busy[fullest] < _IDLE:
+    busy = {"workers": 0.0}  # as shares of the time
+    for name, e in window.stage_work.items():
+        who = "workers" if e.shared else name
+        busy[who] = busy.get(who, 0.0) + e.seconds / (e.workers * window.seconds)
+    fullest = max(busy, key=lambda name: busy[name])
+    if busy[fullest] < _IDLE:
         why = (
             "something between batches stalls. Epochs of few steps? Other processes on these cores?"
             " More workers than images in a batch?"
@@ -69,7 +69,7 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
         return Verdict(
             "idle",
             f"{head}no stage of the loader limits, its {room.workers} worker(s) are busy"
-            f" {of_workers:.0%} of the time: {why}",
+            f" {busy['workers']:.0%} of the time: {why}",
         )
     limit = fullest
     if fullest == "workers":
@@ -80,7 +80,7 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     ms = 1000 * work_done.per_photo
     text = (
         f"{head}{limit} limits: {ms:.3g} ms per photo on each of {work_done.workers} worker(s),"
-        f" busy {share_busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per"
+        f" busy {busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per"
         f" process, while the model alone could take {model:.4g}."
     )
     if room.kind and room.kind.faster:
@@ -97,12 +97,10 @@ def _advice(limit: str, window: Window, room: LoaderResources) -> str:
         return f"Give --workers {room.cores}, as many as there are cores"
     if limit == "crop" and shared and room.on_gpu:
         return f"Cut on the GPU: {(room.kind and room.kind.faster) or '--crops-on gpu'}"
+    advice = "add cores, or a GPU"
     if "decode" in window.stage_work:
-        return (
-            f"All {room.cores} cores are busy: store smaller photos (ibeton convert"
-            " --max-resolution), or add cores"
-        )
-    return f"All {room.cores} cores are busy: add cores, or a GPU"
+        advice = "store smaller photos (ibeton convert --max-resolution), or add cores"
+    return f"All {room.cores} cores are busy: {advice}"
 
 
 def _model_verdict(window: Window, floors: dict[str, float]) -> Verdict:

@@ -2,7 +2,6 @@
 bottleneck from its first steps, as they were measured. It only informs."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,14 @@ _FLOAT = 4  # bytes
 def preflight(run: Run) -> str:
     """Whether photos fit in memory and checkpoints on the disk, in two lines. What the machine
     does not tell is called unknown, with the reason: nothing is raised."""
-    lines = {"page cache": _page_cache, "disk": _disk}
-    return "\n".join(f"{name}: {_told(tell, run)}" for name, tell in lines.items())
-
-
-def _told(tell: Callable[[Run], str], run: Run) -> str:
-    try:
-        return tell(run)
-    except Exception as error:  # a forecast is never worth a run
-        return f"unknown: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    lines = []
+    for name, tell in (("page cache", _page_cache), ("disk", _disk)):
+        try:
+            told = tell(run)
+        except Exception as error:  # a forecast is never worth a run
+            told = f"unknown: {(str(error) or type(error).__name__).splitlines()[0]}"
+        lines.append(f"{name}: {told}")
+    return "\n".join(lines)
 
 
 def _page_cache(run: Run) -> str:
@@ -59,10 +57,9 @@ def cache_line(photos: float, free: float) -> str:
 
 def _disk(run: Run) -> str:
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
-    last = min(options.epochs * per_epoch, options.stop_after or options.epochs * per_epoch)
-    epochs = last // per_epoch
+    epochs = run.last // per_epoch
     stay = epochs // options.keep_every if options.keep_every else 0
-    saves = max(1, epochs + (last // options.save_steps if options.save_steps else 0))
+    saves = max(1, epochs + (run.last // options.save_steps if options.save_steps else 0))
     rolling = min(max(options.keep_last, 2), saves)
     to_come = max(0, stay + rolling - len(checkpoints.listed(run.folder)))
     folder = run.folder.absolute()
@@ -83,10 +80,8 @@ def disk_line(checkpoint: float, to_come: int, free: float) -> str:
     """Whether `to_come` checkpoints and the one being written fit."""
     need = checkpoint * (to_come + 1)
     what = f"{to_come} checkpoint{'s' * (to_come != 1)} of {gib(checkpoint)}"
-    head = f"{gib(need)} for {what}, {gib(free)} free: "
-    return head + (
-        "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
-    )
+    fits = "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
+    return f"{gib(need)} for {what}, {gib(free)} free: {fits}"
 
 
 def forecast_line(seconds: float, images_per_s: float, waiting: float, device: torch.device) -> str:

@@ -1,7 +1,7 @@
 """Watches a run while it steps: times, figures, advice, a forecast and, on request, a trace."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,12 +58,12 @@ class StepMonitor:
                 return
             yield batch
 
-    def counting(self) -> AbstractContextManager[None]:
-        """Around a step: counts the operations of the first one."""
-        return nullcontext() if self._flops or self._rank else self._count()
-
     @contextmanager
-    def _count(self) -> Iterator[None]:
+    def counting(self) -> Iterator[None]:
+        """Around a step: counts the operations of the first one."""
+        if self._flops or self._rank:
+            yield
+            return
         with flop_counter() as counter:
             yield
         self._flops = float(counter.get_total_flops())

@@ -50,6 +50,11 @@ def spoil(run, *rest):
     return step(run, *rest)
 train.train_step = spoil
 """
+# A rollback counts as recent for few steps, as it is soon over in a long run.
+SOON_FORGOTTEN = """
+from ibeton.training.health import nonfinite_guard
+nonfinite_guard.AGAIN_WITHIN = 1
+"""
 INF_LOSS = """
 from ibeton.model.loss import IBOTLoss
 forward, calls = IBOTLoss.forward, []
@@ -123,7 +128,7 @@ def test_a_trouble_that_comes_again_ends_the_run_with_a_report(
     start: Start, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = start(folder, fault=BAD_GRADIENTS)
+    process = start(folder, fault=BAD_GRADIENTS + SOON_FORGOTTEN)
     assert process.wait() == 1, process.said()[-2000:]
     assert "which recurred after a rollback" in process.said()
     assert "non-finite gradients, from the loss down: backbone.blocks.1.mlp.fc1.weight" in (
