@@ -372,9 +372,14 @@ def build_monitor(run: Run) -> StepMonitor:
     workers, own_cores = run.config.pipeline.workers or cores(), cores_a_process(cores())
     on_gpu = run.device.type == "cuda"
     resources = LoaderResources(run.loader.kind, workers, own_cores, on_gpu, per_epoch)
-    images, dtype, left = run.config.pipeline.batch_size, DTYPES[run.precision], run.last - run.step
     monitor = StepMonitor(
-        images, run.rank, run.world_size, run.device, dtype, resources, steps_left=left
+        images=run.config.pipeline.batch_size,
+        rank=run.rank,
+        world_size=run.world_size,
+        device=run.device,
+        dtype=DTYPES[run.precision],
+        room=resources,
+        steps_left=run.last - run.step,
     )
     if options.profile and run.rank == 0:
         monitor.trace(run.folder, options.profile)
