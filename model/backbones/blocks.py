@@ -55,17 +55,19 @@ class Kept(NamedTuple):
     factor: Tensor | None  # [T, 1], 0 or `scale`; None: the tokens are gathered
 
 
-def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
+def draw_kept(
+    rates: list[float], shapes: Shapes, device: torch.device, fused: bool = False
+) -> list[Kept | None]:
     """For each branch with its rate, the samples it keeps: each is dropped independently with that
     probability. None for a rate of 0.
 
     Drawn from the CPU's generator, so that the host knows how many are kept without asking the
-    device. On a CPU the branch then runs on the kept samples alone. On CUDA it runs on all:
-    allocator and graphs need shapes that stay the same, and the published rates would save only 5 %
-    of the arithmetic.
+    device. On a CPU the branch then runs on the kept samples alone. On CUDA, and where the blocks
+    are `fused`, it runs on all: allocator and graphs need shapes that stay the same, and the
+    published rates would save only 5 % of the arithmetic.
     """
     samples = sum(images for images, _ in shapes)
-    if device.type == "cpu":
+    if device.type == "cpu" and not fused:
         lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
         token_of = torch.arange(samples).repeat_interleave(lengths)  # [T], the token's sample
         return [
@@ -126,15 +128,6 @@ def add_branch(x: Tensor, branch: Branch, shapes: Shapes, kept: Kept | None) -> 
         return x + branch(x, shapes) * kept.factor
     out = branch(x.index_select(0, kept.tokens), kept.shapes)
     return x.index_add(0, kept.tokens, out.to(x.dtype), alpha=kept.scale)
-
-
-def as_factor(kept: Kept | None, tokens: int, device: torch.device) -> Kept | None:
-    """The same samples, as a factor for each of `tokens` tokens instead of the tokens kept."""
-    if kept is None or kept.tokens is None:
-        return kept
-    factor = torch.zeros(tokens, 1, device=device)
-    factor[kept.tokens] = kept.scale
-    return Kept(None, [], kept.scale, factor)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

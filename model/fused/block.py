@@ -63,7 +63,7 @@ class Weights(NamedTuple):
 def fused_block(
     block: Block,
     x: Tensor,  # float32 [T, C]
-    before: Branch | None,  # what is still to be added to x
+    before: Branch,  # what is still to be added to x
     shapes: Shapes,
     kept_attention: Kept | None,
     kept_mlp: Kept | None,  # of the tokens in `rows`
@@ -73,8 +73,8 @@ def fused_block(
     """The stream float32 [R, C] after the block's attention, and its MLP's output."""
     attention, mlp = block.attn, block.mlp
     weights = Weights(
-        before and before.bias,
-        before and before.scale,
+        before.bias,
+        before.scale,
         *(block.norm1.weight, block.norm1.bias, attention.qkv.weight, attention.qkv.bias),
         *(attention.proj.weight, attention.proj.bias, block.gamma_1),
         *(block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight),
@@ -84,13 +84,13 @@ def fused_block(
         attention.num_heads,
         block.norm1.eps,
         product_dtype(x),
-        before.factor if before is not None else None,
+        before.factor,
         kept_attention.factor if kept_attention is not None else None,
         rows,
         recompute,
         torch.is_grad_enabled(),
     )
-    x, out = _Block.apply(call, x, before and before.out, *weights)
+    x, out = _Block.apply(call, x, before.out, *weights)
     factor = kept_mlp.factor if kept_mlp is not None else None
     return x, Branch(out, mlp.fc2.bias, block.gamma_2, factor)
 
@@ -101,7 +101,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, call: Call, x: Tensor, out_before: Tensor | None, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         w = Weights(*parameters)  # type: ignore[arg-type]
-        branch = _branch(out_before, w.bias_before, w.scale_before, call.factor_before)
+        branch = Branch(out_before, w.bias_before, w.scale_before, call.factor_before)
         with torch.autocast(x.device.type, enabled=False):
             first = residual_norm_forward(x, branch, w.norm1, w.norm1_bias, call.eps, call.dtype)
             qkv_weight, qkv_bias = in_dtype(w.qkv, call.dtype), w.qkv_bias
@@ -155,7 +155,7 @@ class _Block(torch.autograd.Function):
             out_before = first_x.new_empty(first_x.shape, dtype=call.dtype)  # dtype and shape
         if projected is None:
             projected = second_x.new_empty(second_x.shape, dtype=call.dtype)
-        before = _branch(out_before, w.bias_before, w.scale_before, call.factor_before)
+        before = Branch(out_before, w.bias_before, w.scale_before, call.factor_before)
         added = Branch(projected, w.proj_bias, w.gamma_1, call.factor)
         width = first_x.shape[1]
         columns = [
@@ -206,11 +206,5 @@ class _Block(torch.autograd.Function):
         return None, grad_x, grad_before, *gradients
 
 
-def _branch(
-    out: Tensor | None, bias: Tensor | None, scale: Tensor | None, factor: Tensor | None
-) -> Branch | None:
-    return None if out is None else Branch(out, bias, scale, factor)
-
-
 def _norm_again(x: Tensor, gamma: Tensor, beta: Tensor, call: Call) -> Tensor:
-    return residual_norm_forward(x, None, gamma, beta, call.eps, call.dtype).out
+    return residual_norm_forward(x, Branch(), gamma, beta, call.eps, call.dtype).out

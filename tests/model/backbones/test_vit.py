@@ -69,11 +69,10 @@ def test_tokens_of_all_sizes_together(arrays, vit, assert_near):
     sizes = ["224", "96", "160", "96x160"]
     masks = [torch.from_numpy(arrays["mask224"]), torch.from_numpy(arrays["mask96"]), None, None]
     images = [torch.from_numpy(arrays[f"x{size}"]) for size in sizes]
-    outputs = vit.forward_views(images, masks, [None] * 4)
+    outputs = vit.forward_views(images, masks)
     names = ["tokens224_masked", "tokens96_masked", "tokens160", "tokens96x160"]
-    for (cls, patches), name in zip(outputs, names, strict=True):
-        assert_near(cls, arrays[name][:, 0])
-        assert_near(patches, arrays[name][:, 1:])
+    for tokens, name in zip(outputs, names, strict=True):
+        assert_near(tokens, arrays[name])
 
 
 def test_dropped_samples_are_the_same_for_selected_tokens():
@@ -88,13 +87,14 @@ def test_dropped_samples_are_the_same_for_selected_tokens():
 
 
 def test_only_selected_patches_are_returned(arrays, vit, assert_near):
-    indices = [torch.tensor([0, 195, 196, 391]), torch.empty(0, dtype=torch.int64)]
+    index = torch.tensor([0, 195, 196, 391])
     images = [torch.from_numpy(arrays[f"x{size}"]) for size in ("224", "96")]
-    (cls, patches), (small_cls, nothing) = vit.forward_views(images, [None, None], indices)
+    rows = vit.selected(images, [None, None], index)
+    cls, small_cls, patches = rows.split([len(images[0]), len(images[1]), len(index)])
     assert_near(cls, arrays["tokens224"][:, 0])
-    assert_near(patches, arrays["tokens224"][:, 1:].reshape(-1, 64)[indices[0]])
     assert_near(small_cls, arrays["tokens96"][:, 0])
-    assert nothing.shape == (0, 64)
+    assert_near(patches, arrays["tokens224"][:, 1:].reshape(-1, 64)[index])
+    assert len(vit.selected(images, [None, None], index[:0])) == len(rows) - len(index)
 
 
 @pytest.mark.parametrize("size", ["224", "96"])
