@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ibeton.model.config import ModelConfig
 from ibeton.model.host_inputs import from_host
-from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
 from ibeton.model.kernels.library_attention import split_heads
-from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
+from ibeton.model.kernels.recomputing import gelu_linear, norm_linear
 
 LAYERNORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -201,16 +200,18 @@ class Block(nn.Module):
         self.mlp = Mlp(embed_dim, int(embed_dim * config.mlp_ratio))
 
     def attention_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
-        normed = norm_linear if self.recompute else norm_linear_reference
-        out = self.attn(normed(x, self.norm1, self.attn.qkv), shapes)
+        if self.recompute:
+            qkv = norm_linear(x, self.norm1, self.attn.qkv)
+        else:
+            qkv = self.attn.qkv(self.norm1(x))
+        out = self.attn(qkv, shapes)
         return out if self.gamma_1 is None else self.gamma_1 * out
 
     def mlp_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
         if self.recompute:
             out = gelu_linear(norm_linear(x, self.norm2, self.mlp.fc1), self.mlp.fc2)
         else:
-            hidden = norm_linear_reference(x, self.norm2, self.mlp.fc1)
-            out = gelu_linear_reference(hidden, self.mlp.fc2)
+            out = self.mlp(self.norm2(x))
         return out if self.gamma_2 is None else self.gamma_2 * out
 
     def forward(
