@@ -6,6 +6,7 @@ see [T, C]; attention runs once for each crop size. In shapes: H attention heads
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from ibeton.model.host_inputs import from_host
 from ibeton.model.kernels.library_attention import split_heads
 from ibeton.model.kernels.recomputing import gelu_linear, norm_linear
 
-LAYERNORM_EPS = 1e-6
+LAYERNORM_EPS = 1e-6  # the original Swin and timm's have 1e-5, which moves tokens by 4e-5
+LayerNorm = partial(nn.LayerNorm, eps=LAYERNORM_EPS)
 INIT_STD = 0.02
 
 Shapes = list[tuple[int, int]]  # (images, tokens per image) of each crop size
@@ -33,6 +35,21 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=INIT_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def check_masks(
+    masks: Tensor, expected: list[int], covers: str, masked_embed: nn.Parameter | None
+) -> Tensor:
+    """`masked_embed`, which replaces what is masked. Raises ValueError if the backbone has none, or
+    if the masks are not bool of the `expected` shape, one value per what it `covers`."""
+    if masked_embed is None:
+        raise ValueError("masks for a backbone without masked_embed: only a student has it")
+    if list(masks.shape) != expected or masks.dtype != torch.bool:
+        raise ValueError(
+            f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
+            f" one value per {covers}"
+        )
+    return masked_embed
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -194,9 +211,9 @@ class Block(nn.Module):
         if config.layer_scale > 0:
             self.gamma_1 = nn.Parameter(torch.full((embed_dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((embed_dim,), config.layer_scale))
-        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        self.norm1 = LayerNorm(embed_dim)
         self.attn = Attention(embed_dim, num_heads, config.qkv_bias)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        self.norm2 = LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, int(embed_dim * config.mlp_ratio))
 
     def attention_branch(self, x: Tensor, shapes: Shapes) -> Tensor:

@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ibeton.model.backbones.blocks import (
     INIT_STD,
-    LAYERNORM_EPS,
     Block,
     Kept,
+    LayerNorm,
     Shapes,
     among,
+    check_masks,
     draw_kept,
     init_linear,
 )
@@ -94,7 +95,7 @@ class VisionTransformer(nn.Module):
         drop_path = config.drop_path if is_student else 0.0
         self.drop_path_rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
-        norm = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        norm = LayerNorm(embed_dim)
         self.norm = nn.Identity() if config.mean_pool else norm
         self.fc_norm = norm if config.mean_pool else None
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
@@ -136,16 +137,8 @@ class VisionTransformer(nn.Module):
         return tokens + self.position_embedding(x.shape[2], x.shape[3])
 
     def _check_masks(self, masks: Tensor, images: Tensor) -> Tensor:
-        """The embedding of masked patches."""
-        if self.masked_embed is None:
-            raise ValueError("masks for a backbone without masked_embed: only a student has it")
         expected = [len(images), *(pixels // self.patch_size for pixels in images.shape[2:])]
-        if list(masks.shape) != expected or masks.dtype != torch.bool:
-            raise ValueError(
-                f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
-                " one value per patch"
-            )
-        return self.masked_embed
+        return check_masks(masks, expected, "patch", self.masked_embed)
 
     def _embed_views(
         self, views: list[Tensor], masks: list[Tensor | None]

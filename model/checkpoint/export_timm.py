@@ -1,6 +1,5 @@
 """A backbone as safetensors for timm."""
 
-import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.atomic import replacing
-from ibeton.model.backbones.blocks import LAYERNORM_EPS
+from ibeton.model.backbones.blocks import LAYERNORM_EPS, LayerNorm
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.checkpoint.export import (
     check_features,
@@ -98,7 +97,7 @@ def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
             options |= {"strict_img_size": False}
         if config.embed_dim:
             options |= {"embed_dim": config.embed_dim // 8}
-        options |= {"norm_layer": _norm_layer()}
+        options |= {"norm_layer": LayerNorm}
     else:
         embed_dim, depth, num_heads = config.backbone_shape()
         published = ModelConfig(arch=config.arch).backbone_shape()
@@ -114,10 +113,6 @@ def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
         }
     changed = {k: v for k, v in options.items() if k not in TIMM_DEFAULTS or v != TIMM_DEFAULTS[k]}
     return TIMM_NAMES[config.arch], changed
-
-
-def _norm_layer() -> Any:
-    return functools.partial(nn.LayerNorm, eps=LAYERNORM_EPS)  # timm's Swin has 1e-5
 
 
 def _shown(value: Any) -> str:
