@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ibeton.atomic import replacing
 from ibeton.model.backbones.blocks import LAYERNORM_EPS, LayerNorm
 from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.checkpoint.backbone_file import write_safetensors
 from ibeton.model.checkpoint.export import (
     check_features,
     check_side,
     refuse_existing,
-    save_tensors,
 )
 from ibeton.model.checkpoint.files import load_backbone
 from ibeton.model.checkpoint.foreign import State
@@ -60,7 +60,7 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
     with replacing(target, suffix=target.suffix) as partial:
-        save_tensors(timm_state(backbone, side), partial, facts)
+        write_safetensors(partial, timm_state(backbone, side), facts)
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(partial), **options)
         theirs.eval()
         check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), side)
