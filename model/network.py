@@ -50,9 +50,8 @@ class Network(nn.Module):
         shapes.
         """
         _check(global_crops, masks)
-        views, flat_masks = [global_crops.flatten(0, 1)], [masks]
-        if masks is not None:
-            flat_masks = [masks.flatten(0, 1)]
+        views = [global_crops.flatten(0, 1)]
+        flat_masks = [None if masks is None else masks.flatten(0, 1)]
         if local_crops is not None and len(local_crops):
             views.append(local_crops.flatten(0, 1))
             flat_masks.append(None)

@@ -52,16 +52,6 @@ def check_masks(
     return masked_embed
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth, written plainly: zero a whole sample of x [B, ...] with probability `rate`,
-    and scale the others up so that the mean stays the same."""
-    if not training or rate == 0:
-        return x
-    keep = 1 - rate
-    kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-    return x * (kept / keep)
-
-
 class Kept(NamedTuple):
     """The samples that stochastic depth keeps in a residual branch."""
 

@@ -37,17 +37,11 @@ def export_huggingface(
 ) -> str:
     """Write a ViT backbone as a folder that `transformers.ViTModel` loads.
 
-    As `export_timm`. Also raises ValueError for a network that ViTModel cannot express, or if
-    transformers is not installed.
+    As `export_timm`. Also raises ValueError for a network that ViTModel cannot express.
     """
     refuse_existing(target)
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "--to huggingface checks what it writes with transformers, which is not installed:"
-            " pip install -e '.[export]'"
-        ) from error
+    import transformers
+
     backbone, settings = load_backbone(source, network)
     config = fill(ModelConfig, settings)
     if config.arch in SWINS or config.mean_pool or config.layer_scale:

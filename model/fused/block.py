@@ -20,7 +20,6 @@ from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gr
 from ibeton.model.kernels.packed_attention import attend, attention_backward
 from ibeton.model.kernels.residual_norm import (
     Branch,
-    Normed,
     partial_columns,
     residual_norm_backward,
     residual_norm_forward,
@@ -174,9 +173,9 @@ class _Block(torch.autograd.Function):
         grad_fc2 = weight_gradient(grad_out, active if again is None else again, w.fc2)
         del active, again
         grad_fc1 = weight_gradient(grad_hidden, normed2, w.fc1)
-        second = Normed(second_x, normed2, mean2, rstd2)
         grad_x, grad_projected = residual_norm_backward(
-            grad_hidden @ fc1, grad_x.contiguous(), second, added, w.norm2, norm2_sums
+            *(grad_hidden @ fc1, grad_x.contiguous(), second_x, mean2, rstd2),
+            *(added, w.norm2, norm2_sums),
         )
         assert grad_projected is not None
         del grad_hidden, normed2
@@ -189,9 +188,9 @@ class _Block(torch.autograd.Function):
         grad_qkv = attention_backward(grad_projected @ proj, attended, qkv_sums)
         del attended, grad_projected
         grad_qkv_weight = weight_gradient(grad_qkv, normed1, w.qkv)
-        first = Normed(first_x, normed1, mean1, rstd1)
         grad_x, grad_before = residual_norm_backward(
-            grad_qkv @ qkv_weight, grad_x, first, before, w.norm1, norm1_sums
+            *(grad_qkv @ qkv_weight, grad_x, first_x, mean1, rstd1),
+            *(before, w.norm1, norm1_sums),
         )
         norm1, qkv_bias, norm2, fc1_bias = column_sums(sums).split(columns)
         norm1, norm2 = norm1.split(width), norm2.split(width)

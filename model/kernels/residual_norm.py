@@ -80,7 +80,9 @@ def residual_norm_forward(
 def residual_norm_backward(
     grad_out: Tensor,  # [T, C], of the normed tokens
     grad_x: Tensor | None,  # float32 [T, C], of the stream; None: zero
-    normed: Normed,
+    x: Tensor,  # float32 [T, C], of `Normed`, as the two below
+    mean: Tensor,
+    rstd: Tensor,
     branch: Branch,
     gamma: Tensor,
     partial: Tensor,  # float32 [P, columns of `partial_columns`], a view; receives the sums
@@ -88,16 +90,16 @@ def residual_norm_backward(
     """Gradients of the stream before the addition, float32, and of `branch.out` in its dtype. The
     columns of `partial` are those of gamma, beta, bias and scale, C each; bias and scale only if
     the branch has them."""
-    grad = torch.empty_like(normed.x)
+    grad = torch.empty_like(x)
     grad_branch = None if branch.out is None else torch.empty_like(branch.out)
     launch(
         _residual_norm_backward_kernel,
         (len(partial),),
         grad_out,
         grad_x,
-        normed.x,
-        normed.mean,
-        normed.rstd,
+        x,
+        mean,
+        rstd,
         gamma,
         None if branch.scale is None else branch.out,
         *branch[1:],
@@ -272,9 +274,8 @@ class _ResidualNorm(torch.autograd.Function):
         branch = Branch(kept, bias, scale, factor)
         width = x.shape[1]
         partial = partial_sums(x, partial_columns(branch) * width)
-        normed = Normed(x, x, mean, rstd)
         grad, grad_branch = residual_norm_backward(
-            grad_out.contiguous(), grad_x, normed, branch, gamma, partial
+            grad_out.contiguous(), grad_x, x, mean, rstd, branch, gamma, partial
         )
         sums = list(column_sums(partial).split(width))
         grad_bias = sums[2] if bias is not None else None

@@ -55,11 +55,6 @@ class Settings(NamedTuple):
     clip: float  # of each gradient's norm; 0: none
 
 
-def chunk_count(sizes: tuple[int, ...]) -> int:
-    """Chunks N of parameters of these sizes."""
-    return sum(-(-size // CHUNK) for size in sizes)
-
-
 def chunk_table(sizes: tuple[int, ...]) -> Tensor:
     """int32 [N, 2]: for each chunk its parameter and its number in it."""
     rows = [(i, j) for i, size in enumerate(sizes) for j in range(-(-size // CHUNK))]
