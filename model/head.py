@@ -49,7 +49,8 @@ class IBOTHead(nn.Module):
         super().__init__()
         hidden, layers = config.hidden_dim, config.head_layers
         widths = [config.width()] + [hidden] * (layers - 1) + [config.bottleneck_dim]
-        norm = _hidden_norm(config.norm_in_head, hidden)
+        norms = {"ln": nn.LayerNorm, "bn": nn.BatchNorm1d}
+        norm = None if config.norm_in_head == "none" else norms[config.norm_in_head](hidden)
         activation = nn.GELU() if config.act == "gelu" else nn.ReLU()
         parts: list[nn.Module] = []
         for i in range(layers):
@@ -146,9 +147,3 @@ class IBOTHead(nn.Module):
                 for j in range(i, len(self.mlp)):
                     if self.mlp[j] is layer:
                         self.mlp[j] = synced
-
-
-def _hidden_norm(name: str, width: int) -> nn.Module | None:
-    if name == "none":
-        return None
-    return nn.LayerNorm(width) if name == "ln" else nn.BatchNorm1d(width)

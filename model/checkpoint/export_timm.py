@@ -17,16 +17,9 @@ from ibeton.model.checkpoint.export import (
 )
 from ibeton.model.checkpoint.files import load_backbone
 from ibeton.model.checkpoint.foreign import State
-from ibeton.model.config import SWINS, ModelConfig
+from ibeton.model.config import PUBLISHED_NAMES, SWINS, ModelConfig
 from ibeton.options import fill
 
-TIMM_NAMES = {
-    "vit_t": "vit_tiny_patch16_224",
-    "vit_s": "vit_small_patch16_224",
-    "vit_b": "vit_base_patch16_224",
-    "vit_l": "vit_large_patch16_224",
-    **dict.fromkeys(SWINS, "swin_tiny_patch4_window7_224"),
-}
 TIMM_DEFAULTS = {
     "patch_size": 16,
     "img_size": 224,
@@ -112,7 +105,8 @@ def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
             "global_pool": "avg" if config.mean_pool else "token",
         }
     changed = {k: v for k, v in options.items() if k not in TIMM_DEFAULTS or v != TIMM_DEFAULTS[k]}
-    return TIMM_NAMES[config.arch], changed
+    suffix = "patch4_window7_224" if config.arch in SWINS else "patch16_224"
+    return f"{PUBLISHED_NAMES[config.arch]}_{suffix}", changed
 
 
 def _shown(value: Any) -> str:

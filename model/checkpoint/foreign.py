@@ -33,7 +33,7 @@ from ibeton.model.checkpoint.files import (
     without_prefix,
 )
 from ibeton.model.checkpoint.shapes import infer_backbone, infer_head
-from ibeton.model.config import ModelConfig
+from ibeton.model.config import ARCHITECTURES, PUBLISHED_NAMES, ModelConfig
 from ibeton.model.ibot import IBOT, build_backbone, build_network
 from ibeton.model.loss import IBOTLoss
 
@@ -54,7 +54,7 @@ LEFT_OUT = re.compile(
 )
 # The published trainer's names -> ours, for what tensors' names and shapes do not show.
 PUBLISHED_ARCHITECTURES = {
-    **{"vit_tiny": "vit_t", "vit_small": "vit_s", "vit_base": "vit_b", "vit_large": "vit_l"},
+    **{PUBLISHED_NAMES[name]: name for name in ARCHITECTURES},
     **{"deit_tiny": "vit_t", "deit_small": "vit_s"},
 }
 
