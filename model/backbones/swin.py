@@ -112,7 +112,7 @@ class Downsample(PatchMerging):
     in the published order of the state dict."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, norm_layer=LayerNorm)
+        super().__init__(dim, norm_layer=LayerNorm)  # type: ignore[arg-type]
         del self.norm
         self.norm = LayerNorm(4 * dim)
 
