@@ -100,8 +100,5 @@ class FusedUpdate:
         state = self._optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(weight),
-                torch.zeros_like(weight),
-            )
+            state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         return state
