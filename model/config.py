@@ -14,6 +14,11 @@ ARCHITECTURES = {
 }
 # name -> window; all else is Swin-T's, as published
 SWINS = {"swin_t7": 7, "swin_t14": 14}
+# names in the published code and, before a suffix, in timm
+PUBLISHED_NAMES = {
+    **{"vit_t": "vit_tiny", "vit_s": "vit_small", "vit_b": "vit_base", "vit_l": "vit_large"},
+    **dict.fromkeys(SWINS, "swin_tiny"),
+}
 SWIN_DIM = 768  # width of an output token, eight times that of the first stage
 SWIN_PATCH = 32  # side of an output token in pixels, and of a mask's cell
 ONLY_VIT = (

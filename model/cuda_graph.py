@@ -95,7 +95,8 @@ class GraphedStep:
         if key in self._seen and not self._failed and self._prepare(inputs, epoch, key):
             metrics = self._replay(self._recordings[key])
         else:
-            metrics = self._run_eagerly(inputs, epoch, *self._seen.setdefault(key, _host_inputs()))
+            host_inputs = self._seen.setdefault(key, (HostInputs(), HostInputs()))
+            metrics = self._run_eagerly(inputs, epoch, *host_inputs)
         set_rates(optimizer, lr, weight_decay)  # numbers again, for those who read them
         return metrics
 
@@ -308,10 +309,6 @@ def _fill(static: StepInputs, inputs: StepInputs) -> None:
     for target, source in zip(static, inputs, strict=True):
         if target is not None and source is not None:
             target.copy_(to_device(source, target.device))
-
-
-def _host_inputs() -> tuple[HostInputs, HostInputs]:
-    return HostInputs(), HostInputs()
 
 
 def _processes() -> int:

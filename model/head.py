@@ -35,10 +35,6 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())
 
-    def fused(self, *units: Tensor) -> tuple[Tensor, ...]:
-        """As `forward`, of one or two tensors [R, in_dim], by the Triton kernels."""
-        return fused_prototypes(list(units), self.weight_v, self.weight_g)
-
 
 class IBOTHead(nn.Module):
     """Tokens -> logits over prototypes (iBOT, section 3.2, and published code).
@@ -53,7 +49,8 @@ class IBOTHead(nn.Module):
         super().__init__()
         hidden, layers = config.hidden_dim, config.head_layers
         widths = [config.width()] + [hidden] * (layers - 1) + [config.bottleneck_dim]
-        norm = _hidden_norm(config.norm_in_head, hidden)
+        norms = {"ln": nn.LayerNorm, "bn": nn.BatchNorm1d}
+        norm = None if config.norm_in_head == "none" else norms[config.norm_in_head](hidden)
         activation = nn.GELU() if config.act == "gelu" else nn.ReLU()
         parts: list[nn.Module] = []
         for i in range(layers):
@@ -115,9 +112,10 @@ class IBOTHead(nn.Module):
         if kernels_run_on(cls):
             rows = patches.flatten(0, -2)
             if last is last2:
-                logits, patch_logits = last.fused(cls, rows)
+                logits, patch_logits = fused_prototypes([cls, rows], last.weight_v, last.weight_g)
             else:
-                (logits,), (patch_logits,) = last.fused(cls), last2.fused(rows)
+                (logits,) = fused_prototypes([cls], last.weight_v, last.weight_g)
+                (patch_logits,) = fused_prototypes([rows], last2.weight_v, last2.weight_g)
             return logits, patch_logits.unflatten(0, patches.shape[:-1])
         weight = last.weight()
         patch_weight = weight if last is last2 else last2.weight()
@@ -149,9 +147,3 @@ class IBOTHead(nn.Module):
                 for j in range(i, len(self.mlp)):
                     if self.mlp[j] is layer:
                         self.mlp[j] = synced
-
-
-def _hidden_norm(name: str, width: int) -> nn.Module | None:
-    if name == "none":
-        return None
-    return nn.LayerNorm(width) if name == "ln" else nn.BatchNorm1d(width)

@@ -6,7 +6,7 @@ Inside, the value gets a tensor of its own, which `HostInputs` fills again befor
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -37,26 +37,20 @@ class HostInputs:
         graph may use memory that is allocated during its capture for other values before them.
         RuntimeError if there is none, or one of another shape.
         """
-        self._captures = captures
-        with self._handing_out():
+        with self._handing_out(captures=captures):
             yield
         for tensor, value in self._pending:  # not part of the graph, or it would copy them forever
             tensor.copy_(to_device(value, tensor.device))
         self._pending.clear()
 
-    @contextmanager
-    def repeating(self) -> Iterator[None]:
+    def repeating(self) -> AbstractContextManager[None]:
         """Inside, `from_host` hands out the tensors as they are."""
-        self._repeats = True
-        try:
-            with self._handing_out():
-                yield
-        finally:
-            self._repeats = False
+        return self._handing_out(repeats=True)
 
     @contextmanager
-    def _handing_out(self) -> Iterator[None]:
+    def _handing_out(self, repeats: bool = False, captures: bool = False) -> Iterator[None]:
         global _active
+        self._repeats, self._captures = repeats, captures
         before, _active, self._position = _active, self, 0
         self._pending.clear()
         try:

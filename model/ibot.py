@@ -1,7 +1,6 @@
 """Student, teacher and loss: a batch in, a loss out, and the teacher's moving average."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ibeton.distributed import without_reduction
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.head import IBOTHead
@@ -106,10 +104,6 @@ class IBOT(nn.Module):
                 student = self.student_call(global_crops, local_crops, masks, patches.places)
         with stage("loss"):
             return self.loss(student, teacher, patches, epoch, temps)
-
-    def without_reduction(self) -> AbstractContextManager[None]:
-        """Gradients of what runs in it stay on this rank until the next backward outside it."""
-        return without_reduction(self.student_call)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor, skipped: Tensor | None = None) -> None:

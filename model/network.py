@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ibeton.model.head import IBOTHead
 
 Logits = tuple[Tensor, Tensor, Tensor | None]  # class, patch, local class
-Views = list[tuple[Tensor, Tensor]]  # class tokens [B, C] and patch tokens of each crop size
 
 
 class Targets(NamedTuple):
@@ -51,24 +50,25 @@ class Network(nn.Module):
         shapes.
         """
         _check(global_crops, masks)
-        views, flat_masks = [global_crops.flatten(0, 1)], [masks]
-        if masks is not None:
-            flat_masks = [masks.flatten(0, 1)]
+        views = [global_crops.flatten(0, 1)]
+        flat_masks = [None if masks is None else masks.flatten(0, 1)]
         if local_crops is not None and len(local_crops):
             views.append(local_crops.flatten(0, 1))
             flat_masks.append(None)
         if self.head.couples_tokens():  # statistics over every token of a crop size
-            tokens = self._views(views, flat_masks, [None] * len(views))
-            encoded = [self._encode(cls, patches) for cls, patches in tokens]
-            patch = encoded[0][1]
+            units = [self.head.bottleneck(tokens) for tokens in self._tokens(views, flat_masks)]
+            cls, patch = torch.cat([size[:, 0] for size in units]), units[0][:, 1:]
             if patch_indices is not None:
                 patch = patch.flatten(0, 1)[patch_indices]
-            cls = torch.cat([cls for cls, _ in encoded])
-        else:
-            cls, patch = self._encode_selected(views, flat_masks, patch_indices)
+        else:  # one pass of the head's MLP
+            rows = self._rows(views, flat_masks, patch_indices)
+            classes = sum(len(view) for view in views)
+            cls, patch = self.head.bottleneck(rows).split([classes, len(rows) - classes])
+            if patch_indices is None:
+                patch = patch.unflatten(0, (len(views[0]), -1))
         logits, patch_logits = self.head.prototypes(cls, patch)
-        rows = len(views[0])
-        return logits[:rows], patch_logits, logits[rows:] if len(views) > 1 else None
+        images = len(views[0])
+        return logits[:images], patch_logits, logits[images:] if len(views) > 1 else None
 
     def targets(self, global_crops: Tensor, patch_indices: Tensor) -> Targets:
         """The teacher's logits of class tokens and of the patches in `patch_indices`.
@@ -80,65 +80,28 @@ class Network(nn.Module):
         backbone = cast(Any, self.backbone)
         embed = getattr(backbone, "tokens_for_product", backbone)
         units, mean = self.head.bottleneck_and_mean(embed(global_crops.flatten(0, 1)))
-        rows = (
-            patch_indices + patch_indices // (units.shape[1] - 1) + 1
-        )  # with class tokens between
+        # One class token before the patches of each image
+        rows = patch_indices + patch_indices // (units.shape[1] - 1) + 1
         patches = units.flatten(0, 1).index_select(0, rows)
         return Targets(*self.head.target_logits(units[:, 0], patches, mean))
 
-    def _views(
-        self, views: list[Tensor], masks: list[Tensor | None], indices: list[Tensor | None]
-    ) -> Views:
+    def _tokens(self, views: list[Tensor], masks: list[Tensor | None]) -> list[Tensor]:
+        """The backbone's tokens of each crop size."""
         if hasattr(self.backbone, "forward_views"):
-            return cast(Any, self.backbone).forward_views(views, masks, indices)
-        return views_one_by_one(self.backbone, views, masks, indices)
-
-    def _encode(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C] and [B, N, C] -> unit vectors [B, D], [B, N, D]."""
-        encoded = self.head.bottleneck(torch.cat([cls.unsqueeze(1), patches], dim=1))
-        return encoded[:, 0], encoded[:, 1:]
-
-    def _encode_selected(
-        self, views: list[Tensor], masks: list[Tensor | None], patch_indices: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Unit vectors of the class tokens of all views, and of the patches in `patch_indices` (all
-        patches: [V * B, N, D]), from one pass of the head's MLP."""
-        rows, leading = self._rows(views, masks, patch_indices)
-        classes = sum(len(view) for view in views)
-        cls, patch = self.head.bottleneck(rows).split([classes, len(rows) - classes])
-        return cls, patch.unflatten(0, leading)
+            return cast(Any, self.backbone).forward_views(views, masks)
+        return [self.backbone(x, mask) for x, mask in zip(views, masks, strict=True)]
 
     def _rows(
         self, views: list[Tensor], masks: list[Tensor | None], patch_indices: Tensor | None
-    ) -> tuple[Tensor, torch.Size]:
-        """Class tokens of all views and then patches, [R, C], and the leading dimensions that the
-        patches have."""
+    ) -> Tensor:
+        """The class tokens of all views and then the patches in `patch_indices` (all patches of the
+        global views), [R, C]."""
         if patch_indices is not None and hasattr(self.backbone, "selected"):
-            rows = cast(Any, self.backbone).selected(views, masks, patch_indices)
-            return rows, patch_indices.shape
-        none = torch.empty(0, dtype=torch.int64, device=views[0].device)
-        indices = [patch_indices, *[none] * (len(views) - 1)]
-        tokens = self._views(views, masks, indices)
-        patches = tokens[0][1]
-        rows = torch.cat([*(cls for cls, _ in tokens), patches.flatten(0, -2)])
-        return rows, patches.shape[:-1]
-
-
-def views_one_by_one(
-    backbone: nn.Module,
-    views: list[Tensor],
-    masks: list[Tensor | None],
-    indices: list[Tensor | None],
-) -> Views:
-    """`VisionTransformer.forward_views` for any backbone: one pass for each crop size."""
-    outputs = []
-    for x, mask, patch_indices in zip(views, masks, indices, strict=True):
-        tokens = backbone(x) if mask is None else backbone(x, mask)
-        patches = tokens[:, 1:]
-        if patch_indices is not None:
-            patches = patches.flatten(0, 1)[patch_indices]
-        outputs.append((tokens[:, 0], patches))
-    return outputs
+            return cast(Any, self.backbone).selected(views, masks, patch_indices)
+        sizes = self._tokens(views, masks)
+        patches = sizes[0][:, 1:].flatten(0, 1)
+        patches = patches if patch_indices is None else patches[patch_indices]
+        return torch.cat([*(tokens[:, 0] for tokens in sizes), patches])
 
 
 def _check(global_crops: Tensor, masks: Tensor | None) -> None:

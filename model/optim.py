@@ -1,7 +1,7 @@
 """Optimizers on the published parameter groups, and clipping and freezing of gradients."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,15 +43,9 @@ class AdamW(torch.optim.AdamW):
     # Its name since torch 2.12
     _accelerator_graph_capture_health_check = _cuda_graph_capture_health_check
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without a gradient do not change."""
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step; parameters without a gradient do not change. Returns the closure's loss."""
         decays = [group["weight_decay"] for group in self.param_groups]
         for group in self.param_groups:
             if isinstance(group["weight_decay"], Tensor):
@@ -176,15 +170,9 @@ class LARS(Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta}
         super().__init__(params, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without a gradient do not change."""
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step; parameters without a gradient do not change. Returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -9,27 +9,28 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torchvision.ops import stochastic_depth
 
-from ibeton.model.backbones.blocks import Block, drop_path
+from ibeton.model.backbones.blocks import Block
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.ibot import IBOT
 from ibeton.model.kernels.head.cross_entropy import upcast
+from ibeton.model.kernels.packed_attention import attention_reference
 from ibeton.model.loss import IBOTLoss
 from ibeton.model.network import Logits, Network
 
 
 def block_reference(block: Block, x: Tensor, drop_rate: float = 0.0) -> Tensor:
     """x [B, T, C] -> [B, T, C]."""
-    attention = block.attn
-    qkv = attention.qkv(block.norm1(x)).unflatten(2, (3, attention.num_heads, -1))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()  # [B, H, T, D]
-    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
-    out = attention.proj((weights @ value).transpose(1, 2).flatten(2))
+    images, tokens, _ = x.shape
+    qkv = block.attn.qkv(block.norm1(x)).flatten(0, 1)
+    out = attention_reference(qkv, images, tokens, block.attn.num_heads)
+    out = block.attn.proj(out).unflatten(0, (images, tokens))
     out = out if block.gamma_1 is None else block.gamma_1 * out
-    x = x + drop_path(out, drop_rate, block.training)
+    x = x + stochastic_depth(out, drop_rate, "row", block.training)
     out = block.mlp(block.norm2(x))
     out = out if block.gamma_2 is None else block.gamma_2 * out
-    return x + drop_path(out, drop_rate, block.training)
+    return x + stochastic_depth(out, drop_rate, "row", block.training)
 
 
 def vit_reference(vit: VisionTransformer, x: Tensor, masks: Tensor | None = None) -> Tensor:

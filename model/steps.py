@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ibeton.distributed import without_reduction
 from ibeton.model.fused.update import FusedUpdate
 from ibeton.model.ibot import IBOT
 from ibeton.model.masking import MaskedPatches, bucket_size, masked_patches, to_device
@@ -161,7 +162,7 @@ class Step:
         terms, batch_means = [], []
         for i in range(parts):
             patches = MaskedPatches(inputs.places[i], inputs.weight[i])
-            with nullcontext() if i == parts - 1 else ibot.without_reduction():
+            with nullcontext() if i == parts - 1 else without_reduction(ibot.student_call):
                 with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
                     part, means = ibot(
                         crops[i], local[i], masks[i], epoch, patches, inputs.rates[3:]

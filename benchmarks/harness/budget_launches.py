@@ -210,7 +210,7 @@ def _fake_gpu(settings: Settings, recorder: Recorder) -> Iterator[None]:
     backward on fake CUDA tensors where there is no GPU.) What the host draws is given: stochastic
     depth keeps all samples."""
 
-    def kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
+    def kept(rates: list[float], shapes: Shapes, *_: object) -> list[Kept | None]:
         return spread_kept(torch.empty(len(rates), sum(n for n, _ in shapes)), rates, shapes)
 
     def rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

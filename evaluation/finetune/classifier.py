@@ -37,9 +37,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         backbone = cast(Any, self.backbone)
-        if hasattr(backbone, "forward_views"):  # patches end before the last block's MLP
+        if hasattr(backbone, "selected"):  # patches end before the last block's MLP
             none = torch.empty(0, dtype=torch.int64, device=images.device)
-            [(token, _)] = backbone.forward_views([images], [None], [none])
+            token = backbone.selected([images], [None], none)
         else:
             token = backbone(images)[:, 0]
         return self.head(token if self.neck is None else self.neck(token))

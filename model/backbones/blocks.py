@@ -6,6 +6,7 @@ see [T, C]; attention runs once for each crop size. In shapes: H attention heads
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from ibeton.model.config import ModelConfig
 from ibeton.model.host_inputs import from_host
-from ibeton.model.kernels.gelu_linear import gelu_linear, gelu_linear_reference
 from ibeton.model.kernels.library_attention import split_heads
-from ibeton.model.kernels.norm_linear import norm_linear, norm_linear_reference
+from ibeton.model.kernels.recomputing import gelu_linear, norm_linear
 
-LAYERNORM_EPS = 1e-6
+LAYERNORM_EPS = 1e-6  # the original Swin and timm's have 1e-5, which moves tokens by 4e-5
+LayerNorm = partial(nn.LayerNorm, eps=LAYERNORM_EPS)
 INIT_STD = 0.02
 
 Shapes = list[tuple[int, int]]  # (images, tokens per image) of each crop size
@@ -36,14 +37,19 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth, written plainly: zero a whole sample of x [B, ...] with probability `rate`,
-    and scale the others up so that the mean stays the same."""
-    if not training or rate == 0:
-        return x
-    keep = 1 - rate
-    kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-    return x * (kept / keep)
+def check_masks(
+    masks: Tensor, expected: list[int], covers: str, masked_embed: nn.Parameter | None
+) -> Tensor:
+    """`masked_embed`, which replaces what is masked. Raises ValueError if the backbone has none, or
+    if the masks are not bool of the `expected` shape, one value per what it `covers`."""
+    if masked_embed is None:
+        raise ValueError("masks for a backbone without masked_embed: only a student has it")
+    if list(masks.shape) != expected or masks.dtype != torch.bool:
+        raise ValueError(
+            f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
+            f" one value per {covers}"
+        )
+    return masked_embed
 
 
 class Kept(NamedTuple):
@@ -55,17 +61,19 @@ class Kept(NamedTuple):
     factor: Tensor | None  # [T, 1], 0 or `scale`; None: the tokens are gathered
 
 
-def draw_kept(rates: list[float], shapes: Shapes, device: torch.device) -> list[Kept | None]:
+def draw_kept(
+    rates: list[float], shapes: Shapes, device: torch.device, fused: bool = False
+) -> list[Kept | None]:
     """For each branch with its rate, the samples it keeps: each is dropped independently with that
     probability. None for a rate of 0.
 
     Drawn from the CPU's generator, so that the host knows how many are kept without asking the
-    device. On a CPU the branch then runs on the kept samples alone. On CUDA it runs on all:
-    allocator and graphs need shapes that stay the same, and the published rates would save only 5 %
-    of the arithmetic.
+    device. On a CPU the branch then runs on the kept samples alone. On CUDA, and where the blocks
+    are `fused`, it runs on all: allocator and graphs need shapes that stay the same, and the
+    published rates would save only 5 % of the arithmetic.
     """
     samples = sum(images for images, _ in shapes)
-    if device.type == "cpu":
+    if device.type == "cpu" and not fused:
         lengths = torch.tensor([tokens for images, tokens in shapes for _ in range(images)])
         token_of = torch.arange(samples).repeat_interleave(lengths)  # [T], the token's sample
         return [
@@ -126,15 +134,6 @@ def add_branch(x: Tensor, branch: Branch, shapes: Shapes, kept: Kept | None) -> 
         return x + branch(x, shapes) * kept.factor
     out = branch(x.index_select(0, kept.tokens), kept.shapes)
     return x.index_add(0, kept.tokens, out.to(x.dtype), alpha=kept.scale)
-
-
-def as_factor(kept: Kept | None, tokens: int, device: torch.device) -> Kept | None:
-    """The same samples, as a factor for each of `tokens` tokens instead of the tokens kept."""
-    if kept is None or kept.tokens is None:
-        return kept
-    factor = torch.zeros(tokens, 1, device=device)
-    factor[kept.tokens] = kept.scale
-    return Kept(None, [], kept.scale, factor)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -202,22 +201,24 @@ class Block(nn.Module):
         if config.layer_scale > 0:
             self.gamma_1 = nn.Parameter(torch.full((embed_dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((embed_dim,), config.layer_scale))
-        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        self.norm1 = LayerNorm(embed_dim)
         self.attn = Attention(embed_dim, num_heads, config.qkv_bias)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        self.norm2 = LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, int(embed_dim * config.mlp_ratio))
 
     def attention_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
-        normed = norm_linear if self.recompute else norm_linear_reference
-        out = self.attn(normed(x, self.norm1, self.attn.qkv), shapes)
+        if self.recompute:
+            qkv = norm_linear(x, self.norm1, self.attn.qkv)
+        else:
+            qkv = self.attn.qkv(self.norm1(x))
+        out = self.attn(qkv, shapes)
         return out if self.gamma_1 is None else self.gamma_1 * out
 
     def mlp_branch(self, x: Tensor, shapes: Shapes) -> Tensor:
         if self.recompute:
             out = gelu_linear(norm_linear(x, self.norm2, self.mlp.fc1), self.mlp.fc2)
         else:
-            hidden = norm_linear_reference(x, self.norm2, self.mlp.fc1)
-            out = gelu_linear_reference(hidden, self.mlp.fc2)
+            out = self.mlp(self.norm2(x))
         return out if self.gamma_2 is None else self.gamma_2 * out
 
     def forward(

@@ -8,7 +8,7 @@ In shapes: B images, C channels, h x w map of a stage, W windows of T tokens, H 
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +22,12 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ibeton.model.backbones.blocks import LAYERNORM_EPS, init_linear
+from ibeton.model.backbones.blocks import LayerNorm, check_masks, init_linear
 from ibeton.model.config import SWINS, ModelConfig
 
 DEPTHS, NUM_HEADS = (2, 2, 6, 2), (3, 6, 12, 24)  # Swin-T's, by stage
 EMBED_PATCH = 4  # side in pixels of what one token of the first stage sees
 MASKED_OUT = -100.0  # added to attention scores (published code)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Over the last dimension. The original Swin has eps 1e-5, which moves tokens by 4e-5."""
-
-    def __init__(self, dim: int, **placement: Any) -> None:  # timm gives device and dtype
-        super().__init__(dim, eps=LAYERNORM_EPS, **placement)
 
 
 class Attention(WindowAttention):
@@ -119,7 +112,7 @@ class Downsample(PatchMerging):
     in the published order of the state dict."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim, norm_layer=LayerNorm)
+        super().__init__(dim, norm_layer=LayerNorm)  # type: ignore[arg-type]
         del self.norm
         self.norm = LayerNorm(4 * dim)
 
@@ -236,16 +229,11 @@ class SwinTransformer(nn.Module):
         return tokens if masks is None else self._mask(tokens, masks)
 
     def _mask(self, tokens: Tensor, masks: Tensor) -> Tensor:
-        if self.masked_embed is None:
-            raise ValueError("masks for a backbone without masked_embed: only a student has it")
         expected = [len(tokens), *(side // self.mask_cell for side in tokens.shape[1:3])]
-        if list(masks.shape) != expected or masks.dtype != torch.bool:
-            raise ValueError(
-                f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
-                f" one value per cell of {self.patch_size} x {self.patch_size} pixels"
-            )
+        cell = f"cell of {self.patch_size} x {self.patch_size} pixels"
+        token = check_masks(masks, expected, cell, self.masked_embed).to(tokens.dtype)
         masked = masks.repeat_interleave(self.mask_cell, 1).repeat_interleave(self.mask_cell, 2)
-        return torch.where(masked.unsqueeze(-1), self.masked_embed.to(tokens.dtype), tokens)
+        return torch.where(masked.unsqueeze(-1), token, tokens)
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, in_chans, H, W], masks bool [B, H / 32, W / 32] or None -> [B, 1 + N, C].

@@ -5,7 +5,8 @@ through the blocks together, packed as `model.backbones.blocks` says.
 """
 
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ibeton.model.backbones.blocks import (
     INIT_STD,
-    LAYERNORM_EPS,
     Block,
     Kept,
+    LayerNorm,
     Shapes,
     among,
-    as_factor,
+    check_masks,
     draw_kept,
     init_linear,
 )
@@ -94,7 +95,7 @@ class VisionTransformer(nn.Module):
         drop_path = config.drop_path if is_student else 0.0
         self.drop_path_rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
-        norm = nn.LayerNorm(embed_dim, eps=LAYERNORM_EPS)
+        norm = LayerNorm(embed_dim)
         self.norm = nn.Identity() if config.mean_pool else norm
         self.fc_norm = norm if config.mean_pool else None
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
@@ -136,16 +137,8 @@ class VisionTransformer(nn.Module):
         return tokens + self.position_embedding(x.shape[2], x.shape[3])
 
     def _check_masks(self, masks: Tensor, images: Tensor) -> Tensor:
-        """The embedding of masked patches."""
-        if self.masked_embed is None:
-            raise ValueError("masks for a backbone without masked_embed: only a student has it")
         expected = [len(images), *(pixels // self.patch_size for pixels in images.shape[2:])]
-        if list(masks.shape) != expected or masks.dtype != torch.bool:
-            raise ValueError(
-                f"masks are {masks.dtype} {list(masks.shape)}: expected bool {expected},"
-                " one value per patch"
-            )
-        return self.masked_embed
+        return check_masks(masks, expected, "patch", self.masked_embed)
 
     def _embed_views(
         self, views: list[Tensor], masks: list[Tensor | None]
@@ -172,58 +165,35 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images [B, in_chans, H, W], masks bool [B, h, w] or None -> tokens [B, 1 + N, C]."""
-        return self._tokens(x, masks)
+        return self.forward_views([x], [masks])[0]
 
     def tokens_for_product(self, x: Tensor) -> Tensor:
         """`forward`, in float32 or in the dtype of matrix products."""
-        return self._tokens(x, None, for_product=True)
-
-    def _tokens(self, x: Tensor, masks: Tensor | None, for_product: bool = False) -> Tensor:
-        if self.fc_norm is None:
-            packed, shapes = self._embed_views([x], [masks])
-            return self._normed(packed, shapes, None, for_product).unflatten(0, shapes[0])
-        [(cls, patches)] = self.forward_views([x], [masks], [None])
-        return torch.cat([cls.unsqueeze(1), patches], dim=1)
+        return self.forward_views([x], [None], for_product=True)[0]
 
     def forward_views(
-        self,
-        views: list[Tensor],  # images [B, in_chans, H, W] of each crop size
-        masks: list[Tensor | None],  # bool [B, h, w] of each
-        indices: list[Tensor | None],  # int64 [M], among its B * N patches; None: all
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Class tokens [B, C] and patch tokens [M, C] (all of them: [B, N, C]) of each crop
-        size."""
+        self, views: list[Tensor], masks: list[Tensor | None], for_product: bool = False
+    ) -> list[Tensor]:
+        """`forward` of the images and masks of each crop size, in one pass."""
         x, shapes = self._embed_views(views, masks)
-        if self.fc_norm is None and any(index is not None for index in indices):
-            outputs = self._selected(x, shapes, indices).split(_counts(shapes, indices))
-            patches = [
-                out if index is not None else out.unflatten(0, (images, -1))
-                for out, index, (images, _) in zip(
-                    outputs[len(shapes) :], indices, shapes, strict=True
-                )
-            ]
-            return list(zip(outputs[: len(shapes)], patches, strict=True))
-        parts = self._normed(x, shapes).split([images * tokens for images, tokens in shapes])
-        return [
-            self._class_and_patches(part.view(images, tokens, -1), index)
-            for part, (images, tokens), index in zip(parts, shapes, indices, strict=True)
-        ]
+        x = self._normed(x, shapes, for_product=for_product)
+        parts = x.split([images * tokens for images, tokens in shapes])
+        sizes = [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+        if self.fc_norm is None:
+            return sizes
+        means = [self.fc_norm(tokens[:, 1:].mean(dim=1, keepdim=True)) for tokens in sizes]
+        return [torch.cat([m, t[:, 1:]], dim=1) for m, t in zip(means, sizes, strict=True)]
 
     def selected(self, views: list[Tensor], masks: list[Tensor | None], index: Tensor) -> Tensor:
-        """`forward_views` as one tensor: the class tokens of all crop sizes, then the patches
-        of the first size in `index` int64 [M]. In float32 or in the dtype of matrix products."""
-        none = index.new_empty(0)
-        indices: list[Tensor | None] = [index, *[none] * (len(views) - 1)]
+        """Of `forward_views` only the class tokens of all crop sizes and then the patches of the
+        first in `index`, int64 [M] among its B * N patches: [R, C], in float32 or in the dtype of
+        matrix products."""
         if self.fc_norm is None:
-            return self._selected(*self._embed_views(views, masks), indices, for_product=True)
-        outputs = self.forward_views(views, masks, indices)
-        return torch.cat([*(cls for cls, _ in outputs), *(patches for _, patches in outputs)])
-
-    def _selected(
-        self, x: Tensor, shapes: Shapes, indices: list[Tensor | None], for_product: bool = False
-    ) -> Tensor:
-        """Packed tokens [T, C] -> those of `selected_rows` after all blocks and `norm`."""
-        return self._normed(x, shapes, selected_rows(shapes, indices, x.device), for_product)
+            x, shapes = self._embed_views(views, masks)
+            return self._normed(x, shapes, selected_rows(shapes, index), for_product=True)
+        sizes = self.forward_views(views, masks)
+        patches = sizes[0][:, 1:].flatten(0, 1).index_select(0, index)
+        return torch.cat([*(tokens[:, 0] for tokens in sizes), patches])
 
     def _normed(
         self, x: Tensor, shapes: Shapes, rows: Tensor | None = None, for_product: bool = False
@@ -242,30 +212,12 @@ class VisionTransformer(nn.Module):
         self, x: Tensor, shapes: Shapes, rows: Tensor | None
     ) -> tuple[Tensor, Branch]:
         """`_blocks` by the Triton kernels; the last MLP's output is not added yet."""
-        kept = [as_factor(k, len(x), x.device) for k in self._draw_kept(x, shapes)]
-        if rows is not None and (last_kept := kept[-1]) is not None:
-            kept[-1] = among(last_kept, rows, len(x))
-        recompute = self._recomputes(x)
-        branch: Branch | None = None
+        kept = self._draw_kept(x, shapes, rows, fused=True)
+        recompute, branch = self._recomputes(x), Branch()
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            arguments = (
-                cast(Block, block),
-                x,
-                branch,
-                shapes,
-                kept[2 * i],
-                kept[2 * i + 1],
-                rows if last else None,
-                recompute,
-            )
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x, branch = checkpoint(
-                    fused_block, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, branch = fused_block(*arguments)
-        assert branch is not None
+            last = rows if i == len(self.blocks) - 1 else None
+            arguments = (block, x, branch, shapes, *kept[2 * i : 2 * i + 2], last, recompute)
+            x, branch = self._run(fused_block, *arguments)
         return x, branch
 
     def _recomputes(self, x: Tensor) -> bool:
@@ -277,35 +229,32 @@ class VisionTransformer(nn.Module):
         memory = torch.cuda.get_device_properties(x.device).total_memory
         return kept > FITS * memory
 
-    def _draw_kept(self, x: Tensor, shapes: Shapes) -> list[Kept | None]:
-        """What stochastic depth keeps of packed tokens [T, C], for the two branches per block."""
+    def _draw_kept(
+        self, x: Tensor, shapes: Shapes, rows: Tensor | None, fused: bool = False
+    ) -> list[Kept | None]:
+        """What stochastic depth keeps of packed tokens [T, C], for the two branches per block; for
+        the last among `rows`."""
         if not (self.training and any(self.drop_path_rates)):
             return [None] * (2 * len(self.blocks))
         rates = [rate for rate in self.drop_path_rates for _ in range(2)]
-        return draw_kept(rates, shapes, x.device)
+        kept = draw_kept(rates, shapes, x.device, fused)
+        if rows is not None and (last := kept[-1]) is not None:
+            kept[-1] = among(last, rows, len(x))
+        return kept
 
-    def _blocks(self, x: Tensor, shapes: Shapes, rows: Tensor | None = None) -> Tensor:
+    def _blocks(self, x: Tensor, shapes: Shapes, rows: Tensor | None) -> Tensor:
         """Packed tokens [T, C] after all blocks; with `rows`, only these tokens."""
-        kept = self._draw_kept(x, shapes)
-        if rows is not None and (last_kept := kept[-1]) is not None:
-            kept[-1] = among(last_kept, rows, len(x))
+        kept = self._draw_kept(x, shapes, rows)
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            arguments = (x, shapes, kept[2 * i], kept[2 * i + 1], rows if last else None)
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                # Everything random was drawn above, so there is no random state to keep.
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
+            last = rows if i == len(self.blocks) - 1 else None
+            x = self._run(block, x, shapes, *kept[2 * i : 2 * i + 2], last)
         return x
 
-    def _class_and_patches(self, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, 1 + N, C] after `norm` -> class tokens and selected patches."""
-        if self.fc_norm is None:
-            return x[:, 0], x[:, 1:]
-        patches = x[:, 1:]
-        cls = self.fc_norm(patches.mean(dim=1))
-        return cls, patches if index is None else patches.flatten(0, 1).index_select(0, index)
+    def _run(self, block: Callable[..., Any], *arguments: object) -> Any:
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            # Everything random was drawn before, so there is no random state to keep.
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(*arguments)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """Outputs of the last `n` blocks, each [B, 1 + N, C] after the final norm; all blocks where
@@ -339,26 +288,13 @@ def _hooked(module: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
-def selected_rows(shapes: Shapes, indices: list[Tensor | None], device: torch.device) -> Tensor:
-    """Rows among the packed tokens: the class tokens of each crop size, then the selected patches
-    of each. An index int64 [M] counts the patches of all images of a size; None: all of them."""
-    classes, patches, start = [], [], 0
-    for (images, tokens), index in zip(shapes, indices, strict=True):
+def selected_rows(shapes: Shapes, index: Tensor) -> Tensor:
+    """Rows among the packed tokens: the class tokens of each crop size, then the patches of the
+    first in `index`, int64 [M] among those of all its images."""
+    rows, start = [], 0
+    for images, tokens in shapes:
         end = start + images * tokens
-        classes.append(torch.arange(start, end, tokens, device=device))
-        if index is None:
-            index = torch.arange(images * (tokens - 1), device=device)
-        if len(index):  # one class token before the patches of each image
-            patches.append(index + index // (tokens - 1) + (start + 1))
+        rows.append(torch.arange(start, end, tokens, device=index.device))
         start = end
-    return torch.cat([*classes, *patches])
-
-
-def _counts(shapes: Shapes, indices: list[Tensor | None]) -> list[int]:
-    """How many rows `selected_rows` gives of each kind and crop size."""
-    classes = [images for images, _ in shapes]
-    patches = [
-        images * (tokens - 1) if index is None else len(index)
-        for index, (images, tokens) in zip(indices, shapes, strict=True)
-    ]
-    return classes + patches
+    # One class token before the patches of each image
+    return torch.cat([*rows, index + index // (shapes[0][1] - 1) + 1])

@@ -14,12 +14,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ibeton.command import run_or_exit
-from ibeton.model.checkpoint.backbone_file import read_backbone
 from ibeton.model.checkpoint.export import refuse_existing
 from ibeton.model.checkpoint.export_huggingface import export_huggingface
 from ibeton.model.checkpoint.export_ibot import export_ibot, export_ibot_backbone
 from ibeton.model.checkpoint.export_timm import export_timm
-from ibeton.model.checkpoint.files import NETWORKS, is_own, listed, read_file, save_checkpoint
+from ibeton.model.checkpoint.files import NETWORKS, listed, read_own, save_checkpoint
 from ibeton.model.checkpoint.foreign import Foreign, read_foreign
 from ibeton.options import Parser
 from ibeton.progress import plain_console
@@ -99,10 +98,8 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """A row for each part of the file, and the settings that tell its architecture."""
-    content, kind = {}, "a checkpoint of ibeton"
-    if args.source.suffix != ".safetensors" or read_backbone(args.source) is not None:
-        content = read_file(args.source)
-    if not is_own(content):
+    content, kind = read_own(args.source), "a checkpoint of ibeton"
+    if content is None:
         foreign = read_foreign(args.source, args.network, args.num_heads)
         content, kind = foreign.content, _said(foreign)
     table = Table()

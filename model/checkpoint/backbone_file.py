@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ibeton.atomic import replacing
+from ibeton.atomic import replacing, write_text
 
 SETTINGS = "ibeton_config"  # entry of the header that holds the run's settings as JSON
 
@@ -25,35 +25,49 @@ def write_backbone(
     `config`: the run's settings. `facts`: rows of the card's first table, such as photos and
     scores. Both files are written whole or not at all. Raises OSError.
     """
-    from safetensors.torch import save
-
     state = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
     state.pop("masked_embed", None)
-    header = {"format": "pt", SETTINGS: json.dumps(config)}
-    header["image_size"] = str(config["image_size"])
-    _write(path, save(state, header))
+    with replacing(path) as partial:
+        header = {SETTINGS: json.dumps(config), "image_size": str(config["image_size"])}
+        write_safetensors(partial, state, header)
     count = sum(tensor.numel() for tensor in state.values())
-    _write(path.with_suffix(".md"), card(path.name, config, count, facts).encode())
+    write_text(path.with_suffix(".md"), card(path.name, config, count, facts))
 
 
-def read_backbone(path: str | Path) -> dict[str, Any] | None:
-    """The file as a checkpoint, {"teacher": tensors, "config": settings}; None for a safetensors
-    file of another program. Raises as `refuse_other_files`, and ValueError for a damaged one."""
+def write_safetensors(path: Path, state: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write tensors and what belongs in the header, through to the disk."""
+    from safetensors.torch import save
+
+    with open(path, "wb") as file:  # save_file's could be read by their owner alone
+        file.write(save(state, {"format": "pt", **header}))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a safetensors file; SETTINGS, if a backbone of this program has them,
+    as a dict. Raises as `refuse_other_files`, and ValueError for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     refuse_other_files(Path(path))
     try:
         with safe_open(path, "pt") as file:
-            settings = (file.metadata() or {}).get(SETTINGS)
-            if settings is None:
-                return None
-            state: dict[str, Tensor] = {
-                f"backbone.{name}": file.get_tensor(name)
-                for name in file.keys()  # noqa: SIM118
-            }
-            return {"teacher": state, "config": _tuples(json.loads(settings))}
+            header: dict[str, Any] = file.metadata() or {}
+            if SETTINGS in header:
+                header[SETTINGS] = _tuples(json.loads(header[SETTINGS]))
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from error
+
+
+def read_backbone(path: str | Path) -> dict[str, Any] | None:
+    """The file as a checkpoint, {"teacher": tensors, "config": settings}; None for a safetensors
+    file of another program. Raises as `read_safetensors`."""
+    state, header = read_safetensors(path)
+    if SETTINGS not in header:
+        return None
+    teacher = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    return {"teacher": teacher, "config": header[SETTINGS]}
 
 
 def refuse_other_files(path: Path) -> None:
@@ -117,10 +131,3 @@ def _cell(value: Any) -> str:
 
 def _tuples(config: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as partial, open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -6,14 +6,11 @@ much more than rounding. Here the published rule is applied once, for one image 
 for that size, and exact there.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-from ibeton.model.checkpoint.foreign import State
 
 TOLERANCE = 1e-5  # of the largest feature
 
@@ -49,18 +46,3 @@ def refuse_existing(target: Path) -> None:
         raise FileExistsError(f"{target} exists: remove it, or give another name")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is no folder: make it, or give another name")
-
-
-def partial_name(target: Path) -> Path:
-    """The name of `target` until it has been checked."""
-    return target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
-
-
-def save_tensors(state: State, path: Path, facts: dict[str, str]) -> None:
-    """Write tensors as safetensors, with `facts` in the header, through to the disk."""
-    from safetensors.torch import save
-
-    with open(path, "wb") as file:  # save_file's could be read by their owner alone
-        file.write(save(state, {"format": "pt", **facts}))
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ibeton.atomic import partial_name
 from ibeton.model.backbones.blocks import LAYERNORM_EPS
+from ibeton.model.checkpoint.backbone_file import write_safetensors
 from ibeton.model.checkpoint.export import (
     check_features,
     check_side,
-    partial_name,
     refuse_existing,
-    save_tensors,
 )
 from ibeton.model.checkpoint.export_timm import timm_state
 from ibeton.model.checkpoint.files import load_backbone
@@ -37,17 +37,11 @@ def export_huggingface(
 ) -> str:
     """Write a ViT backbone as a folder that `transformers.ViTModel` loads.
 
-    As `export_timm`. Also raises ValueError for a network that ViTModel cannot express, or if
-    transformers is not installed.
+    As `export_timm`. Also raises ValueError for a network that ViTModel cannot express.
     """
     refuse_existing(target)
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "--to huggingface checks what it writes with transformers, which is not installed:"
-            " pip install -e '.[export]'"
-        ) from error
+    import transformers
+
     backbone, settings = load_backbone(source, network)
     config = fill(ModelConfig, settings)
     if config.arch in SWINS or config.mean_pool or config.layer_scale:
@@ -62,7 +56,7 @@ def export_huggingface(
         partial.mkdir(parents=True)
         _huggingface_config(config, side).save_pretrained(partial)
         state = huggingface_state(timm_state(backbone, side))
-        save_tensors(state, partial / "model.safetensors", {})
+        write_safetensors(partial / "model.safetensors", state, {})
         transformers.logging.disable_progress_bar()
         loaded: Any = transformers.ViTModel.from_pretrained(
             partial, add_pooling_layer=False, output_loading_info=True

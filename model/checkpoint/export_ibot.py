@@ -10,16 +10,8 @@ from ibeton.atomic import replacing
 from ibeton.model.checkpoint.export import refuse_existing
 from ibeton.model.checkpoint.files import load_backbone, load_checkpoint, write_through
 from ibeton.model.checkpoint.foreign import read_foreign
-from ibeton.model.config import SWINS, ModelConfig
+from ibeton.model.config import PUBLISHED_NAMES, SWINS, ModelConfig
 from ibeton.options import fill
-
-PUBLISHED_NAMES = {
-    "vit_t": "vit_tiny",
-    "vit_s": "vit_small",
-    "vit_b": "vit_base",
-    "vit_l": "vit_large",
-    **dict.fromkeys(SWINS, "swin_tiny"),
-}
 
 
 def export_ibot(source: Path, target: Path, network: str = "teacher") -> str:

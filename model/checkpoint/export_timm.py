@@ -1,6 +1,5 @@
 """A backbone as safetensors for timm."""
 
-import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,26 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.atomic import replacing
-from ibeton.model.backbones.blocks import LAYERNORM_EPS
+from ibeton.model.backbones.blocks import LAYERNORM_EPS, LayerNorm
 from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.checkpoint.backbone_file import write_safetensors
 from ibeton.model.checkpoint.export import (
     check_features,
     check_side,
     refuse_existing,
-    save_tensors,
 )
 from ibeton.model.checkpoint.files import load_backbone
 from ibeton.model.checkpoint.foreign import State
-from ibeton.model.config import SWINS, ModelConfig
+from ibeton.model.config import PUBLISHED_NAMES, SWINS, ModelConfig
 from ibeton.options import fill
 
-TIMM_NAMES = {
-    "vit_t": "vit_tiny_patch16_224",
-    "vit_s": "vit_small_patch16_224",
-    "vit_b": "vit_base_patch16_224",
-    "vit_l": "vit_large_patch16_224",
-    **dict.fromkeys(SWINS, "swin_tiny_patch4_window7_224"),
-}
 TIMM_DEFAULTS = {
     "patch_size": 16,
     "img_size": 224,
@@ -61,7 +53,7 @@ def export_timm(source: Path, target: Path, network: str = "teacher", image_size
     if config.arch not in SWINS:
         facts["num_heads"] = str(config.backbone_shape()[2])
     with replacing(target, suffix=target.suffix) as partial:
-        save_tensors(timm_state(backbone, side), partial, facts)
+        write_safetensors(partial, timm_state(backbone, side), facts)
         theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(partial), **options)
         theirs.eval()
         check_features("timm", backbone, lambda x: _timm_tokens(theirs, x), side)
@@ -98,7 +90,7 @@ def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
             options |= {"strict_img_size": False}
         if config.embed_dim:
             options |= {"embed_dim": config.embed_dim // 8}
-        options |= {"norm_layer": _norm_layer()}
+        options |= {"norm_layer": LayerNorm}
     else:
         embed_dim, depth, num_heads = config.backbone_shape()
         published = ModelConfig(arch=config.arch).backbone_shape()
@@ -113,11 +105,8 @@ def timm_options(config: ModelConfig, side: int) -> tuple[str, dict[str, Any]]:
             "global_pool": "avg" if config.mean_pool else "token",
         }
     changed = {k: v for k, v in options.items() if k not in TIMM_DEFAULTS or v != TIMM_DEFAULTS[k]}
-    return TIMM_NAMES[config.arch], changed
-
-
-def _norm_layer() -> Any:
-    return functools.partial(nn.LayerNorm, eps=LAYERNORM_EPS)  # timm's Swin has 1e-5
+    suffix = "patch4_window7_224" if config.arch in SWINS else "patch16_224"
+    return f"{PUBLISHED_NAMES[config.arch]}_{suffix}", changed
 
 
 def _shown(value: Any) -> str:

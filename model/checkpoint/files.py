@@ -92,12 +92,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for what is not a whole file of this kind.
     """
-    refuse_other_files(Path(path))
     if Path(path).suffix == ".safetensors":
-        content = read_backbone(path)
-        if content is None:
+        backbone = read_backbone(path)
+        if backbone is None:
             raise ValueError(f"{path} is no checkpoint of ibeton: {_IMPORT}")
-        return content
+        return backbone
+    refuse_other_files(Path(path))
     try:
         if zipfile.is_zipfile(path):  # files of torch before 1.6 are not
             with zipfile.ZipFile(path) as archive:
@@ -123,6 +123,14 @@ def read_file(path: str | Path) -> dict[str, Any]:
 def is_own(content: Mapping[str, Any]) -> bool:
     """Whether this program wrote it."""
     return isinstance(content.get("config"), dict) and "teacher" in content
+
+
+def read_own(path: str | Path) -> dict[str, Any] | None:
+    """A checkpoint of this program, or None for a file of another. Raises as `read_file`."""
+    if Path(path).suffix == ".safetensors":
+        return read_backbone(path)
+    content = read_file(path)
+    return content if is_own(content) else None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibeton.model.checkpoint.backbone_file import read_backbone
+from ibeton.model.checkpoint.backbone_file import SETTINGS, read_safetensors
 from ibeton.model.checkpoint.files import (
     NETWORKS,
     backbone_state,
@@ -29,10 +29,11 @@ from ibeton.model.checkpoint.files import (
     is_own,
     listed,
     read_file,
+    read_own,
     without_prefix,
 )
 from ibeton.model.checkpoint.shapes import infer_backbone, infer_head
-from ibeton.model.config import ModelConfig
+from ibeton.model.config import ARCHITECTURES, PUBLISHED_NAMES, ModelConfig
 from ibeton.model.ibot import IBOT, build_backbone, build_network
 from ibeton.model.loss import IBOTLoss
 
@@ -53,7 +54,7 @@ LEFT_OUT = re.compile(
 )
 # The published trainer's names -> ours, for what tensors' names and shapes do not show.
 PUBLISHED_ARCHITECTURES = {
-    **{"vit_tiny": "vit_t", "vit_small": "vit_s", "vit_base": "vit_b", "vit_large": "vit_l"},
+    **{PUBLISHED_NAMES[name]: name for name in ARCHITECTURES},
     **{"deit_tiny": "vit_t", "deit_small": "vit_s"},
 }
 
@@ -97,7 +98,7 @@ def load_weights_into(ibot: IBOT, path: str | Path, network: str = "teacher") ->
     Returns the names of what is not loaded in the student's backbone: `masked_embed`, if the file
     has none. Raises ValueError, naming the tensors, for a backbone of another architecture.
     """
-    content = _content_of(path, network)
+    content = read_own(path) or read_foreign(path, network).content
     state = backbone_state(content, network if network in content else "teacher", path)
     if "student" in content:
         state |= {"masked_embed": content["student"]["backbone.masked_embed"]}
@@ -110,35 +111,20 @@ def load_weights_into(ibot: IBOT, path: str | Path, network: str = "teacher") ->
     return list(fresh)
 
 
-def _content_of(path: str | Path, network: str) -> dict[str, Any]:
-    if Path(path).suffix != ".safetensors" or read_backbone(path) is not None:
-        content = read_file(path)
-        if is_own(content):
-            return content
-    return read_foreign(path, network).content
-
-
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The file's entries, and the settings that it holds."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        content = read_file(path)
-        if is_own(content):
-            raise ValueError(f"{path} is a checkpoint of ibeton already: there is nothing to do")
-        arguments = content.get("args")
-        settings = dict(vars(arguments)) if hasattr(arguments, "__dict__") else {}
-        return content, settings | {"arch": PUBLISHED_ARCHITECTURES.get(settings.get("arch", ""))}
-    from safetensors import SafetensorError, safe_open
-
-    if read_backbone(path) is not None:
-        raise ValueError(f"{path} is a backbone of ibeton already: there is nothing to do")
-    try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            settings = {k: int(v) for k, v in facts.items() if v.isdecimal()}
-            settings |= {k: v for k, v in facts.items() if k == "arch"}
-            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from error
+    if Path(path).suffix == ".safetensors":
+        tensors, facts = read_safetensors(path)
+        if SETTINGS in facts:
+            raise ValueError(f"{path} is a backbone of ibeton already: there is nothing to do")
+        settings: dict[str, Any] = {k: int(v) for k, v in facts.items() if v.isdecimal()}
+        return tensors, settings | {k: v for k, v in facts.items() if k == "arch"}
+    content = read_file(path)
+    if is_own(content):
+        raise ValueError(f"{path} is a checkpoint of ibeton already: there is nothing to do")
+    arguments = content.get("args")
+    settings = dict(vars(arguments)) if hasattr(arguments, "__dict__") else {}
+    return content, settings | {"arch": PUBLISHED_ARCHITECTURES.get(settings.get("arch", ""))}
 
 
 def _find_state(

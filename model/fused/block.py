@@ -20,7 +20,6 @@ from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gr
 from ibeton.model.kernels.packed_attention import attend, attention_backward
 from ibeton.model.kernels.residual_norm import (
     Branch,
-    Normed,
     partial_columns,
     residual_norm_backward,
     residual_norm_forward,
@@ -63,7 +62,7 @@ class Weights(NamedTuple):
 def fused_block(
     block: Block,
     x: Tensor,  # float32 [T, C]
-    before: Branch | None,  # what is still to be added to x
+    before: Branch,  # what is still to be added to x
     shapes: Shapes,
     kept_attention: Kept | None,
     kept_mlp: Kept | None,  # of the tokens in `rows`
@@ -73,8 +72,8 @@ def fused_block(
     """The stream float32 [R, C] after the block's attention, and its MLP's output."""
     attention, mlp = block.attn, block.mlp
     weights = Weights(
-        before and before.bias,
-        before and before.scale,
+        before.bias,
+        before.scale,
         *(block.norm1.weight, block.norm1.bias, attention.qkv.weight, attention.qkv.bias),
         *(attention.proj.weight, attention.proj.bias, block.gamma_1),
         *(block.norm2.weight, block.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight),
@@ -84,13 +83,13 @@ def fused_block(
         attention.num_heads,
         block.norm1.eps,
         product_dtype(x),
-        before.factor if before is not None else None,
+        before.factor,
         kept_attention.factor if kept_attention is not None else None,
         rows,
         recompute,
         torch.is_grad_enabled(),
     )
-    x, out = _Block.apply(call, x, before and before.out, *weights)
+    x, out = _Block.apply(call, x, before.out, *weights)
     factor = kept_mlp.factor if kept_mlp is not None else None
     return x, Branch(out, mlp.fc2.bias, block.gamma_2, factor)
 
@@ -101,7 +100,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, call: Call, x: Tensor, out_before: Tensor | None, *parameters: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         w = Weights(*parameters)  # type: ignore[arg-type]
-        branch = _branch(out_before, w.bias_before, w.scale_before, call.factor_before)
+        branch = Branch(out_before, w.bias_before, w.scale_before, call.factor_before)
         with torch.autocast(x.device.type, enabled=False):
             first = residual_norm_forward(x, branch, w.norm1, w.norm1_bias, call.eps, call.dtype)
             qkv_weight, qkv_bias = in_dtype(w.qkv, call.dtype), w.qkv_bias
@@ -155,7 +154,7 @@ class _Block(torch.autograd.Function):
             out_before = first_x.new_empty(first_x.shape, dtype=call.dtype)  # dtype and shape
         if projected is None:
             projected = second_x.new_empty(second_x.shape, dtype=call.dtype)
-        before = _branch(out_before, w.bias_before, w.scale_before, call.factor_before)
+        before = Branch(out_before, w.bias_before, w.scale_before, call.factor_before)
         added = Branch(projected, w.proj_bias, w.gamma_1, call.factor)
         width = first_x.shape[1]
         columns = [
@@ -174,9 +173,9 @@ class _Block(torch.autograd.Function):
         grad_fc2 = weight_gradient(grad_out, active if again is None else again, w.fc2)
         del active, again
         grad_fc1 = weight_gradient(grad_hidden, normed2, w.fc1)
-        second = Normed(second_x, normed2, mean2, rstd2)
         grad_x, grad_projected = residual_norm_backward(
-            grad_hidden @ fc1, grad_x.contiguous(), second, added, w.norm2, norm2_sums
+            *(grad_hidden @ fc1, grad_x.contiguous(), second_x, mean2, rstd2),
+            *(added, w.norm2, norm2_sums),
         )
         assert grad_projected is not None
         del grad_hidden, normed2
@@ -189,9 +188,9 @@ class _Block(torch.autograd.Function):
         grad_qkv = attention_backward(grad_projected @ proj, attended, qkv_sums)
         del attended, grad_projected
         grad_qkv_weight = weight_gradient(grad_qkv, normed1, w.qkv)
-        first = Normed(first_x, normed1, mean1, rstd1)
         grad_x, grad_before = residual_norm_backward(
-            grad_qkv @ qkv_weight, grad_x, first, before, w.norm1, norm1_sums
+            *(grad_qkv @ qkv_weight, grad_x, first_x, mean1, rstd1),
+            *(before, w.norm1, norm1_sums),
         )
         norm1, qkv_bias, norm2, fc1_bias = column_sums(sums).split(columns)
         norm1, norm2 = norm1.split(width), norm2.split(width)
@@ -206,11 +205,5 @@ class _Block(torch.autograd.Function):
         return None, grad_x, grad_before, *gradients
 
 
-def _branch(
-    out: Tensor | None, bias: Tensor | None, scale: Tensor | None, factor: Tensor | None
-) -> Branch | None:
-    return None if out is None else Branch(out, bias, scale, factor)
-
-
 def _norm_again(x: Tensor, gamma: Tensor, beta: Tensor, call: Call) -> Tensor:
-    return residual_norm_forward(x, None, gamma, beta, call.eps, call.dtype).out
+    return residual_norm_forward(x, Branch(), gamma, beta, call.eps, call.dtype).out

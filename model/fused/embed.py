@@ -5,6 +5,7 @@
 of a patch, C channels.
 """
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -91,20 +92,13 @@ class _Embed(torch.autograd.Function):
         grad_weight = weight_gradient(grad_product, packed, weight).view_as(weight)
         by_size = [s.view(2, -1, width) for s in column_sums(partial).split(columns)]
         # Of each crop size, over all patches and over those that are not masked.
-        every, seen = _total([sums[:, 1:].sum(dim=1) for sums in by_size])
-        grad_cls = _total([sums[0, 0] for sums in by_size]).view_as(cls_token)
+        every, seen = reduce(torch.add, [sums[:, 1:].sum(dim=1) for sums in by_size])
+        grad_cls = reduce(torch.add, [sums[0, 0] for sums in by_size]).view_as(cls_token)
         return (
             *(None, None, None, grad_weight, seen, grad_cls),
             None if masked_embed is None else (every - seen).view_as(masked_embed),
             *(sums[:1] for sums in by_size),
         )
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    total, *others = parts
-    for other in others:
-        total = total + other
-    return total
 
 
 def _by_size(patches: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ibeton.model.host_inputs import from_host
 from ibeton.model.ibot import IBOT
 from ibeton.model.kernels.launch import counted, kernels_run_on
-from ibeton.model.kernels.update import Settings, Slot, chunk_count, chunk_table, fused_update
+from ibeton.model.kernels.update import CHUNK, Settings, Slot, chunk_table, fused_update
 from ibeton.model.optim import AdamW, is_last_layer
 
 
@@ -23,7 +23,8 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _nothing(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """A tensor like `_chunks`, while launches are counted."""
-    return torch.empty(chunk_count(sizes), 2, dtype=torch.int32, device=device)
+    count = sum(-(-size // CHUNK) for size in sizes)
+    return torch.empty(count, 2, dtype=torch.int32, device=device)
 
 
 class FusedUpdate:
@@ -99,8 +100,5 @@ class FusedUpdate:
         state = self._optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(weight),
-                torch.zeros_like(weight),
-            )
+            state |= {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         return state

@@ -39,8 +39,8 @@ class Launch(NamedTuple):
 
 
 Observer = Callable[[Launch], None]
-_observers: list[tuple[Observer, int]] = []  # each with the capability that it stands for
-_listeners: list[Observer] = []
+_observers: list[Observer] = []
+_stands_for = 0  # while launches are counted, the capability of the GPU that they are counted for
 _switched_off = False
 MATRIX_UNITS = 80  # sm_80 and later have matrix units that Triton can use
 
@@ -52,7 +52,7 @@ def interpreted() -> bool:
 
 def counted() -> bool:
     """Whether launches are counted, on tensors that stand for those of a GPU."""
-    return bool(_observers)
+    return _stands_for > 0
 
 
 def kernels_run_on(x: Tensor) -> bool:
@@ -80,8 +80,8 @@ def matrix_units(x: Tensor) -> bool:
 def capability(x: Tensor) -> int:
     """The compute capability, 80 for sm_80 and so on, of the device of `x`, or of the one that
     launches are counted for; 0 in the interpreter."""
-    if _observers:
-        return _observers[-1][1]
+    if counted():
+        return _stands_for
     if not x.is_cuda:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -97,11 +97,9 @@ def launch(
 ) -> None:
     """Run a Triton kernel, or only report it while `counting`. An empty grid runs nothing.
     `touches`: tensors that the kernel finds by their addresses."""
-    if _listeners or _observers:
-        made = Launch(kernel, arguments, constants, touches or [])
-        for hear in (*_listeners, *(observer for observer, _ in _observers[-1:])):
-            hear(made)
-    if not _observers and all(grid):
+    for observer in _observers:
+        observer(Launch(kernel, arguments, constants, touches or []))
+    if not counted() and all(grid):
         kernel[grid](*arguments, **constants)
 
 
@@ -114,18 +112,20 @@ def row_tile(width: int) -> dict[str, Any]:
 @contextmanager
 def counting(observer: Observer, capability: int = 90) -> Iterator[None]:
     """Report the launches inside to `observer`, as on sm_`capability`, without running them."""
-    _observers.append((observer, capability))
+    global _stands_for
+    before, _stands_for = _stands_for, capability
     try:
-        yield
+        with listening(observer):
+            yield
     finally:
-        _observers.pop()
+        _stands_for = before
 
 
 @contextmanager
-def listening(listener: Observer) -> Iterator[None]:
-    """Also report the launches inside to `listener`."""
-    _listeners.append(listener)
+def listening(observer: Observer) -> Iterator[None]:
+    """Also report the launches inside to `observer`."""
+    _observers.append(observer)
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _observers.remove(observer)

@@ -18,13 +18,14 @@ from ibeton.model.kernels.launch import jit, launch, row_tile, tl, triton
 class Branch(NamedTuple):
     """What is added to the stream: factor * scale * (out + bias)."""
 
-    out: Tensor  # [T, C] in any float dtype
+    out: Tensor | None = None  # [T, C] in any float dtype; None: nothing is added
     bias: Tensor | None = None  # float32 [C]
     scale: Tensor | None = None  # float32 [C], layer scale
     factor: Tensor | None = None  # float32 [T, 1], stochastic depth: 0 or 1 / (1 - rate)
 
     def value(self) -> Tensor:
         """The sum's second term [T, C], float32 at least, in plain PyTorch."""
+        assert self.out is not None
         out = self.out.to(torch.promote_types(self.out.dtype, torch.float32))
         out = out if self.bias is None else out + self.bias
         out = out if self.scale is None else self.scale * out
@@ -41,20 +42,20 @@ class Normed(NamedTuple):
 
 
 def residual_norm_reference(
-    x: Tensor, branch: Branch | None, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, branch: Branch, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """x [T, C] -> the stream x + branch, and its layer norm in `dtype`."""
-    x = x if branch is None else x + branch.value()
+    x = x if branch.out is None else x + branch.value()
     return x, F.layer_norm(x, gamma.shape, gamma, beta, eps).to(dtype)
 
 
 def residual_norm_forward(
-    x: Tensor, branch: Branch | None, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, branch: Branch, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> Normed:
     """`residual_norm_reference` by the kernel, for x float32. Without a branch the stream is `x`
     itself."""
     tokens, width = x.shape
-    summed = x if branch is None else torch.empty_like(x)
+    summed = x if branch.out is None else torch.empty_like(x)
     out = torch.empty(tokens, width, dtype=dtype, device=x.device)
     mean, rstd = x.new_empty(tokens), x.new_empty(tokens)
     tile = row_tile(width)
@@ -62,13 +63,10 @@ def residual_norm_forward(
         _residual_norm_kernel,
         (triton.cdiv(tokens, tile["ROWS"]),),
         x,
-        branch and branch.out,
-        branch and branch.bias,
-        branch and branch.scale,
-        branch and branch.factor,
+        *branch,
         gamma,
         beta,
-        None if branch is None else summed,
+        None if branch.out is None else summed,
         out,
         mean,
         rstd,
@@ -82,44 +80,42 @@ def residual_norm_forward(
 def residual_norm_backward(
     grad_out: Tensor,  # [T, C], of the normed tokens
     grad_x: Tensor | None,  # float32 [T, C], of the stream; None: zero
-    normed: Normed,
-    branch: Branch | None,
+    x: Tensor,  # float32 [T, C], of `Normed`, as the two below
+    mean: Tensor,
+    rstd: Tensor,
+    branch: Branch,
     gamma: Tensor,
     partial: Tensor,  # float32 [P, columns of `partial_columns`], a view; receives the sums
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the stream before the addition, float32, and of `branch.out` in its dtype. The
     columns of `partial` are those of gamma, beta, bias and scale, C each; bias and scale only if
     the branch has them."""
-    grad = torch.empty_like(normed.x)
-    grad_branch = torch.empty_like(branch.out) if branch is not None else None
+    grad = torch.empty_like(x)
+    grad_branch = None if branch.out is None else torch.empty_like(branch.out)
     launch(
         _residual_norm_backward_kernel,
         (len(partial),),
         grad_out,
         grad_x,
-        normed.x,
-        normed.mean,
-        normed.rstd,
+        x,
+        mean,
+        rstd,
         gamma,
-        branch.out if branch is not None and branch.scale is not None else None,
-        branch and branch.bias,
-        branch and branch.scale,
-        branch and branch.factor,
+        None if branch.scale is None else branch.out,
+        *branch[1:],
         grad,
         grad_branch,
         partial,
         partial.stride(0),
         len(grad),
-        HAS_BRANCH=branch is not None,
+        HAS_BRANCH=branch.out is not None,
         **row_tile(grad.shape[1]),
     )
     return grad, grad_branch
 
 
-def partial_columns(branch: Branch | None) -> int:
+def partial_columns(branch: Branch) -> int:
     """How many C columns of partial sums the backward writes: gamma, beta, bias, scale."""
-    if branch is None:
-        return 2
     return 2 + (branch.bias is not None) + (branch.scale is not None)
 
 
@@ -243,11 +239,10 @@ def _residual_norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def residual_norm(
-    x: Tensor, branch: Branch | None, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, branch: Branch, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`residual_norm_reference` by the kernel, with its own backward. x float32."""
-    parts = (None,) * 4 if branch is None else branch
-    return _ResidualNorm.apply(x, *parts, gamma, beta, eps, dtype)
+    return _ResidualNorm.apply(x, *branch, gamma, beta, eps, dtype)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -264,27 +259,23 @@ class _ResidualNorm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        branch = None if out is None else Branch(out, bias, scale, factor)
-        normed = residual_norm_forward(x, branch, gamma, beta, eps, dtype)
+        normed = residual_norm_forward(x, Branch(out, bias, scale, factor), gamma, beta, eps, dtype)
         kept = out if scale is not None else None
         ctx.save_for_backward(normed.x, normed.mean, normed.rstd, kept, bias, scale, factor, gamma)
-        ctx.branch_like = None if out is None else (out.dtype, out.device)
+        ctx.branch_like = None if out is None else out.dtype
         ctx.set_materialize_grads(False)
-        return normed.x if branch is not None else x.view_as(x), normed.out
+        return normed.x if out is not None else x.view_as(x), normed.out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, kept, bias, scale, factor, gamma = ctx.saved_tensors
-        branch = None
-        if ctx.branch_like is not None:
-            dtype, device = ctx.branch_like
-            out = torch.empty(x.shape, dtype=dtype, device=device) if kept is None else kept
-            branch = Branch(out, bias, scale, factor)
+        if kept is None and ctx.branch_like is not None:
+            kept = x.new_empty(x.shape, dtype=ctx.branch_like)
+        branch = Branch(kept, bias, scale, factor)
         width = x.shape[1]
         partial = partial_sums(x, partial_columns(branch) * width)
-        normed = Normed(x, x, mean, rstd)
         grad, grad_branch = residual_norm_backward(
-            grad_out.contiguous(), grad_x, normed, branch, gamma, partial
+            grad_out.contiguous(), grad_x, x, mean, rstd, branch, gamma, partial
         )
         sums = list(column_sums(partial).split(width))
         grad_bias = sums[2] if bias is not None else None

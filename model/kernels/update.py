@@ -42,9 +42,6 @@ class Slot(NamedTuple):
         addresses = [0 if t is None or counted() else t.data_ptr() for t in self[:8]]
         return [*addresses, self.weight.numel(), learns + DECAYS * self.decays]
 
-    def tensors(self) -> list[Tensor]:
-        return [t for t in self[:8] if t is not None]
-
 
 class Settings(NamedTuple):
     """What stays the same in a run."""
@@ -53,11 +50,6 @@ class Settings(NamedTuple):
     beta2: float
     eps: float
     clip: float  # of each gradient's norm; 0: none
-
-
-def chunk_count(sizes: tuple[int, ...]) -> int:
-    """Chunks N of parameters of these sizes."""
-    return sum(-(-size // CHUNK) for size in sizes)
 
 
 def chunk_table(sizes: tuple[int, ...]) -> Tensor:
@@ -101,15 +93,14 @@ def fused_update(
         num_warps=4,
     )
     halves = [t for slot in slots for t in (slot.half, slot.teacher_half) if t is not None]
-    inside = [t for slot in slots for t in slot.tensors()]
-    both_ways = [t for slot in slots for t in slot.tensors()[:1]]
-    both_ways += [t for s in slots for t in (s.exp_avg, s.exp_avg_sq, s.teacher) if t is not None]
+    inside = [t for slot in slots for t in slot[:8] if t is not None]
+    written = [t for s in slots for t in (s.weight, s.exp_avg, s.exp_avg_sq, s.teacher)]
     launch(
         _update_kernel,
         grid,
         *(table, chunks, rates, factors, found, count),
         *(settings.beta2, 1 - settings.beta1, 1 - settings.beta2, settings.eps),
-        touches=inside + both_ways,
+        touches=inside + [t for t in written if t is not None],
         HALF=halves[0].dtype is torch.float16 if halves else False,
         num_warps=4,
         **constants,

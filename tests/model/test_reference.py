@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ibeton.model import ModelConfig, build, training_step
-from ibeton.model.network import Network, views_one_by_one
+from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.optim import build_optimizer
 from ibeton.model.reference import (
     forward_reference,
@@ -134,9 +134,12 @@ def test_a_backbone_that_only_gives_tokens_will_do(monkeypatch):
     ibot = make_model(torch.float64)
     batch = make_batch(ibot, dtype=torch.float64)
     expected = outcome(ibot, batch, True)
+    views = VisionTransformer.forward_views
     monkeypatch.setattr(
-        Network, "_views", lambda network, *a: views_one_by_one(network.backbone, *a)
+        VisionTransformer, "forward", lambda vit, x, m=None: views(vit, [x], [m])[0]
     )
+    for name in ("forward_views", "selected", "tokens_for_product"):
+        monkeypatch.delattr(VisionTransformer, name)
     torch.testing.assert_close(outcome(ibot, batch, True), expected, rtol=1e-11, atol=1e-11)
 
 

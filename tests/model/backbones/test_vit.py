@@ -13,7 +13,6 @@ from ibeton.model.backbones.blocks import (
     among,
     attend,
     draw_kept,
-    drop_path,
 )
 from ibeton.model.backbones.vit import VisionTransformer
 from ibeton.model.reference import vit_reference
@@ -69,11 +68,10 @@ def test_tokens_of_all_sizes_together(arrays, vit, assert_near):
     sizes = ["224", "96", "160", "96x160"]
     masks = [torch.from_numpy(arrays["mask224"]), torch.from_numpy(arrays["mask96"]), None, None]
     images = [torch.from_numpy(arrays[f"x{size}"]) for size in sizes]
-    outputs = vit.forward_views(images, masks, [None] * 4)
+    outputs = vit.forward_views(images, masks)
     names = ["tokens224_masked", "tokens96_masked", "tokens160", "tokens96x160"]
-    for (cls, patches), name in zip(outputs, names, strict=True):
-        assert_near(cls, arrays[name][:, 0])
-        assert_near(patches, arrays[name][:, 1:])
+    for tokens, name in zip(outputs, names, strict=True):
+        assert_near(tokens, arrays[name])
 
 
 def test_dropped_samples_are_the_same_for_selected_tokens():
@@ -88,13 +86,14 @@ def test_dropped_samples_are_the_same_for_selected_tokens():
 
 
 def test_only_selected_patches_are_returned(arrays, vit, assert_near):
-    indices = [torch.tensor([0, 195, 196, 391]), torch.empty(0, dtype=torch.int64)]
+    index = torch.tensor([0, 195, 196, 391])
     images = [torch.from_numpy(arrays[f"x{size}"]) for size in ("224", "96")]
-    (cls, patches), (small_cls, nothing) = vit.forward_views(images, [None, None], indices)
+    rows = vit.selected(images, [None, None], index)
+    cls, small_cls, patches = rows.split([len(images[0]), len(images[1]), len(index)])
     assert_near(cls, arrays["tokens224"][:, 0])
-    assert_near(patches, arrays["tokens224"][:, 1:].reshape(-1, 64)[indices[0]])
     assert_near(small_cls, arrays["tokens96"][:, 0])
-    assert nothing.shape == (0, 64)
+    assert_near(patches, arrays["tokens224"][:, 1:].reshape(-1, 64)[index])
+    assert len(vit.selected(images, [None, None], index[:0])) == len(rows) - len(index)
 
 
 @pytest.mark.parametrize("size", ["224", "96"])
@@ -169,14 +168,6 @@ def test_layer_scale_and_mean_pooling(reference, under, assert_near):
     tokens = vit(torch.from_numpy(arrays["x96"]))
     assert_near(tokens, arrays["tokens96"])
     assert_near(tokens[:, 0], arrays["cls96"])
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    torch.manual_seed(0)
-    out = drop_path(torch.ones(20_000, 2, 3), 0.25, training=True)
-    values = out.flatten(1)
-    assert ((values == 0).all(1) | (values == 1 / 0.75).all(1)).all()
-    assert abs(values.mean() - 1) < 0.02
 
 
 def drawn(rate, shapes, device="cpu", draws=1):

@@ -99,9 +99,7 @@ def test_residual_norm(shape, dtype, has):
     def run(kernel):
         def call(*arguments):
             given = dict(zip(names, arguments, strict=True))
-            branch = None
-            if "out" in given:
-                branch = Branch(given["out"], given.get("bias"), given.get("scale"), factor)
+            branch = Branch(given.get("out"), given.get("bias"), given.get("scale"), factor)
             return kernel(given["x"], branch, given["gamma"], given["beta"], 1e-6, dtype)
 
         return outcome(call, values, [draw(*shape, seed=7), draw(*shape, dtype=dtype, seed=8)])
