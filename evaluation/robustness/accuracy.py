@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import Extraction, image_batches
+from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
 from ibeton.evaluation.photos import PhotoSet, View, center_view, evaluation_view
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
 from ibeton.progress import progress
@@ -62,8 +62,7 @@ def top1(
             right += int((chosen == photos.labels[batch.indices]).sum())
             read += len(batch.indices)
             advance(len(batch.indices) + len(batch.unreadable))
-    if not read:
-        raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
+    check_read(photos, read)
     return 100 * right / read
 
 
