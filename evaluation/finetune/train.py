@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.distributed import without_reduction
-from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.finetune.run import FinetuneRun, save
 from ibeton.evaluation.finetune.score import score
@@ -105,8 +104,7 @@ def train_step(run: FinetuneRun, batch: Batch) -> dict[str, Tensor]:
     """
     config, model, device, dtype = run.config, run.model, run.here.device, run.dtype
     run.optimizer.zero_grad(set_to_none=True)
-    scaler = run.scaler or torch.amp.GradScaler(device.type, enabled=False)
-    results = []
+    scaler, results = run.scaler, []
     for i, (images, targets) in enumerate(_parts(run, batch)):
         seed_all(config.seed, run.step, run.here.rank, i, 1)  # stochastic depth
         with nullcontext() if i == config.accumulate - 1 else without_reduction(model):
@@ -236,7 +234,3 @@ def task_name(run: FinetuneRun) -> str:
             share = f"{float(config.labels):g}"
         return f"semi_{share}"
     return "finetune"
-
-
-def write_report(run: FinetuneRun) -> None:
-    write_json(report(run), run.folder / "finetune.json")
