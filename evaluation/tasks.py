@@ -19,8 +19,8 @@ from ibeton.evaluation.command import (
     Scores,
     add_checkpoint_options,
     extraction_of,
-    show_scores,
-    write_json,
+    settings_of,
+    write_and_show,
 )
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
@@ -87,15 +87,6 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
     return {**settings_of(args, config, task.settings), "left_out": {}, "scores": scores}
 
 
-def settings_of(
-    args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
-) -> dict[str, Any]:
-    """The part of a report that says what was evaluated, and how."""
-    given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
-    plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
-    return {**plain, "arch": config["arch"]}
-
-
 def one_process(name: str) -> None:
     """Raise ValueError under torchrun with several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -109,7 +100,6 @@ def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequ
         sets = "+".join(protocol for protocol in first if protocol != name)
         checkpoint = Path(report["checkpoint"])
         path = checkpoint.with_name(".".join(filter(None, (checkpoint.stem, name, sets, "json"))))
-    write_json(report, path)
     chosen = [(protocol, s) for protocol in first for s in headlines if s in first[protocol]]
-    show_scores(report["scores"], name, chosen)
+    write_and_show(report, path, name, chosen)
     return path

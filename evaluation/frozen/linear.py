@@ -115,9 +115,7 @@ def check_head_option(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> LinearSettings:
-    settings = LinearSettings(args.epochs, args.sgd_batch, tuple(args.lr))
-    settings.check()
-    return settings
+    return LinearSettings(args.epochs, args.sgd_batch, tuple(args.lr))
 
 
 def linear_scores(task: Task, rows: Tensor | None = None) -> Scores:

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_or_exit
-from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of
+from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of, settings_of
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.robustness import accuracy
 from ibeton.evaluation.robustness.classifier import Classifier, load_classifier
 from ibeton.evaluation.robustness.curves import Saliency, curve_scores, draw_curves, measure
-from ibeton.evaluation.tasks import finish, one_process, settings_of
+from ibeton.evaluation.tasks import finish, one_process
 from ibeton.model.checkpoint import load_backbone
 from ibeton.model.config import SWINS
 from ibeton.options import Parser
@@ -162,8 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             title = f"{args.checkpoint.name}, {args.val}"
             draw_curves(report["scores"][args.network], picture, title)
             print(picture)
-        for what, reason in report["left_out"].items():
-            print(f"left out: {what}: {reason}")
 
     return run_or_exit(act)
 
