@@ -54,18 +54,16 @@ class FrozenTask(Generic[Data]):
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-        args = make_parser(self).parse_args(argv)
+        parser = Parser(prog=f"ibeton {self.name}", description=self.about)
+        add_checkpoint_options(parser)
+        parser.add_argument(
+            "--untrained",
+            action="store_true",
+            help="also evaluate the same network before training",
+        )
+        self.add_options(parser)
+        args = parser.parse_args(argv)
         return run_or_exit(lambda: finish(run(args, self), self.name, args.json, self.headlines))
-
-
-def make_parser(task: FrozenTask) -> Parser:
-    parser = Parser(prog=f"ibeton {task.name}", description=task.about)
-    add_checkpoint_options(parser)
-    parser.add_argument(
-        "--untrained", action="store_true", help="also evaluate the same network before training"
-    )
-    task.add_options(parser)
-    return parser
 
 
 def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
