@@ -197,8 +197,7 @@ def command(
     protocols: Sequence[Protocol], name: str, about: str, argv: Sequence[str] | None = None
 ) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-    parser = make_parser(protocols, name, about)
-    args = parser.parse_args(argv)
+    args = make_parser(protocols, name, about).parse_args(argv)
 
     def act() -> None:
         report = run(args, protocols)

@@ -55,11 +55,7 @@ def make_parser() -> Parser:
         type=Path,
         help="checkpoint whose attention decides which patches are salient",
     )
-    add(
-        "--saliency-head",
-        type=int,
-        help="attention head to take, from 0 (default: the mean of all)",
-    )
+    add("--saliency-head", type=int, help="attention head, from 0 (default: the mean of all)")
     add("--seed", type=int, default=0, help="seed of dropped patches and shuffled pieces")
     return parser
 
@@ -151,8 +147,7 @@ def say(words: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     def act() -> None:
         report = run(args)
