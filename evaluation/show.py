@@ -1,12 +1,6 @@
-"""Pictures of what a backbone learned, one PNG per call.
+"""Pictures of what a backbone learned, one PNG per call:
 
-python -m evaluation.show attention       where the class token looks, head by head
-python -m evaluation.show patterns        the patches most central to a prototype
-python -m evaluation.show correspondence  patches of two views, or two photos, that find each other
-python -m evaluation.show neighbors      the photos nearest to a photo
-python -m evaluation.show learned        those before and after training, and the attention
-
-all with --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
+ibeton show KIND --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
 """
 
 import argparse

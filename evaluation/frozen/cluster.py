@@ -5,8 +5,6 @@ token, as published) and from k-means on normalized class tokens of the training
 clusters as classes. Accuracy gives each class one cluster, by Hungarian matching; clusters beyond
 are wrong. ARI, NMI (arithmetic mean, as published) and Fowlkes-Mallows take any number of clusters.
 Few or uneven clusters raise the last by themselves: beside it stands what their sizes alone give.
-
-    python -m evaluation.frozen.cluster --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import math

@@ -12,8 +12,6 @@ learning rates.
 
 `--save-head` keeps the layer of the rate that is best after the last epoch, for
 `evaluation.robustness`.
-
-    python -m evaluation.frozen.linear --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import argparse
@@ -65,16 +63,13 @@ def augmented(
 
     def batches(epoch: int) -> Batches:
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(photos))
-        waiting: list[tuple[Tensor, Tensor]] = []
-        size = settings.batch_size
-        parts = feature_batches(backbone, photos, names, order, how, epoch=epoch)
-        for indices, found in parts:
-            waiting.append((joined(found, names), torch.from_numpy(photos.labels[indices])))
-            while sum(len(labels) for _, labels in waiting) >= size:
-                features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+        size, features, labels = settings.batch_size, torch.empty(0), torch.empty(0).long()
+        for indices, found in feature_batches(backbone, photos, names, order, how, epoch=epoch):
+            features = torch.cat([features, joined(found, names)])
+            labels = torch.cat([labels, torch.from_numpy(photos.labels[indices])])
+            while len(labels) >= size:
                 yield features[:size], labels[:size]
-                waiting = [(features[size:], labels[size:])]
-        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+                features, labels = features[size:], labels[size:]
         if len(labels):
             yield features, labels
 

@@ -2,8 +2,6 @@
 
 The subset has equally many photos of each class (as far as a class has them), at least one, drawn
 from a seed. The published lists are those of SimCLRv2 for ImageNet; these are of any set.
-
-    python -m evaluation.frozen.semi --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import argparse
