@@ -21,6 +21,7 @@ from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
+from ibeton.evaluation.networks import view_size
 from ibeton.evaluation.photos import EVALUATION_VIEWS, PhotoViews
 from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
@@ -70,12 +71,7 @@ class FinetuneRun:
         device, world_size = here.device, here.world_size
         own, self.group = config.shares(world_size)  # `group` images mix together
         self.precision, self.dtype = precision_on(device, config.precision)
-        size = config.image_size or int(self.backbone_config["image_size"])
-        patch = int(self.backbone_config["patch_size"])
-        if size % patch:
-            raise ValueError(
-                f"--image-size {size} is not a multiple of the backbone's patch, {patch}"
-            )
+        size = view_size(config.image_size, self.backbone_config)
         self.sets = open_sets(config)
         settings = ViewSettings(size, config.scale, config.augment, config.seed, config.repeats)
         ranks, on_gpu = (here.rank, world_size), device.type == "cuda"

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ibeton.command import run_or_exit
 from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of, settings_of
 from ibeton.evaluation.frozen.features import Extraction
@@ -90,14 +92,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for key, (own, candidates) in variants.items():
         say(f"{key}: {len(own)} photos, {len(candidates)} classes")
         scores[key] = {"top1": accuracy.top1(model, own, how, key, candidates)}
-    errors: dict[str, list[float]] = {}
-    for name, levels in corruptions.items():
-        for level, own in levels.items():
-            say(f"imagenet_c: {name} {level}, {len(own)} photos")
-            right = accuracy.top1(model, own, how, f"{name} {level}")
-            errors.setdefault(name, []).append(100 - right)
-    if errors:
-        scores["imagenet_c"] = accuracy.corruption_scores(errors)
+    if corruptions:
+        scores["imagenet_c"] = _corruption_scores(model, corruptions, how)
         if "mce" not in scores["imagenet_c"]:
             left_out["mce"] = f"{args.imagenet_c} lacks some of the 15 standard corruptions"
     accuracies = {}
@@ -114,6 +110,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report = settings_of(args, judged.config, settings)
     report |= {"image_size": judged.size, "classes": judged.num_classes}
     return {**report, "left_out": left_out, "scores": {args.network: scores}}
+
+
+def _corruption_scores(
+    model: nn.Module, sets: dict[str, dict[str, PhotoSet]], how: Extraction
+) -> Scores:
+    errors: dict[str, list[float]] = {}
+    for name, levels in sets.items():
+        for level, photos in levels.items():
+            say(f"imagenet_c: {name} {level}, {len(photos)} photos")
+            right = accuracy.top1(model, photos, how, f"{name} {level}")
+            errors.setdefault(name, []).append(100 - right)
+    return accuracy.corruption_scores(errors)
 
 
 def _saliency(
