@@ -25,13 +25,7 @@ from torch import Tensor, nn
 
 from ibeton.evaluation.command import Protocol, Scores, Task
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
-from ibeton.evaluation.frozen.heads import (
-    RATES,
-    Batches,
-    LinearHeads,
-    LinearSettings,
-    train_heads,
-)
+from ibeton.evaluation.frozen.heads import RATES, Batches, LinearHeads, LinearSettings, train_heads
 from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.checkpoint import save_checkpoint

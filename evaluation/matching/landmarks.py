@@ -26,11 +26,7 @@ from torch import Tensor
 
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import evaluating, normalized
-from ibeton.evaluation.matching.precision import (
-    average_precision,
-    precision_at,
-    ranks_without_junk,
-)
+from ibeton.evaluation.matching.precision import average_precision, precision_at, ranks_without_junk
 from ibeton.evaluation.photos import opened, planes
 from ibeton.evaluation.plain_pickle import read_pickle
 from ibeton.evaluation.tasks import FrozenTask, Subject
