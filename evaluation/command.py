@@ -155,11 +155,11 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
         if head is not None:
             head.to(how.device)
         own = sorted(names if head is not None else names - {"prototype"})
-        features = [
+        learned, judged = (
             cached_features(folder, backbone, config, photos, own, how, head)
             for photos in (train, val)
-        ]
-        tasks.append(Task(*features, classes, args, config, how, backbone, train, network))
+        )
+        tasks.append(Task(learned, judged, classes, args, config, how, backbone, train, network))
     scores: Columns = {}
     if rank_and_size()[0] == 0:
         for task in tasks:
