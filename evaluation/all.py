@@ -8,15 +8,8 @@ from collections.abc import Sequence
 from ibeton.evaluation.command import command
 from ibeton.evaluation.frozen import cluster, knn, linear, logistic, parts, retrieval, semi
 
-PROTOCOLS = (
-    knn.PROTOCOL,
-    linear.PROTOCOL,
-    logistic.PROTOCOL,
-    semi.PROTOCOL,
-    cluster.PROTOCOL,
-    parts.PROTOCOL,
-    retrieval.PROTOCOL,
-)
+MODULES = (knn, linear, logistic, semi, cluster, parts, retrieval)
+PROTOCOLS = tuple(module.PROTOCOL for module in MODULES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

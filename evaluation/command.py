@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from ibeton.atomic import write_text
@@ -30,6 +30,7 @@ from ibeton.progress import plain_console
 from ibeton.training.config import PRECISIONS
 
 Scores = dict[str, float]
+Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 # How names of scores end, by unit
 _COUNTS = ("labels", "clusters", "epoch")
 _SETTINGS = ("lr", "strength")
@@ -139,28 +140,41 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     size = view_size(args.image_size, config)
     train = PhotoSet(args.train, size)
     val = PhotoSet(args.val, size, train.classes)
-    if max(train.num_classes, val.num_classes) < 2:
+    classes = max(train.num_classes, val.num_classes)
+    if classes < 2:
         raise ValueError(
             f"--train {args.train} and --val {args.val} have one class, of which every prediction"
             " is right: give photos of two classes or more"
         )
     names, left_out = _needs(protocols, config)
     fitting = [protocol for protocol in protocols if protocol.name not in left_out]
-    # All features come first: no rank waits for the arithmetic of rank 0.
-    tasks = {
-        column: _task(args, how, config, column, parts, (train, val), names)
-        for column, parts in networks.items()
-    }
-    scores: dict[str, dict[str, Scores]] = {}
+    folder = args.cache or args.checkpoint.parent / "features"
+    tasks = []  # all features come first: no rank waits for the arithmetic of rank 0
+    for network, (backbone, head) in networks.items():
+        backbone.to(how.device)
+        if head is not None:
+            head.to(how.device)
+        own = sorted(names if head is not None else names - {"prototype"})
+        learned, judged = (
+            cached_features(folder, backbone, config, photos, own, how, head)
+            for photos in (train, val)
+        )
+        tasks.append(Task(learned, judged, classes, args, config, how, backbone, train, network))
+    scores: Columns = {}
     if rank_and_size()[0] == 0:
-        for column, task in tasks.items():
-            scores[column] = {protocol.name: protocol.scores(task) for protocol in fitting}
-    given: dict[str, Any] = {
-        name: str(getattr(args, name)) for name in ("checkpoint", "train", "val", "precision")
-    }
-    given |= {"network": args.network, "arch": config["arch"], "image_size": size}
-    given |= {"left_out": left_out}
-    return {**given, "scores": scores}
+        for task in tasks:
+            scores[task.network] = {protocol.name: protocol.scores(task) for protocol in fitting}
+    given = settings_of(args, config, ("train", "val"))
+    return {**given, "image_size": size, "left_out": left_out, "scores": scores}
+
+
+def settings_of(
+    args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """The part of a report that says what was evaluated, and how."""
+    given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    return {**plain, "arch": config["arch"]}
 
 
 def _needs(
@@ -179,47 +193,20 @@ def _needs(
     return names, left_out
 
 
-def _task(
-    args: argparse.Namespace,
-    how: Extraction,
-    config: dict[str, Any],
-    network: str,
-    parts: tuple[nn.Module, IBOTHead | None],
-    photos: tuple[PhotoSet, PhotoSet],
-    names: set[str],
-) -> Task:
-    backbone, head = parts[0].to(how.device), parts[1]
-    if head is None:
-        names = names - {"prototype"}
-    else:
-        head = head.to(how.device)
-    folder = args.cache or args.checkpoint.parent / "features"
-    train, val = (
-        cached_features(folder, backbone, config, one, sorted(names), how, head) for one in photos
-    )
-    classes = max(one.num_classes for one in photos)
-    return Task(train, val, classes, args, config, how, backbone, photos[0], network)
-
-
 def command(
     protocols: Sequence[Protocol], name: str, about: str, argv: Sequence[str] | None = None
 ) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-    parser = make_parser(protocols, name, about)
-    args = parser.parse_args(argv)
+    args = make_parser(protocols, name, about).parse_args(argv)
 
     def act() -> None:
         report = run(args, protocols)
         if report["scores"]:
             path = args.json or args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
-            write_json(report, path)
             fitting = [one for one in protocols if one.name not in report["left_out"]]
             headlines = [(one.name, score) for one in fitting for score in one.headlines]
-            show_scores(
-                report["scores"], f"{name}: {report['val']} by {report['train']}", headlines
-            )
-            for protocol, reason in report["left_out"].items():
-                print(f"left out: {protocol}: {reason}")
+            title = f"{name}: {report['val']} by {report['train']}"
+            write_and_show(report, path, title, headlines)
 
     try:
         return run_or_exit(act)
@@ -232,24 +219,23 @@ def write_json(report: dict[str, Any], path: Path) -> None:
     write_text(path, json.dumps(report, indent=1) + "\n")
 
 
-Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
-
-
-def show_scores(scores: Columns, title: str, headlines: Sequence[tuple[str, str]]) -> None:
-    """Print all scores as a table, then the headlines (protocol, score) as Markdown."""
+def write_and_show(
+    report: dict[str, Any], path: Path, title: str, headlines: Sequence[tuple[str, str]]
+) -> None:
+    """Write a report. Print all scores as a table, then the headlines (protocol, score) as
+    Markdown, then what was left out."""
+    write_json(report, path)
     console = plain_console(width=None if sys.stdout.isatty() else 100)
     print(title)  # not the table's own title, which would be wrapped to its width
-    console.print(table(scores))
-    print(markdown(scores, headlines))
+    console.print(table(report["scores"]))
+    print(markdown(report["scores"], headlines))
+    for what, reason in report["left_out"].items():
+        print(f"left out: {what}: {reason}")
 
 
 def table(columns: Columns) -> Table:
     """One row per score, one column per network."""
-    out = Table()
-    for heading in ("protocol", "score"):
-        out.add_column(heading)
-    for column in columns:
-        out.add_column(column, justify="right")
+    out = Table("protocol", "score", *(Column(name, justify="right") for name in columns))
     first = next(iter(columns.values()))
     for protocol, scores in first.items():
         for score in scores:

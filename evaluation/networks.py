@@ -15,17 +15,12 @@ from ibeton.options import fill
 
 
 def load_with_head(
-    path: str | Path, network: str
+    path: str | Path, network: str, content: dict[str, Any] | None = None
 ) -> tuple[nn.Module, IBOTHead | None, dict[str, Any]]:
     """Backbone, head and settings of a checkpoint's "teacher" or "student", on the CPU. The head
-    is None for a checkpoint that holds a backbone alone. Raises as `load_backbone`."""
-    return with_head(load_checkpoint(path), path, network)
-
-
-def with_head(
-    content: dict[str, Any], path: str | Path, network: str
-) -> tuple[nn.Module, IBOTHead | None, dict[str, Any]]:
-    """`load_with_head` of a checkpoint that has been read; `path` names it in errors."""
+    is None for a checkpoint that holds a backbone alone. `content`: that of the checkpoint, where
+    it has been read. Raises as `load_backbone`."""
+    content = load_checkpoint(path) if content is None else content
     backbone, config = backbone_of(content, path, network)
     state = content[network]
     weights = {key[len("head.") :]: t for key, t in state.items() if key.startswith("head.")}

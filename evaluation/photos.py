@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ibeton.pipeline.store import Photos, UnreadablePhoto
+from ibeton.pipeline.store.decode import load_photo
 from ibeton.pipeline.store.photos import open_fast, typical_side
 from ibeton.workers import cores, in_threads
 
@@ -50,7 +51,7 @@ def evaluation_view(
     sides = [shorter * side // min(image.size) for side in image.size]  # width, height
     left, top = (round((side - size) / 2) for side in sides)
     resized = image.resize((sides[0], sides[1]), resample)
-    return _planes(resized.crop((left, top, left + size, top + size)))
+    return planes(resized.crop((left, top, left + size, top + size)))
 
 
 def bilinear_view(image: Image.Image, size: int) -> Tensor:
@@ -65,31 +66,70 @@ def center_view(image: Image.Image, size: int) -> Tensor:
     """The center of a photo as it is, not resized, uint8 [3, size, size]; black where it ends
     before (torchvision's CenterCrop)."""
     left, top = (round((side - size) / 2) for side in image.size)
-    return _planes(image.crop((left, top, left + size, top + size)))
+    return planes(image.crop((left, top, left + size, top + size)))
 
 
 def square_view(image: Image.Image, size: int) -> Tensor:
     """The whole photo, squeezed to a square, uint8 [3, size, size]."""
-    return _planes(image.resize((size, size), Image.Resampling.BICUBIC))
+    return planes(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def random_view(image: Image.Image, size: int, epoch: int, index: int) -> Tensor:
     """A random resized crop and flip, uint8 [3, size, size], drawn from (epoch, index)."""
-    from ibeton.pipeline.sampling.draws import (  # only here: numba takes seconds to import
-        ViewSpec,
-        draw_views,
-    )
+    from ibeton.pipeline.sampling.draws import ViewSpec, draw_views  # numba takes seconds
 
     spec = ViewSpec(size, LINEAR_SCALE, blur_p=0.0, solarize_p=0.0)
     draw = draw_views([spec], 0, epoch, index, image.height, image.width)[0]
     left, top = int(draw["left"]), int(draw["top"])
     box = (left, top, left + int(draw["width"]), top + int(draw["height"]))
     view = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-    return _planes(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
+    return planes(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
 
 
-def _planes(image: Image.Image) -> Tensor:
+def planes(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image, uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def opened(path: Path) -> Image.Image:
+    """The photo or label map in a file, in its own mode. Raises ValueError or FileNotFoundError
+    that names the file."""
+    try:
+        return load_photo(path.read_bytes())
+    except UnreadablePhoto as reason:
+        raise ValueError(f"{path} cannot be read: {reason}") from reason
+
+
+def open_checked(path: str | Path, labeled: bool = True) -> Photos:
+    """The photos of a folder, a tar or a .beton file. Raises FileNotFoundError for a missing path,
+    ValueError where there are none and, if `labeled`, where some have no class."""
+    photos = open_fast(path)
+    if not len(photos):
+        raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
+    if labeled and photos.labels.min() < 0:
+        raise ValueError(
+            f"{path} holds {(photos.labels < 0).sum()} photos without a class; sort them into one"
+            " folder per class"
+        )
+    return photos
+
+
+def labels_by_name(path: str | Path, photos: Photos, classes: list[str]) -> np.ndarray:
+    """The photos' labels as numbers of `classes`, int64 [n]. Raises ValueError for classes that are
+    not among them."""
+    unknown = [name for name in photos.classes if name not in set(classes)]
+    if unknown:
+        raise ValueError(
+            f"{path} has {len(unknown)} classes that the training set lacks ({some(unknown)}); give"
+            " two sets of the same classes"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in photos.classes], np.int64)[photos.labels]
+
+
+def some(names: list[str]) -> str:
+    """The first three of `names`."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 class PhotoViews:
@@ -150,28 +190,11 @@ class PhotoSet(PhotoViews):
     ) -> None:
         if size < 1:
             raise ValueError(f"--image-size {size}: give the side of the evaluation view in pixels")
-        super().__init__(open_fast(path), size, view)
+        super().__init__(open_checked(path, labeled), size, view)
         self.path, self.classes = Path(path), list(self.photos.classes)
-        if not len(self.labels):
-            raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
-        if labeled and self.labels.min() < 0:
-            raise ValueError(
-                f"{path} holds {(self.labels < 0).sum()} photos without a class; "
-                "sort them into one folder a class"
-            )
         if classes and self.classes:
-            self._renumber(list(classes))
-
-    def _renumber(self, classes: list[str]) -> None:
-        unknown = [name for name in self.classes if name not in set(classes)]
-        if unknown:
-            raise ValueError(
-                f"{self.path} has {len(unknown)} classes that the training set lacks "
-                f"({', '.join(unknown[:3])}, ...); give two sets with the same class names"
-            )
-        number = {name: i for i, name in enumerate(classes)}
-        self.labels = np.array([number[name] for name in self.classes])[self.labels]
-        self.classes = classes
+            self.labels = labels_by_name(path, self.photos, classes)
+            self.classes = list(classes)
 
     @property
     def num_classes(self) -> int:

@@ -58,12 +58,7 @@ FIGURES: dict[tuple[str, str], tuple[str, dict[str, float]]] = {
 def published(protocol: str, score: str, arch: str) -> str:
     """The figure to stand beside `score` of `protocol`: a number, "not published" for this
     architecture, or empty where no figure of this kind is on record."""
-    _, values = FIGURES.get((protocol, score), ("", None))
-    if values is None:
+    if (protocol, score) not in FIGURES:
         return ""
+    values = FIGURES[protocol, score][1]
     return f"{values[arch]:.1f}" if arch in values else "not published"
-
-
-def task_of(protocol: str, score: str) -> str:
-    """What a published figure is called; empty for other scores."""
-    return FIGURES.get((protocol, score), ("", {}))[0]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ibeton.atomic import write_text
 from ibeton.command import run_command
-from ibeton.evaluation.published import published, task_of
+from ibeton.evaluation.published import FIGURES, published
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.options import Parser, check_output_file
 
@@ -140,8 +140,8 @@ def content(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> Iterator
         for s in backbone.scores:
             beside = published(s.protocol, s.name, backbone.arch)
             every.append((s.protocol, s.name, s.network, f"{s.value:.4g}", beside))
-            if task := task_of(s.protocol, s.name):
-                known.append((task, s.network, f"{s.value:.2f}", beside, str(s.path)))
+            if figure := FIGURES.get((s.protocol, s.name)):
+                known.append((figure[0], s.network, f"{s.value:.2f}", beside, str(s.path)))
         if len(known) > 1:
             yield "table", known
         yield "h3", "All scores"

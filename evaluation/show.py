@@ -1,12 +1,6 @@
-"""Pictures of what a backbone learned, one PNG per call.
+"""Pictures of what a backbone learned, one PNG per call:
 
-python -m evaluation.show attention       where the class token looks, head by head
-python -m evaluation.show patterns        the patches most central to a prototype
-python -m evaluation.show correspondence  patches of two views, or two photos, that find each other
-python -m evaluation.show neighbors      the photos nearest to a photo
-python -m evaluation.show learned        those before and after training, and the attention
-
-all with --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
+ibeton show KIND --checkpoint CHECKPOINT --data FOLDER_OR_BETON --output PICTURE.png
 """
 
 import argparse
@@ -17,7 +11,7 @@ from typing import Any
 from ibeton.command import run_or_exit
 from ibeton.distributed import checked_device
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
-from ibeton.evaluation.networks import untrained, view_size, with_head
+from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.attention import draw_attention
 from ibeton.evaluation.pictures.canvas import spread
@@ -42,22 +36,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     learned = kinds.add_parser("learned", help="nearest photos before and after training")
     for kind in (attention, patterns, matches, neighbors, learned):
-        kind.add_argument(
-            "--checkpoint", required=True, help="checkpoint of train.py, or an imported one"
-        )
-        kind.add_argument("--data", required=True, help="labeled photos: folder, tar or .beton")
-        kind.add_argument("--output", required=True, type=Path, help="PNG file to write")
-        kind.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-        kind.add_argument(
+        add = kind.add_argument
+        add("--checkpoint", required=True, help="checkpoint of train.py, or an imported one")
+        add("--data", required=True, help="labeled photos: folder, tar or .beton")
+        add("--output", required=True, type=Path, help="PNG file to write")
+        add("--overwrite", action="store_true", help="replace an existing --output")
+        add(
             "--network",
             choices=("teacher", "student"),
             default="teacher",
             help="(default: teacher)",
         )
-        kind.add_argument(
-            "--image-size", type=int, help="side of a view in pixels (default: the model's)"
-        )
-        kind.add_argument("--device", default="auto", help="cuda, cuda:N, cpu or auto")
+        add("--image-size", type=int, help="side of a view in pixels (default: the model's)")
+        add("--device", default="auto", help="cuda, cuda:N, cpu or auto")
     for kind in (attention, matches, neighbors, learned):
         kind.add_argument(
             "--photos", type=int, nargs="+", help="numbers of the photos (default: four)"
@@ -116,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show_patterns(args: argparse.Namespace, content: dict[str, Any]) -> None:
     """The patterns of the network's own head."""
-    backbone, head, config = with_head(content, args.checkpoint, args.network)
+    backbone, head, config = load_with_head(args.checkpoint, args.network, content)
     photos = PhotoSet(args.data, view_size(args.image_size, config))
     if head is None:
         raise ValueError(
@@ -134,8 +125,7 @@ def show_patterns(args: argparse.Namespace, content: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     run_or_exit(lambda: run(args))
     print(args.output)
 

@@ -19,8 +19,8 @@ from ibeton.evaluation.command import (
     Scores,
     add_checkpoint_options,
     extraction_of,
-    show_scores,
-    write_json,
+    settings_of,
+    write_and_show,
 )
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
@@ -54,18 +54,16 @@ class FrozenTask(Generic[Data]):
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-        args = make_parser(self).parse_args(argv)
+        parser = Parser(prog=f"ibeton {self.name}", description=self.about)
+        add_checkpoint_options(parser)
+        parser.add_argument(
+            "--untrained",
+            action="store_true",
+            help="also evaluate the same network before training",
+        )
+        self.add_options(parser)
+        args = parser.parse_args(argv)
         return run_or_exit(lambda: finish(run(args, self), self.name, args.json, self.headlines))
-
-
-def make_parser(task: FrozenTask) -> Parser:
-    parser = Parser(prog=f"ibeton {task.name}", description=task.about)
-    add_checkpoint_options(parser)
-    parser.add_argument(
-        "--untrained", action="store_true", help="also evaluate the same network before training"
-    )
-    task.add_options(parser)
-    return parser
 
 
 def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
@@ -87,15 +85,6 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
     return {**settings_of(args, config, task.settings), "left_out": {}, "scores": scores}
 
 
-def settings_of(
-    args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]
-) -> dict[str, Any]:
-    """The part of a report that says what was evaluated, and how."""
-    given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
-    plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
-    return {**plain, "arch": config["arch"]}
-
-
 def one_process(name: str) -> None:
     """Raise ValueError under torchrun with several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -109,7 +98,6 @@ def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequ
         sets = "+".join(protocol for protocol in first if protocol != name)
         checkpoint = Path(report["checkpoint"])
         path = checkpoint.with_name(".".join(filter(None, (checkpoint.stem, name, sets, "json"))))
-    write_json(report, path)
     chosen = [(protocol, s) for protocol in first for s in headlines if s in first[protocol]]
-    show_scores(report["scores"], name, chosen)
+    write_and_show(report, path, name, chosen)
     return path

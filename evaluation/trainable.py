@@ -1,8 +1,9 @@
-"""What training a backbone further needs, whatever the task: the backbone, its precision, random
-draws."""
+"""What training a backbone further needs, whatever the task: the backbone, its precision, its
+layers, random draws."""
 
 import dataclasses
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,19 @@ def trainable_backbone(settings: ModelConfig, drop_path: float, again: bool = Fa
     backbone = build_backbone(settings, is_student=True)
     backbone.masked_embed = None
     return backbone
+
+
+def layers_of(backbone: str) -> dict[str, Any]:
+    """timm's `group_matcher` of a network whose backbone goes by the pattern `backbone`, from the
+    input on: what embeds, each block, and all else (final norm, heads) as the last."""
+    return {
+        "stem": rf"^{backbone}\.(?:cls_token|pos_embed|patch_embed)",
+        "blocks": [
+            (rf"^{backbone}\.blocks\.(\d+)", None),
+            (rf"^{backbone}\.layers\.(\d+)\.blocks\.(\d+)", None),  # Swin
+            (rf"^{backbone}\.layers\.(\d+)\.downsample", (1_000,)),  # behind the stage's blocks
+        ],
+    }
 
 
 def seed_all(*entropy: int) -> None:

@@ -22,7 +22,8 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ibeton.evaluation.dense.photos import normalized, read_photo
+from ibeton.evaluation.dense.photos import read_photo
+from ibeton.evaluation.frozen.features import normalized
 
 DIVISOR = 32  # sides of a batch of images are multiples of it
 SMALL_SIDES, CROP_SIDES = (400, 500, 600), (384, 600)  # of the view that is a crop, for 800 pixels
@@ -144,7 +145,7 @@ def training_view(views: v2.Transform, photo: Tensor, truth: Truth) -> tuple[Ten
     """A view, normalized, and the objects in it. Draws from torch's generator."""
     image, truth = views(tv_tensors.Image(photo), truth)
     truth = {name: values.as_subclass(Tensor) for name, values in truth.items()}
-    return normalized(image.as_subclass(Tensor)), truth
+    return normalized(image.as_subclass(Tensor), "cpu"), truth
 
 
 def batched(images: list[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:

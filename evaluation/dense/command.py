@@ -4,15 +4,15 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from ibeton.command import refusal
 from ibeton.distributed import join_processes, leave_group
 from ibeton.evaluation.command import write_json
-from ibeton.evaluation.dense.config import DenseConfig
+from ibeton.evaluation.dense.config import Settings
 from ibeton.evaluation.dense.task import Place, Task
 from ibeton.evaluation.dense.trainer import Training, report, train
 from ibeton.training import checkpoints
@@ -25,9 +25,8 @@ from ibeton.training.health.stop_signals import (
 from ibeton.training.health.watchdog import Watchdog
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.problems import check_output_dir
-from ibeton.training.run_folder import RunFolder, identity, new_identity
+from ibeton.training.run_folder import RunFolder, new_identity
 
-Settings = TypeVar("Settings", bound=DenseConfig)
 LOST_AFTER_S = 600  # a rank may not send heartbeats while it reads COCO's JSON or scores
 
 
@@ -42,10 +41,9 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
             place = Place(*join_processes(config.device))
             watchdog = Watchdog(place.rank, place.world_size, LOST_AFTER_S, math.inf)
             with watchdog.report_errors():
-                run, seen, note = begin(config, prepare, place)
+                run = begin(config, prepare, place)
                 if place.rank == 0:
-                    folder, log = open_folder(run, seen)
-                    log.say(describe(run) + note)
+                    folder, log = open_folder(run)
                 begun = True
                 state, status = complete(run, log, stops)
         except Exception as error:
@@ -60,45 +58,42 @@ def run_task(config: Settings, prepare: Callable[[Settings], Task]) -> int:
         except KeyboardInterrupt:
             state, status = "interrupted", INTERRUPTED
         finally:
-            try:
+            with suppress(OSError):  # a full disk, which has been reported
                 if log is not None:
                     log.close()
                 if folder is not None:
                     folder.close(state)
-            finally:
-                if watchdog is not None:
-                    watchdog.close()
-                leave_group(together=status in (0, STOPPED))
+            if watchdog is not None:
+                watchdog.close()
+            leave_group(together=status in (0, STOPPED))
     return status
 
 
-def begin(
-    config: Settings, prepare: Callable[[Settings], Task], place: Place
-) -> tuple[Training, str, str]:
-    """The run, new or resumed; on rank 0 the name of the run that is in its folder; and a line for
-    the log, or "". Writes nothing. Raises ValueError or OSError for bad input."""
-    out = Path(config.output_dir)
+def begin(config: Settings, prepare: Callable[[Settings], Task], place: Place) -> Training:
+    """The run, new or resumed. Writes nothing. Raises ValueError or OSError for bad input."""
     if place.rank == 0:
-        check_output_dir(out)
+        check_output_dir(Path(config.output_dir))
     if config.workers:
         block_signals_in_workers()
     torch.manual_seed(config.seed)  # the same heads on every rank
     if config.pictures:
         import matplotlib  # noqa: F401 - not after hours
     run = Training(prepare(config), config, place)
-    seen = identity(out) if place.rank == 0 else ""
-    note = run.resume()
-    return run, seen, f"\n{note}" if note else ""
+    run.resume()
+    return run
 
 
-def open_folder(run: Training, seen: str) -> tuple[RunFolder, RunLog]:
-    """The folder, held from now on, and its log. Raises as `RunFolder`."""
+def open_folder(run: Training) -> tuple[RunFolder, RunLog]:
+    """The folder, held from now on, and its log, begun. Raises as `RunFolder`."""
     out, per_epoch = Path(run.config.output_dir), len(run.task.photos) // run.config.batch_size
     begins = {"step": run.step, "processes": run.place.world_size}
     begins["steps_per_epoch"] = max(1, per_epoch)
     settings = dataclasses.asdict(run.config)
-    folder = RunFolder(out, seen or new_identity(), seen, settings, begins)
-    return folder, RunLog(out, run.step, run.task.steps, max(1, per_epoch))
+    folder = RunFolder(out, run.seen or new_identity(), run.seen, settings, begins)
+    log = RunLog(out, run.step, run.task.steps, max(1, per_epoch))
+    for line in filter(None, (describe(run), run.note)):
+        log.say(line)
+    return folder, log
 
 
 def complete(run: Training, log: RunLog | None, stops: StopSignals) -> tuple[str, int]:

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ibeton.options import Parser, add_options, fill, flag, option
+from ibeton.options import Parser, add_options, fill, flag, option, refuse, too_low
 from ibeton.training.config import PRECISIONS
+
+_AT_LEAST: dict[tuple[str, ...], float] = {
+    ("batch_size", "save_steps", "log_steps"): 1,
+    ("lr", "weight_decay", "warmup_steps", "workers", "eval_every", "pictures", "max_hours"): 0,
+}
 
 
 @dataclass
@@ -41,13 +46,7 @@ class DenseConfig:
         for name in ("checkpoint", "data", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{flag(name)} is missing")
-        for name in ("batch_size", "save_steps", "log_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1")
-        numbers = ("lr", "weight_decay", "warmup_steps", "workers", "eval_every", "pictures")
-        for name in (*numbers, "max_hours"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)} must be at least 0")
+        refuse(too_low(self, _AT_LEAST))
         if not 0 <= self.drop_path < 1 or not 0 <= self.layer_decay <= 1:
             raise ValueError("--drop-path must be in [0, 1) and --layer-decay in [0, 1]")
 

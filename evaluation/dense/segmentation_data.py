@@ -18,7 +18,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ibeton.evaluation.dense.photos import fitted, normalized, opened, read_photo
+from ibeton.evaluation.dense.photos import fitted, read_photo
+from ibeton.evaluation.frozen.features import normalized
+from ibeton.evaluation.photos import opened
 
 IGNORED = 255
 MOST_OF_ONE = 0.75  # a crop with a larger share of one class is drawn again, at most ten times
@@ -136,7 +138,7 @@ def training_view(crop: int, short: int, image: Tensor, labels: Tensor) -> tuple
         image, labels = image.flip(-1), labels.flip(-1)
     below, right = crop - labels.shape[0], crop - labels.shape[1]
     padding = [0, 0, right, below]
-    image = F.pad(normalized(DISTORT(image)), padding)
+    image = F.pad(normalized(DISTORT(image), "cpu"), padding)
     return image, F.pad(labels[None], padding, fill=IGNORED)[0].long()
 
 

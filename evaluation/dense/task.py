@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ibeton.evaluation.dense.config import DenseConfig
-from ibeton.evaluation.trainable import trainable_backbone
+from ibeton.evaluation.trainable import layers_of, trainable_backbone
 from ibeton.model.checkpoint import load_backbone
 from ibeton.model.config import ModelConfig
 from ibeton.options import fill
@@ -161,28 +161,17 @@ def load_trunk(config: DenseConfig) -> tuple[nn.Module, dict[str, Any]]:
 def parameter_groups(model: nn.Module, weight_decay: float, decay: float) -> list[dict[str, Any]]:
     """AdamW's groups under timm's layer decay: embeddings first, then blocks, then all else,
     which no pattern matches, at the full rate. Biases, norms and other vectors do not decay."""
-    stem = r"^pyramid\.backbone\.(?:cls_token|pos_embed|patch_embed)"
-    blocks = [
-        (r"^pyramid\.backbone\.blocks\.(\d+)", None),
-        (r"^pyramid\.backbone\.layers\.(\d+)\.blocks\.(\d+)", None),
-        (r"^pyramid\.backbone\.layers\.(\d+)\.downsample", (999,)),
-    ]
-    model.group_matcher = lambda coarse: {"stem": stem, "blocks": blocks}  # type: ignore[assignment]
+    model.group_matcher = lambda coarse: layers_of(r"pyramid\.backbone")  # type: ignore[assignment]
     try:
         return param_groups_layer_decay(model, weight_decay, layer_decay=decay)
     finally:
         del model.group_matcher
 
 
-class Collate:
+def batch_of(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """A batch by `collate` and its seeds, unless a sample is bad: then that one."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        bad = [sample for sample in samples if isinstance(sample, BadSample)]
-        if bad:
-            return bad[0]
-        views, draws = zip(*samples, strict=True)
-        return self.collate(list(views)), list(draws)
+    bad = [sample for sample in samples if isinstance(sample, BadSample)]
+    if bad:
+        return bad[0]
+    views, draws = zip(*samples, strict=True)
+    return collate(list(views)), list(draws)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,17 +11,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from ibeton.evaluation.dense.config import DenseConfig
 from ibeton.evaluation.dense.sync_norm import synchronize
 from ibeton.evaluation.dense.task import (
     BadSample,
-    Collate,
     Place,
     Samples,
     Scores,
     Task,
+    batch_of,
     keys,
     parameter_groups,
 )
@@ -30,7 +32,7 @@ from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
 from ibeton.training.log.run_log import RunLog
-from ibeton.training.run_folder import changed, check_unused
+from ibeton.training.run_folder import changed, check_unused, identity
 from ibeton.workers import end_with_parent
 
 # Settings that may change when a run resumes: they do not change what is computed.
@@ -41,10 +43,12 @@ _FREE = {
 
 
 class Training:
-    """A run of a task: model, optimizer, step, and what a checkpoint keeps of them."""
+    """A run of a task: model, optimizer, step, and what a checkpoint keeps of them. `seen`: on rank
+    0 the name of the run that --output-dir holds; `note`: a line for the start of the log."""
 
     def __init__(self, task: Task, config: DenseConfig, place: Place) -> None:
         self.task, self.config, self.place, self.step = task, config, place, 0
+        self.seen = self.note = ""
         precision, self.dtype = precision_on(place.device, config.precision)
         if config.batch_size % place.world_size:
             raise ValueError(
@@ -73,8 +77,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
         self.model.train()
+        move = partial(Tensor.to, device=self.place.device, non_blocking=True)
         with self.autocast():
-            losses = self.call(*moved(batch, self.place.device))
+            losses = self.call(*tree_map_only(Tensor, move, batch))
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -115,7 +120,7 @@ class Training:
                 *(self.step, self.task.steps, self.place),
             ),  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=Collate(self.task.collate),
+            collate_fn=partial(batch_of, self.task.collate),
             worker_init_fn=end_with_parent,
             pin_memory=self.place.device.type == "cuda",
             **cast(Any, ahead),
@@ -138,17 +143,19 @@ class Training:
     def digest(self) -> str:
         return hashlib.sha256("\n".join(self.task.photos.names).encode()).hexdigest()
 
-    def resume(self) -> str:
-        """Continue from the newest checkpoint of --output-dir where --resume auto asks for it; a
-        sentence for the log. Raises ValueError where that run had other settings or photos."""
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of --output-dir where --resume auto asks for it.
+        Raises ValueError where that run had other settings or photos."""
         folder = Path(self.config.output_dir)
-        if self.config.resume == "no":
-            if self.place.rank == 0:
+        if self.place.rank == 0:
+            self.seen = identity(folder)
+            if self.config.resume == "no":
                 check_unused(folder)
-            return ""
+        if self.config.resume == "no":
+            return
         path, damaged = checkpoints.newest_of_rank_0(folder, self.place.device)
         if path is None:
-            return ""
+            return
         content = load_checkpoint(path)
         if "dense" not in content:
             raise ValueError(f"{path} is not of this command: give another --output-dir")
@@ -162,18 +169,7 @@ class Training:
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
-        return "; ".join([*damaged, f"resumed at step {self.step} from {path}"])
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch of tensors, lists, tuples and dicts on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(moved(value, device) for value in batch)
-    return batch
+        self.note = "; ".join([*damaged, f"resumed at step {self.step} from {path}"])
 
 
 def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:

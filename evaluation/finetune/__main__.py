@@ -17,8 +17,8 @@ from ibeton.command import refusal
 from ibeton.distributed import join_processes, leave_group
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
-from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder, prepare
-from ibeton.evaluation.finetune.train import build_monitor, report, task_name, train, write_report
+from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder
+from ibeton.evaluation.finetune.train import build_monitor, report, task_name, train
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training.checkpoints import NEWEST, resume_advice
 from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED, StopRequested, StopSignals
@@ -37,10 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = parse(None if argv is None else list(argv))
             print(f"reading {values.get('checkpoint', 'the checkpoint')} ...", file=sys.stderr)
             with stops.interruptible():
-                content = _checkpoint(values)
+                if not values.get("checkpoint"):
+                    raise ValueError("--checkpoint is missing: give the backbone to start from")
+                content = load_checkpoint(values["checkpoint"])
                 config = from_values(values, content["config"]["arch"])
                 stops.limit(config.max_hours)
-                here = _join(config)
+                device, rank, world_size = join_processes(config.device)
+                watchdog = Watchdog(rank, world_size, config.lost_after, config.stall_after)
+                here = Processes(device, rank, world_size, watchdog)
             if config.sweep:
                 return _sweep(config, content, here, stops)
             return _run(config, content, here, stops)[0]
@@ -59,18 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             leave_group()
 
 
-def _checkpoint(values: dict[str, Any]) -> dict[str, Any]:
-    if not values.get("checkpoint"):
-        raise ValueError("--checkpoint is missing: give the backbone to start from")
-    return load_checkpoint(values["checkpoint"])
-
-
-def _join(config: FinetuneConfig) -> Processes:
-    device, rank, world_size = join_processes(config.device)
-    watchdog = Watchdog(rank, world_size, config.lost_after, config.stall_after)
-    return Processes(device, rank, world_size, watchdog)
-
-
 def _run(
     config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
 ) -> tuple[int, FinetuneRun]:
@@ -78,7 +70,7 @@ def _run(
     if here.rank == 0:
         check_output_dir(Path(config.output_dir))
     with here.watchdog.report_errors(), stops.interruptible():
-        run = prepare(config, content, here)
+        run = FinetuneRun(config, content, here)
     with here.watchdog.report_errors():
         folder = lock_run_folder(run) if here.rank == 0 else None
     return _train(run, folder, stops), run
@@ -144,7 +136,7 @@ def _finish(run: FinetuneRun, log: RunLog) -> None:
     if not run.scores:
         log.say(f"stopped by --stop-after at step {run.step}, before the first score")
         return
-    write_report(run)
+    write_json(report(run), run.folder / "finetune.json")
     last, best = run.scores[-1], run.best()
     log.say(
         f"top-1 {last['top1']:.2f} % after {last['epoch']} epochs, best {best['top1']:.2f} % after"

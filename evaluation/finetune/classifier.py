@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.finetune.config import FinetuneConfig
-from ibeton.evaluation.trainable import trainable_backbone
+from ibeton.evaluation.trainable import layers_of, trainable_backbone
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.model.checkpoint.files import backbone_state, check_tensors
 from ibeton.model.config import ModelConfig
@@ -45,14 +45,8 @@ class Classifier(nn.Module):
         return self.head(token if self.neck is None else self.neck(token))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's way to ask for layers, from the input on: what embeds, each block, and the rest
-        (final norm, projection, classifier) as the last."""
-        if hasattr(self.backbone, "blocks"):
-            stem = r"^backbone\.(?:cls_token|pos_embed|patch_embed)"
-            return {"stem": stem, "blocks": [(r"^backbone\.blocks\.(\d+)", None)]}
-        blocks = (r"^backbone\.layers\.(\d+)\.blocks\.(\d+)", None)
-        merging = (r"^backbone\.layers\.(\d+)\.downsample", (1_000,))  # behind the stage's blocks
-        return {"stem": r"^backbone\.patch_embed", "blocks": [blocks, merging]}
+        """timm's way to ask for layers."""
+        return layers_of("backbone")
 
     def no_weight_decay(self) -> set[str]:
         """Names of tensors with more than one dimension that are not decayed."""

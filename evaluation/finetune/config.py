@@ -4,9 +4,8 @@ Sources: iBOT (arXiv 2111.07832, appendix) and its published scripts; DeiT (arXi
 transfer. Values that are not given come from the recipe; any option overrides one.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ibeton.options import Parser, add_options, changes, fill, flag, option, refuse, too_low
@@ -125,8 +124,6 @@ class FinetuneConfig:
 
     def problems(self) -> Iterator[str]:
         """A sentence per value that cannot work, naming the option."""
-        if not self.checkpoint:
-            yield "--checkpoint is missing: give the backbone to start from"
         if self.dataset:
             if not self.root or self.train or self.val:
                 yield f"--dataset {self.dataset} takes --root, and no --train or --val"
@@ -151,8 +148,8 @@ class FinetuneConfig:
 
     def summary(self, arch: str) -> str:
         """What differs from the recipe, in one line; config.json in the run folder has the rest."""
-        usual = resolved(fill(FinetuneConfig, recipe(self.recipe, arch, self.dataset)))
-        changed = changes(resolved(self), usual, ("recipe",))
+        usual = asdict(fill(FinetuneConfig, recipe(self.recipe, arch, self.dataset)))
+        changed = changes(asdict(self), usual, ("recipe",))
         return f"recipe {self.recipe} with {changed}; all settings: {self.output_dir}/config.json"
 
     def mixes(self) -> bool:
@@ -219,8 +216,3 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     add_options(parser, FinetuneConfig)
     return vars(parser.parse_args(arguments))
-
-
-def resolved(config: FinetuneConfig) -> dict[str, Any]:
-    """Every setting by name, for files."""
-    return dataclasses.asdict(config)

@@ -70,16 +70,6 @@ def _entry(path: Path, name: str) -> Any:
     return content[name]
 
 
-def _cifar10(root: Path) -> Split:
-    parts = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
-    return _cifar(root / "cifar-10-batches-py", parts, "labels", ("batches.meta", "label_names"))
-
-
-def _cifar100(root: Path) -> Split:
-    names = ("meta", "fine_label_names")
-    return _cifar(root / "cifar-100-python", (["train"], ["test"]), "fine_labels", names)
-
-
 def _mat(path: Path, name: str) -> np.ndarray:
     from scipy.io import loadmat  # only here: takes a second
 
@@ -167,9 +157,15 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON file, or a damaged one ({error})") from error
 
 
+_CIFAR10 = ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"])
+_CIFAR100 = (["train"], ["test"])
 _READERS: dict[str, Callable[[Path], Split]] = {
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
+    "cifar10": lambda root: _cifar(
+        root / "cifar-10-batches-py", _CIFAR10, "labels", ("batches.meta", "label_names")
+    ),
+    "cifar100": lambda root: _cifar(
+        root / "cifar-100-python", _CIFAR100, "fine_labels", ("meta", "fine_label_names")
+    ),
     "flowers": _flowers,
     "cars": _cars,
     "inat18": lambda root: _inat(root, 2018),

@@ -99,11 +99,7 @@ class Loader:
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.threads, self._pinned = threads or cores(), pinned
         self._replacements = Replacements(photos, [], settings.seed)
-
-    @property
-    def unreadable(self) -> dict[int, str]:
-        """Photos that could not be decoded so far: index -> name and reason."""
-        return self._replacements.unreadable
+        self.unreadable = self._replacements.unreadable  # so far: index -> name and reason
 
     def batches(self, epoch: int) -> np.ndarray:
         """Photos of this rank's batches, int64 [steps, batch_size / repeats]."""

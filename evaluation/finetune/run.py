@@ -6,7 +6,7 @@ finetune.json    scores, in the form that `evaluation.report` reads
 log.jsonl, config.json, run.json, tensorboard/    as in pre-training
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ibeton.evaluation.finetune.classifier import Classifier, build_classifier, classifier_state
-from ibeton.evaluation.finetune.config import FinetuneConfig, resolved
+from ibeton.evaluation.finetune.classifier import build_classifier, classifier_state
+from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.datasets import open_dataset
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
+from ibeton.evaluation.networks import view_size
 from ibeton.evaluation.photos import EVALUATION_VIEWS, PhotoViews
 from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
@@ -56,32 +57,51 @@ class Processes:
     watchdog: Watchdog
 
 
-@dataclass
 class FinetuneRun:
     """Everything that a run holds. `step` counts the steps done, `scores` has one entry per epoch
-    that was scored, `notes` are lines for the log's start."""
+    that was scored, `notes` are lines for the log's start.
 
-    config: FinetuneConfig
-    backbone_config: dict[str, Any]
-    here: Processes
-    sets: LabeledSets
-    loader: Loader
-    views: PhotoViews
-    classifier: Classifier
-    model: nn.Module  # the classifier, or its DDP wrapper
-    average: Any  # timm's ModelEmaV3, or None
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    scaler: torch.amp.GradScaler | None
-    mixer: Mixer
-    guard: NonFiniteGuard
-    precision: str
-    group: int  # images that mix together
-    step: int = 0
-    name: str = ""
-    seen: str = ""
-    scores: list[dict[str, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    Opens the data, builds the classifier from the checkpoint's `content`, resumes. Raises
+    ValueError or FileNotFoundError, with a sentence for the user, before anything is written.
+    """
+
+    def __init__(self, config: FinetuneConfig, content: dict[str, Any], here: Processes) -> None:
+        self.config, self.here = config, here
+        self.backbone_config: dict[str, Any] = content["config"]
+        device, world_size = here.device, here.world_size
+        own, self.group = config.shares(world_size)  # `group` images mix together
+        self.precision, self.dtype = precision_on(device, config.precision)
+        size = view_size(config.image_size, self.backbone_config)
+        self.sets = open_sets(config)
+        settings = ViewSettings(size, config.scale, config.augment, config.seed, config.repeats)
+        ranks, on_gpu = (here.rank, world_size), device.type == "cuda"
+        self.loader = Loader(self.sets.train, settings, own, *ranks, config.workers, on_gpu)
+        self.views = PhotoViews(self.sets.val, size, EVALUATION_VIEWS[config.test_interpolation])
+        classes = len(self.sets.classes)
+        seed_all(config.seed)  # the same weights on every rank
+        self.classifier = build_classifier(config, content, classes).to(device)
+        self.model: nn.Module = self.classifier  # or its DDP wrapper
+        self.average: Any = None  # timm's ModelEmaV3 with --ema
+        if config.ema:
+            from timm.utils import ModelEmaV3
+
+            self.average = ModelEmaV3(self.classifier, config.ema)
+        self.optimizer = build_optimizer(self.classifier, config)
+        self.schedule = build_schedule(self.optimizer, config, self.loader.steps_per_epoch)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.mixer = Mixer(config, classes, device)
+        self.guard = NonFiniteGuard(self.scaler.is_enabled())
+        self.step, self.name, self.seen = 0, "", ""
+        self.scores: list[dict[str, float]] = []
+        self.notes: list[str] = []
+        _resume(self)
+        if world_size > 1:
+            self.model = DistributedDataParallel(
+                self.classifier,
+                [device] if on_gpu else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     @property
     def folder(self) -> Path:
@@ -92,60 +112,9 @@ class FinetuneRun:
         """Steps of the whole run."""
         return self.config.epochs * self.loader.steps_per_epoch
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return precision_on(self.here.device, self.precision)[1]
-
     def best(self) -> dict[str, float]:
         """The entry of `scores` with the highest top-1, the first of several; {} without any."""
         return max(self.scores, key=lambda one: one["top1"], default={})
-
-
-def prepare(config: FinetuneConfig, content: dict[str, Any], here: Processes) -> FinetuneRun:
-    """Open the data, build the classifier from the checkpoint's `content`, resume. Raises
-    ValueError or FileNotFoundError, with a sentence for the user, before anything is written."""
-    device, rank, world_size = here.device, here.rank, here.world_size
-    own, group = config.shares(world_size)
-    precision = precision_on(device, config.precision)[0]
-    size = config.image_size or int(content["config"]["image_size"])
-    patch = int(content["config"]["patch_size"])
-    if size % patch:
-        raise ValueError(f"--image-size {size} is not a multiple of the backbone's patch, {patch}")
-    sets = open_sets(config)
-    settings = ViewSettings(size, config.scale, config.augment, config.seed, config.repeats)
-    pinned = device.type == "cuda"
-    loader = Loader(sets.train, settings, own, rank, world_size, config.workers, pinned)
-    seed_all(config.seed)  # the same weights on every rank
-    classifier = build_classifier(config, content, len(sets.classes)).to(device)
-    optimizer = build_optimizer(classifier, config)
-    scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-    run = FinetuneRun(
-        config,
-        content["config"],
-        here,
-        sets,
-        loader,
-        PhotoViews(sets.val, size, EVALUATION_VIEWS[config.test_interpolation]),
-        classifier,
-        classifier,
-        _average(classifier, config),
-        optimizer,
-        build_schedule(optimizer, config, loader.steps_per_epoch),
-        scaler,
-        Mixer(config, len(sets.classes), device),
-        NonFiniteGuard(scaler is not None),
-        precision,
-        group,
-    )
-    _resume(run)
-    if world_size > 1:
-        run.model = DistributedDataParallel(
-            classifier,
-            [device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    return run
 
 
 def open_sets(config: FinetuneConfig) -> LabeledSets:
@@ -160,33 +129,12 @@ def open_sets(config: FinetuneConfig) -> LabeledSets:
     return sets
 
 
-def _average(classifier: Classifier, config: FinetuneConfig) -> Any:
-    if not config.ema:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(classifier, config.ema)
-
-
 def lock_run_folder(run: FinetuneRun) -> RunFolder:
     """The run's folder, from now on held by this process. Raises ValueError, see `RunFolder`."""
     begins = {"step": run.step, "processes": run.here.world_size}
     begins["steps_per_epoch"] = run.loader.steps_per_epoch
-    settings = {"arch": run.backbone_config["arch"], **resolved(run.config)}
+    settings = {"arch": run.backbone_config["arch"], **asdict(run.config)}
     return RunFolder(run.folder, run.name, run.seen, settings, begins)
-
-
-def _weights(run: FinetuneRun) -> dict[str, Any]:
-    """What `load_classifier` and everything that reads a backbone want."""
-    return {
-        **classifier_state(run.classifier),
-        "ema": run.average.module.state_dict() if run.average is not None else None,
-        "config": run.backbone_config,
-        "finetune": {**resolved(run.config), "image_size": run.views.size},
-        "classes": run.sets.classes,
-        "step": run.step,
-        "scores": run.scores,
-    }
 
 
 def save(run: FinetuneRun, best: bool = False) -> None:
@@ -194,11 +142,19 @@ def save(run: FinetuneRun, best: bool = False) -> None:
     where it cannot."""
     if run.here.rank:
         return
-    weights = _weights(run)
+    weights = {
+        **classifier_state(run.classifier),
+        "ema": run.average.module.state_dict() if run.average is not None else None,
+        "config": run.backbone_config,
+        "finetune": {**asdict(run.config), "image_size": run.views.size},
+        "classes": run.sets.classes,
+        "step": run.step,
+        "scores": run.scores,
+    }
     content = {
         **weights,
         "optimizer": run.optimizer.state_dict(),
-        "fp16_scaler": run.scaler.state_dict() if run.scaler else None,
+        "fp16_scaler": run.scaler.state_dict() or None,
         "steps_per_epoch": run.loader.steps_per_epoch,
         "data": fingerprint(run.sets.train),
         "guard": run.guard.state(),
@@ -235,7 +191,7 @@ def _resume(run: FinetuneRun) -> None:
     if run.average is not None:
         run.average.module.load_state_dict(content["ema"])
     run.optimizer.load_state_dict(content["optimizer"])
-    if run.scaler is not None and content["fp16_scaler"]:
+    if content["fp16_scaler"]:
         run.scaler.load_state_dict(content["fp16_scaler"])
     run.guard.restore(content["guard"], content["step"])
     run.step, run.scores = content["step"], content["scores"]
@@ -264,4 +220,4 @@ def _check_same(run: FinetuneRun, path: Path, content: dict[str, Any]) -> None:
 def _changed(run: FinetuneRun, before: dict[str, Any]) -> str:
     """The settings of another start of the run that differ and matter, see `changed`."""
     free = _FREE if run.config.image_size else {*_FREE, "image_size"}
-    return changed(before, resolved(run.config), free)
+    return changed(before, asdict(run.config), free)

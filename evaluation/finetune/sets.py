@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ibeton.pipeline.store.photos import FolderPhotos, Photos, open_fast
+from ibeton.evaluation.photos import labels_by_name, open_checked, some
+from ibeton.pipeline.store.photos import FolderPhotos, Photos
 from ibeton.pipeline.store.sources import Photo, Source
 
 
@@ -92,7 +93,7 @@ def open_labeled(train: str, val: str) -> LabeledSets:
     Raises FileNotFoundError or ValueError, naming the path: without photos, with unlabeled photos,
     labels beyond the named classes, or classes that only one of the sets has.
     """
-    learned, judged = (_labeled(path) for path in (train, val))
+    learned, judged = (open_checked(path) for path in (train, val))
     classes = learned.classes or [str(i) for i in range(int(learned.labels.max()) + 1)]
     for path, photos in ((train, learned), (val, judged)):
         check_labels(path, photos.labels, len(photos.classes or classes))
@@ -100,41 +101,14 @@ def open_labeled(train: str, val: str) -> LabeledSets:
     if empty:
         raise ValueError(
             f"{train} has no photo of {len(empty)} of its {len(classes)} classes"
-            f" ({_few(empty)}): nothing could be learned about them"
+            f" ({some(empty)}): nothing could be learned about them"
         )
     if learned.classes and judged.classes:
-        judged = _renumbered(val, judged, classes)
-    return LabeledSets(learned, judged, classes)
-
-
-def _labeled(path: str) -> Photos:
-    photos = open_fast(path)
-    if not len(photos):
-        raise ValueError(f"{path} holds no photos; give class folders or a .beton file")
-    if photos.labels.min() < 0:
-        raise ValueError(
-            f"{path} holds {(photos.labels < 0).sum()} photos without a class; sort them into one"
-            " folder per class"
-        )
-    return photos
-
-
-def _renumbered(path: str, photos: Photos, classes: list[str]) -> Photos:
-    """`photos` with labels that index `classes`."""
-    lacking = [name for name in photos.classes if name not in set(classes)]
-    absent = [name for name in classes if name not in set(photos.classes)]
-    for names, text in (
-        (lacking, "classes that the training set lacks"),
-        (absent, "classes fewer than the training set: it lacks"),
-    ):
-        if names:
+        labels = labels_by_name(val, judged, classes)
+        if absent := [name for name in classes if name not in set(judged.classes)]:
             raise ValueError(
-                f"{path} has {len(names)} {text} ({_few(names)}); give two sets of the same classes"
+                f"{val} has {len(absent)} classes fewer than the training set: it lacks"
+                f" ({some(absent)}); give two sets of the same classes"
             )
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[name] for name in photos.classes], np.int64)[photos.labels]
-    return SomePhotos(photos, np.arange(len(photos)), labels, classes)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        judged = SomePhotos(judged, np.arange(len(judged)), labels, classes)
+    return LabeledSets(learned, judged, classes)

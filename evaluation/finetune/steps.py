@@ -21,14 +21,13 @@ def build_optimizer(classifier: Classifier, config: FinetuneConfig) -> torch.opt
     the power of the layers behind it."""
     from timm.optim import create_optimizer_v2  # only here: takes seconds
 
-    fused = all(p.device.type in ("cpu", "cuda") for p in classifier.parameters())
     return create_optimizer_v2(
         classifier,
         opt="adamw",
         lr=config.peak_lr(),
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay,
-        fused=fused,
+        fused=True,
     )
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.distributed import without_reduction
-from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.finetune.run import FinetuneRun, save
 from ibeton.evaluation.finetune.score import score
@@ -105,8 +104,7 @@ def train_step(run: FinetuneRun, batch: Batch) -> dict[str, Tensor]:
     """
     config, model, device, dtype = run.config, run.model, run.here.device, run.dtype
     run.optimizer.zero_grad(set_to_none=True)
-    scaler = run.scaler or torch.amp.GradScaler(device.type, enabled=False)
-    results = []
+    scaler, results = run.scaler, []
     for i, (images, targets) in enumerate(_parts(run, batch)):
         seed_all(config.seed, run.step, run.here.rank, i, 1)  # stochastic depth
         with nullcontext() if i == config.accumulate - 1 else without_reduction(model):
@@ -203,24 +201,30 @@ def report(run: FinetuneRun) -> dict[str, Any]:
     """What finetune.json holds: the last epoch's scores and the best one's, under the name of the
     task."""
     last, best, config = run.scores[-1], run.best(), run.config
-    scores = {"top1": last["top1"], "top5": last["top5"], "best_top1": best["top1"]}
-    scores |= {"best_epoch": best["epoch"], "epochs": config.epochs, "lr": config.lr}
-    scores |= {"photos": len(run.sets.train)}
-    scores |= {k: v for k, v in last.items() if k.startswith("ema_")}
-    data = {"train": config.train, "val": config.val}
+    scores = {
+        "top1": last["top1"],
+        "top5": last["top5"],
+        "best_top1": best["top1"],
+        "best_epoch": best["epoch"],
+        "epochs": config.epochs,
+        "lr": config.lr,
+        "photos": len(run.sets.train),
+        **{name: value for name, value in last.items() if name.startswith("ema_")},
+    }
+    train, val = config.train, config.val
     if config.dataset:
-        data = {"train": f"{config.dataset} in {config.root}", "val": config.dataset}
+        train, val = f"{config.dataset} in {config.root}", config.dataset
+    network = "untrained" if config.from_scratch else config.network
     return {
         "checkpoint": config.checkpoint,
-        **data,
+        "train": train,
+        "val": val,
         "precision": run.precision,
-        "network": "untrained" if config.from_scratch else config.network,
+        "network": network,
         "arch": run.backbone_config["arch"],
         "image_size": run.views.size,
         "left_out": {},
-        "scores": {
-            "untrained" if config.from_scratch else config.network: {task_name(run): scores}
-        },
+        "scores": {network: {task_name(run): scores}},
     }
 
 
@@ -236,7 +240,3 @@ def task_name(run: FinetuneRun) -> str:
             share = f"{float(config.labels):g}"
         return f"semi_{share}"
     return "finetune"
-
-
-def write_report(run: FinetuneRun) -> None:
-    write_json(report(run), run.folder / "finetune.json")

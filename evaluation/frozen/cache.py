@@ -36,8 +36,6 @@ from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.head import IBOTHead
 
-_CHUNK = 4096  # rows at a time, when shards become one array
-
 
 def cached_features(
     folder: Path,
@@ -153,12 +151,12 @@ def _extract_to(
 
 def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, world: int) -> Path:
     """Make one array of the ranks' and give the folder its name."""
-    for shard in (partial / f"index.{rank}" for rank in range(world)):
-        if not shard.exists():
-            raise FileNotFoundError(
-                f"{shard} is not there: the ranks must share the folder of --cache"
-            )
-    indices = [np.load(partial / f"index.{rank}") for rank in range(world)]
+    try:
+        indices = [np.load(partial / f"index.{rank}") for rank in range(world)]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error.filename} is not there: the ranks must share the folder of --cache"
+        ) from error
     check_read(photos, sum(map(len, indices)))
     for name in names:
         shards = [
@@ -169,7 +167,11 @@ def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, worl
         if len(shards) == 1 and len(shards[0]) == len(photos):
             os.replace(partial / f"{name}.0", partial / f"{name}.npy")
         else:
-            _concatenate(shards, partial / f"{name}.npy")
+            shape = (sum(map(len, shards)), *shards[0].shape[1:])
+            path, kind = partial / f"{name}.npy", shards[0].dtype
+            whole = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            np.concatenate(shards, out=whole)
+            whole.flush()
     np.save(partial / "index.npy", np.concatenate(indices))
     for leftover in partial.glob("*.[0-9]*"):
         leftover.unlink()
@@ -183,15 +185,3 @@ def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, worl
         if not entry.exists():
             raise
     return entry
-
-
-def _concatenate(shards: list[np.ndarray], path: Path) -> None:
-    shape = (sum(map(len, shards)), *shards[0].shape[1:])
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=shards[0].dtype, shape=shape)
-    row = 0
-    for shard in shards:
-        for first in range(0, len(shard), _CHUNK):
-            part = shard[first : first + _CHUNK]
-            out[row : row + len(part)] = part
-            row += len(part)
-    out.flush()

@@ -5,8 +5,6 @@ token, as published) and from k-means on normalized class tokens of the training
 clusters as classes. Accuracy gives each class one cluster, by Hungarian matching; clusters beyond
 are wrong. ARI, NMI (arithmetic mean, as published) and Fowlkes-Mallows take any number of clusters.
 Few or uneven clusters raise the last by themselves: beside it stands what their sizes alone give.
-
-    python -m evaluation.frozen.cluster --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import math
@@ -28,16 +26,14 @@ def hungarian_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
     fit or are empty.
     """
     from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics.cluster import contingency_matrix
 
     if labels.shape != clusters.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(
             f"labels {list(labels.shape)} and clusters {list(clusters.shape)}:"
             " expected two lists of one length, at least 1"
         )
-    class_names, rows = np.unique(labels, return_inverse=True)
-    cluster_names, columns = np.unique(clusters, return_inverse=True)
-    counts = np.zeros((len(class_names), len(cluster_names)), np.int64)
-    np.add.at(counts, (rows, columns), 1)
+    counts = contingency_matrix(labels, clusters)
     matched = linear_sum_assignment(counts, maximize=True)
     return float(counts[matched].sum() / len(labels))
 

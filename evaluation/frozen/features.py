@@ -55,11 +55,9 @@ class Extraction:
         """What autocast computes in; None for plain float32. Raises as `precision_on`."""
         return precision_on(self.device, self.precision)[1]
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> torch.autocast:
         dtype = self.dtype()
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype)
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
 
 @dataclass

@@ -25,15 +25,15 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # features float32 [b, C], labels int
 
 @dataclass(frozen=True)
 class LinearSettings:
-    """Optimization of the layers."""
+    """Optimization of the layers. Raises ValueError, naming the option, for values that cannot
+    work."""
 
     epochs: int = 100
     batch_size: int = 1024
     rates: tuple[float, ...] = RATES  # learning rates for a batch of 256
     seed: int = 0
 
-    def check(self) -> None:
-        """Raise ValueError, naming the option, for values that cannot work."""
+    def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --sgd-batch must be at least 1")
         if not self.rates or min(self.rates) <= 0:
@@ -69,7 +69,6 @@ def train_heads(
     device: torch.device | str = "cpu",
 ) -> tuple[LinearHeads, np.ndarray]:
     """The layers after the last epoch, and top-1 in percent, float [epochs, H], after each."""
-    settings.check()
     start = first_weight(num_classes, val.shape[1], settings.seed).to(device).unsqueeze(1)
     rates = torch.tensor(settings.rates, device=device) * settings.batch_size / 256  # [H]
     weight = start.repeat(1, len(rates), 1)

@@ -44,8 +44,6 @@ def find_neighbors(
             f"features are {list(train.shape)} and {list(test.shape)}; "
             "give [n, C] and [m, C], of one width and n at least 1"
         )
-    if k < 1:
-        raise ValueError(f"k is {k}; a vote needs at least 1 neighbor")
     if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
         raise ValueError("features hold NaN or infinity; the backbone is broken or has diverged")
     test = test.to(device)
@@ -89,8 +87,6 @@ def vote(
     never right: where fewer than five classes get votes, the published top-5 counts the classes
     that its sort happens to put next, so this one is the lower bound of it.
     """
-    if temperature <= 0:
-        raise ValueError(f"--temperature is {temperature}; it must be above 0")
     # Common factors cancel, and weights from the nearest's 1 downwards cannot overflow.
     weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     classes = torch.arange(num_classes)
@@ -136,8 +132,7 @@ def classify_by_k(
     num_classes = largest if num_classes is None else num_classes
     if min(train_labels.min(), test_labels.min()) < 0 or largest > num_classes:
         raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, the number of classes less 1")
-    if min(ks) < 1:
-        raise ValueError(f"--k holds {min(ks)}; a vote needs at least 1 neighbor")
+    check_votes(ks, temperature)
     similarity, index = find_neighbors(train_features, test_features, max(ks), device)
     labels = train_labels[index]
     return {
@@ -186,12 +181,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_votes(ks: Sequence[int], temperature: float) -> None:
     """Raise ValueError, naming the option, for values that cannot work."""
-    if min(args.k) < 1:
-        raise ValueError(f"--k holds {min(args.k)}; a vote needs at least 1 neighbor")
-    if args.temperature <= 0:
-        raise ValueError(f"--temperature is {args.temperature}; it must be above 0")
+    if min(ks) < 1:
+        raise ValueError(f"--k holds {min(ks)}; a vote needs at least 1 neighbor")
+    if temperature <= 0:
+        raise ValueError(f"--temperature is {temperature}; it must be above 0")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError as `check_votes`."""
+    check_votes(args.k, args.temperature)
 
 
 def knn_scores(task: Task, train: Features | None = None) -> Scores:

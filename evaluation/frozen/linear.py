@@ -12,8 +12,6 @@ learning rates.
 
 `--save-head` keeps the layer of the rate that is best after the last epoch, for
 `evaluation.robustness`.
-
-    python -m evaluation.frozen.linear --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import argparse
@@ -27,13 +25,7 @@ from torch import Tensor, nn
 
 from ibeton.evaluation.command import Protocol, Scores, Task
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
-from ibeton.evaluation.frozen.heads import (
-    RATES,
-    Batches,
-    LinearHeads,
-    LinearSettings,
-    train_heads,
-)
+from ibeton.evaluation.frozen.heads import RATES, Batches, LinearHeads, LinearSettings, train_heads
 from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.checkpoint import save_checkpoint
@@ -65,16 +57,13 @@ def augmented(
 
     def batches(epoch: int) -> Batches:
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(photos))
-        waiting: list[tuple[Tensor, Tensor]] = []
-        size = settings.batch_size
-        parts = feature_batches(backbone, photos, names, order, how, epoch=epoch)
-        for indices, found in parts:
-            waiting.append((joined(found, names), torch.from_numpy(photos.labels[indices])))
-            while sum(len(labels) for _, labels in waiting) >= size:
-                features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+        size, features, labels = settings.batch_size, torch.empty(0), torch.empty(0).long()
+        for indices, found in feature_batches(backbone, photos, names, order, how, epoch=epoch):
+            features = torch.cat([features, joined(found, names)])
+            labels = torch.cat([labels, torch.from_numpy(photos.labels[indices])])
+            while len(labels) >= size:
                 yield features[:size], labels[:size]
-                waiting = [(features[size:], labels[size:])]
-        features, labels = (torch.cat(part) for part in zip(*waiting, strict=True))
+                features, labels = features[size:], labels[size:]
         if len(labels):
             yield features, labels
 
@@ -115,9 +104,7 @@ def check_head_option(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> LinearSettings:
-    settings = LinearSettings(args.epochs, args.sgd_batch, tuple(args.lr))
-    settings.check()
-    return settings
+    return LinearSettings(args.epochs, args.sgd_batch, tuple(args.lr))
 
 
 def linear_scores(task: Task, rows: Tensor | None = None) -> Scores:

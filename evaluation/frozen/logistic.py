@@ -5,8 +5,6 @@ As published: normalized class tokens of the last block, L2 penalty, no intercep
 strength / 2 |W|^2, by its documentation and by running it (the tests hold its weights), and
 so does this. The strength is chosen on a fifth of the training set, then all of it is used: the
 validation set is looked at once.
-
-    python -m evaluation.frozen.logistic --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import numpy as np

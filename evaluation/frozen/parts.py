@@ -4,8 +4,6 @@ The last block's patch tokens are ranked by the attention that the class token p
 the heads); the mean of the first k = 1, 7, 14, 56, 112, 196 goes into a linear layer (iBOT, section
 4.3, and published code). Beside them: the mean of all patches, and the class token. The linear
 layers are those of `evaluation.frozen.linear`, on evaluation views.
-
-    python -m evaluation.frozen.parts --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 from typing import Any

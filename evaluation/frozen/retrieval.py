@@ -2,8 +2,6 @@
 
 Each validation photo ranks all training photos by cosine similarity of class tokens; those of its
 class are what it looks for.
-
-    python -m evaluation.frozen.retrieval --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import torch

@@ -2,12 +2,9 @@
 
 The subset has equally many photos of each class (as far as a class has them), at least one, drawn
 from a seed. The published lists are those of SimCLRv2 for ImageNet; these are of any set.
-
-    python -m evaluation.frozen.semi --checkpoint CHECKPOINT --train FOLDER_OR_BETON --val ...
 """
 
 import argparse
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,10 +53,6 @@ def semi_scores(task: Task) -> Scores:
     return scores
 
 
-def needs(config: dict[str, Any]) -> tuple[str, ...]:
-    return ("cls", *linear.feature_names(config))
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset-seed", type=int, default=0, help="of the few labels")
 
@@ -67,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 PROTOCOL = Protocol(
     "semi",
     "k-NN, linear probing and logistic regression on 1 % and 10 % of the labels.",
-    needs,
+    lambda config: ("cls", *linear.feature_names(config)),
     semi_scores,
     ("1%_linear_top1", "10%_linear_top1"),
     (knn.add_options, linear.add_options, add_options),

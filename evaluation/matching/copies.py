@@ -15,7 +15,6 @@ Only the first 20 photos of a list count, as published.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,8 @@ DEPTH = 20  # photos of a list that count
 VARIANCE = 1e-5  # least variance, as a part of the largest, that whitening divides by
 
 
-@dataclass(frozen=True)
-class Copydays:
-    """The photos: by folder, `original` first, and those beside them."""
-
-    folders: dict[str, PhotoSet]
-    distractors: PhotoSet | None
-    whitening: PhotoSet | None
+# Photos by folder, `original` first; distractors; those that whitening learns from
+Copydays = tuple[dict[str, PhotoSet], PhotoSet | None, PhotoSet | None]
 
 
 def read_copydays(args: argparse.Namespace, config: dict[str, Any]) -> Copydays:
@@ -65,8 +59,8 @@ def read_copydays(args: argparse.Namespace, config: dict[str, Any]) -> Copydays:
         for index, group in enumerate(groups(one)):
             if group not in originals:
                 raise ValueError(f"{root / name / one.name(index)} has no original {group}..")
-    beside = (photos(path) if path else None for path in (args.distractors, args.whitening))
-    return Copydays(folders, *beside)
+    distractors = photos(args.distractors) if args.distractors else None
+    return folders, distractors, photos(args.whitening) if args.whitening else None
 
 
 def groups(photos: PhotoSet) -> list[str]:
@@ -110,23 +104,24 @@ def copy_scores(
 
 def copies(args: argparse.Namespace, data: Copydays, subject: Subject) -> dict[str, Scores]:
     """mAP of each folder but the originals, and the mean over the levels of crops and JPEG."""
+    folders, distractors, others = data
     features = {}
-    for name, photos in data.folders.items():
+    for name, photos in folders.items():
         print(f"copies: {subject.name}, {name}, {len(photos)} photos", file=sys.stderr)
         features[name] = features_of(photos, subject)
     database = [features["original"]]
-    if data.distractors is not None:
-        print(f"copies: {subject.name}, {len(data.distractors)} distractors", file=sys.stderr)
-        database.append(features_of(data.distractors, subject))
+    if distractors is not None:
+        print(f"copies: {subject.name}, {len(distractors)} distractors", file=sys.stderr)
+        database.append(features_of(distractors, subject))
     originals = torch.cat(database)
-    if data.whitening is not None:
-        mean, matrix = whitening(features_of(data.whitening, subject))
+    if others is not None:
+        mean, matrix = whitening(features_of(others, subject))
         originals = (originals - mean) @ matrix
         features = {name: (one - mean) @ matrix for name, one in features.items()}
-    known = groups(data.folders["original"])
+    known = groups(folders["original"])
     scores = {
         name: copy_scores(features[name], originals, groups(photos), known)
-        for name, photos in data.folders.items()
+        for name, photos in folders.items()
         if name != "original"
     }
     for kind in ("jpegqual", "crops"):

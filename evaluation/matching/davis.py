@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import MEAN, evaluating
 from ibeton.evaluation.matching.propagation import Propagation, propagate, to_mask
 from ibeton.evaluation.matching.video_metrics import mean_scores, object_scores
+from ibeton.evaluation.photos import opened, planes
 from ibeton.evaluation.tasks import FrozenTask, Subject
+from ibeton.pipeline.store.decode import to_rgb
 from ibeton.progress import progress
 
 SHORT_SIDE = 480
@@ -79,11 +81,7 @@ def _read_video(root: Path, name: str) -> Video:
 
 def read_mask(path: Path) -> np.ndarray:
     """Object numbers uint8 [H, W] of a mask, a palette or gray PNG."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    image = opened(path)
     if image.mode not in ("P", "L", "1"):
         raise ValueError(
             f"{path} is {image.mode}; a mask is a palette or gray PNG of object numbers"
@@ -101,15 +99,12 @@ def frame_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def read_frame(path: Path, short_side: int) -> tuple[Tensor, tuple[int, int]]:
     """A frame normalized and resized (bilinear, not antialiased), float32 [3, h, w], and the height
     and width that it had."""
-    try:
-        pixels = np.array(Image.open(path).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    size = frame_size(pixels.shape[0], pixels.shape[1], short_side)
+    image = planes(to_rgb(opened(path))).float() / 255
+    height, width = image.shape[1:]
+    size = frame_size(height, width, short_side)
     image = F.interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (image - mean) / std, (pixels.shape[0], pixels.shape[1])
+    return (image - mean) / std, (height, width)
 
 
 def one_hot(mask: np.ndarray, grid: tuple[int, int]) -> tuple[Tensor, list[int]]:

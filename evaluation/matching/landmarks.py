@@ -21,18 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import evaluating, normalized
-from ibeton.evaluation.matching.precision import (
-    average_precision,
-    precision_at,
-    ranks_without_junk,
-)
+from ibeton.evaluation.matching.precision import average_precision, precision_at, ranks_without_junk
+from ibeton.evaluation.photos import opened, planes
 from ibeton.evaluation.plain_pickle import read_pickle
 from ibeton.evaluation.tasks import FrozenTask, Subject
+from ibeton.pipeline.store.decode import to_rgb
 from ibeton.progress import progress
 from ibeton.workers import cores, in_threads
 
@@ -100,12 +98,9 @@ def read_landmarks(root: Path) -> Landmarks:
 def read_photo(path: Path) -> Tensor:
     """A photo, at most 512 pixels on either side, uint8 [3, h, w]. Raises ValueError for one that
     cannot be read: ground truth goes by number, so none may be left out."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    image = to_rgb(opened(path))
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return planes(image)
 
 
 def multiscale_feature(image: Tensor, subject: Subject) -> Tensor:

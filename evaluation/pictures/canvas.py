@@ -69,16 +69,10 @@ def class_name(photos: PhotoSet, index: int) -> str:
 
 def new_figure(rows: int, columns: int, tile: float = TILE) -> tuple[Figure, np.ndarray]:
     """A grid of axes [rows, columns] without ticks, for images of `tile` inches."""
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(columns * tile, rows * tile),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (columns * tile, rows * tile)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     return figure, axes
 

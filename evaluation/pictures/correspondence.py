@@ -11,13 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ibeton.evaluation.frozen.features import evaluating, normalized
-from ibeton.evaluation.matching.views import (
-    are_right,
-    cut_two,
-    draw_two,
-    middles,
-    mutual_nearest,
-)
+from ibeton.evaluation.matching.views import are_right, cut_two, draw_two, middles, mutual_nearest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures import canvas
 

@@ -63,14 +63,10 @@ def assign(
             _, logits = head.prototypes(bottleneck[:, :1], bottleneck)  # [b, N, K]
             best = (logits - center.to(device)).topk(2, dim=-1)  # [b, N, 2]
         count = tokens.shape[1]
-        parts.append(
-            (
-                np.repeat(indices, count),
-                np.tile(np.arange(count), len(indices)),
-                best.indices[..., 0].flatten().cpu().numpy(),
-                (best.values[..., 0] - best.values[..., 1]).flatten().cpu().numpy(),
-            )
-        )
+        photos, places = np.repeat(indices, count), np.tile(np.arange(count), len(indices))
+        leads = best.values[..., 0] - best.values[..., 1]
+        found_here = (best.indices[..., 0].flatten(), leads.flatten())
+        parts.append((photos, places, *(one.cpu().numpy() for one in found_here)))
     return Assigned(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -87,16 +83,8 @@ def central_patterns(assigned: Assigned, count: int, size: int = ROWS * COLUMNS)
         if len(first) < size:
             continue
         best = rows[np.sort(first)[:size]]
-        patterns.append(
-            Pattern(
-                int(prototype),
-                assigned.photos[best],
-                assigned.places[best],
-                assigned.leads[best],
-                len(rows),
-                len(first),
-            )
-        )
+        own = (assigned.photos[best], assigned.places[best], assigned.leads[best])
+        patterns.append(Pattern(int(prototype), *own, len(rows), len(first)))
     if not patterns:
         raise ValueError(
             f"none of the {len(prototypes)} prototypes in use has patches in {size} photos:"

@@ -18,26 +18,26 @@ Class folders are matched with the classifier's classes by name.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ibeton.command import run_or_exit
-from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of
+from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of, settings_of
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.robustness import accuracy
 from ibeton.evaluation.robustness.classifier import Classifier, load_classifier
 from ibeton.evaluation.robustness.curves import Saliency, curve_scores, draw_curves, measure
-from ibeton.evaluation.tasks import finish, one_process, settings_of
+from ibeton.evaluation.tasks import finish, one_process
 from ibeton.model.checkpoint import load_backbone
 from ibeton.model.config import SWINS
 from ibeton.options import Parser
 
 SETS = ("imagenet_a", "imagenet_r", "imagenet_c", "in9", "val")
 HEADLINES = ("top1", "mean_error", "mce", "original", "clean")
-
-Job = Callable[[], dict[str, Scores]]
 
 
 def make_parser() -> Parser:
@@ -57,11 +57,7 @@ def make_parser() -> Parser:
         type=Path,
         help="checkpoint whose attention decides which patches are salient",
     )
-    add(
-        "--saliency-head",
-        type=int,
-        help="attention head to take, from 0 (default: the mean of all)",
-    )
+    add("--saliency-head", type=int, help="attention head, from 0 (default: the mean of all)")
     add("--seed", type=int, default=0, help="seed of dropped patches and shuffled pieces")
     return parser
 
@@ -77,89 +73,55 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must be at least 0")
     how = extraction_of(args)
-    classifier = load_classifier(args.checkpoint, args.head, args.network)
-    classifier.model.to(how.device)
+    judged = load_classifier(args.checkpoint, args.head, args.network)
+    model = judged.model.to(how.device)
+    known = (judged.size, judged.classes)
     left_out: dict[str, str] = {}
-    jobs: list[Job] = []
-    for name in ("a", "r"):
-        if path := getattr(args, f"imagenet_{name}"):
-            jobs.append(_variant_job(classifier, name, path, how))
-    if args.imagenet_c:
-        jobs.append(_corruption_job(classifier, args.imagenet_c, how, left_out))
-    if args.in9:
-        jobs.append(_background_job(classifier, args, how))
-    if args.val:
-        jobs.append(_damage_job(classifier, args, how, left_out))
+    variants = {
+        f"imagenet_{name}": accuracy.read_variant(name, path, *known, judged.view)
+        for name in ("a", "r")
+        if (path := getattr(args, f"imagenet_{name}"))
+    }
+    corruptions = accuracy.read_corruptions(args.imagenet_c, *known) if args.imagenet_c else {}
+    backgrounds = accuracy.read_backgrounds(args.in9, judged.size) if args.in9 else {}
+    mapped = accuracy.read_in9_map(args.in9_map, judged.num_classes) if args.in9 else None
+    photos = PhotoSet(args.val, *known, judged.view) if args.val else None
+    saliency = _saliency(judged, args, how, left_out) if args.val else None
+
     scores: dict[str, Scores] = {}
-    for job in jobs:
-        scores |= job()
+    for key, (own, candidates) in variants.items():
+        say(f"{key}: {len(own)} photos, {len(candidates)} classes")
+        scores[key] = {"top1": accuracy.top1(model, own, how, key, candidates)}
+    if corruptions:
+        scores["imagenet_c"] = _corruption_scores(model, corruptions, how)
+        if "mce" not in scores["imagenet_c"]:
+            left_out["mce"] = f"{args.imagenet_c} lacks some of the 15 standard corruptions"
+    accuracies = {}
+    for name, own in backgrounds.items():
+        say(f"in9: {name}, {len(own)} photos")
+        accuracies[name] = accuracy.top1(model, own, how, f"in9 {name}", mapped=mapped)
+    if accuracies:
+        scores["in9"] = accuracy.background_scores(accuracies)
+    if photos is not None:
+        say(f"occlusion and shuffling: {len(photos)} photos")
+        patch = judged.config["patch_size"]
+        scores |= curve_scores(measure(model, saliency, photos, patch, how, args.seed))
     settings = ("head", *SETS, "saliency_weights", "saliency_head", "seed")
-    report = settings_of(args, classifier.config, settings)
-    report |= {"image_size": classifier.size, "classes": classifier.num_classes}
+    report = settings_of(args, judged.config, settings)
+    report |= {"image_size": judged.size, "classes": judged.num_classes}
     return {**report, "left_out": left_out, "scores": {args.network: scores}}
 
 
-def _variant_job(classifier: Classifier, name: str, path: Path, how: Extraction) -> Job:
-    photos, candidates = accuracy.read_variant(
-        name, path, classifier.size, classifier.classes, classifier.view
-    )
-    key = f"imagenet_{name}"
-
-    def job() -> dict[str, Scores]:
-        say(f"{key}: {len(photos)} photos, {len(candidates)} classes")
-        return {key: {"top1": accuracy.top1(classifier.model, photos, how, key, candidates)}}
-
-    return job
-
-
-def _corruption_job(
-    classifier: Classifier, path: Path, how: Extraction, left_out: dict[str, str]
-) -> Job:
-    sets = accuracy.read_corruptions(path, classifier.size, classifier.classes)
-
-    def job() -> dict[str, Scores]:
-        errors: dict[str, list[float]] = {}
-        for name, levels in sets.items():
-            for level, photos in levels.items():
-                say(f"imagenet_c: {name} {level}, {len(photos)} photos")
-                right = accuracy.top1(classifier.model, photos, how, f"{name} {level}")
-                errors.setdefault(name, []).append(100 - right)
-        scores = accuracy.corruption_scores(errors)
-        if "mce" not in scores:
-            left_out["mce"] = f"{path} lacks some of the 15 standard corruptions"
-        return {"imagenet_c": scores}
-
-    return job
-
-
-def _background_job(classifier: Classifier, args: argparse.Namespace, how: Extraction) -> Job:
-    sets = accuracy.read_backgrounds(args.in9, classifier.size)
-    mapped = accuracy.read_in9_map(args.in9_map, classifier.num_classes)
-
-    def job() -> dict[str, Scores]:
-        accuracies = {}
-        for name, photos in sets.items():
-            say(f"in9: {name}, {len(photos)} photos")
-            accuracies[name] = accuracy.top1(
-                classifier.model, photos, how, f"in9 {name}", mapped=mapped
-            )
-        return {"in9": accuracy.background_scores(accuracies)}
-
-    return job
-
-
-def _damage_job(
-    classifier: Classifier, args: argparse.Namespace, how: Extraction, left_out: dict[str, str]
-) -> Job:
-    photos = PhotoSet(args.val, classifier.size, classifier.classes, classifier.view)
-    saliency = _saliency(classifier, args, how, left_out)
-    patch = classifier.config["patch_size"]
-
-    def job() -> dict[str, Scores]:
-        say(f"occlusion and shuffling: {len(photos)} photos")
-        return curve_scores(measure(classifier.model, saliency, photos, patch, how, args.seed))
-
-    return job
+def _corruption_scores(
+    model: nn.Module, sets: dict[str, dict[str, PhotoSet]], how: Extraction
+) -> Scores:
+    errors: dict[str, list[float]] = {}
+    for name, levels in sets.items():
+        for level, photos in levels.items():
+            say(f"imagenet_c: {name} {level}, {len(photos)} photos")
+            right = accuracy.top1(model, photos, how, f"{name} {level}")
+            errors.setdefault(name, []).append(100 - right)
+    return accuracy.corruption_scores(errors)
 
 
 def _saliency(
@@ -193,8 +155,7 @@ def say(words: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     def act() -> None:
         report = run(args)
@@ -204,8 +165,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             title = f"{args.checkpoint.name}, {args.val}"
             draw_curves(report["scores"][args.network], picture, title)
             print(picture)
-        for what, reason in report["left_out"].items():
-            print(f"left out: {what}: {reason}")
 
     return run_or_exit(act)
 

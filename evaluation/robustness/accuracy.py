@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import Extraction, image_batches
-from ibeton.evaluation.photos import PhotoSet, View, center_view, evaluation_view
+from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
+from ibeton.evaluation.photos import PhotoSet, View, center_view, evaluation_view, some
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
 from ibeton.progress import progress
 
@@ -62,8 +62,7 @@ def top1(
             right += int((chosen == photos.labels[batch.indices]).sum())
             read += len(batch.indices)
             advance(len(batch.indices) + len(batch.unreadable))
-    if not read:
-        raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
+    check_read(photos, read)
     return 100 * right / read
 
 
@@ -75,32 +74,24 @@ def choose(logits: Tensor, columns: Tensor | None) -> Tensor:
     return columns[logits[:, columns].argmax(dim=1)]
 
 
-def variant_candidates(
-    name: str, photos: PhotoSet, own: list[str], classes: list[str]
-) -> list[int]:
-    """Which classes a photo of ImageNet-"a" or "r" may be: the 200 of that set for a classifier of
-    ImageNet, else those that the set has photos of. `own`: the set's class names. Raises ValueError
-    for a set of ImageNet's classes that lacks some of the 200, or has others."""
-    if classes != imagenet_wnids():
-        return sorted(set(photos.labels.tolist()))
-    expected = imagenet_variant(name)
-    if missing := sorted(set(expected) - set(own)):
-        raise ValueError(
-            f"{photos.path} lacks {len(missing)} of ImageNet-{name.upper()}'s 200 classes"
-            f" ({', '.join(missing[:3])}, ...)"
-        )
-    if others := sorted(set(own) - set(expected)):
-        raise ValueError(f"{photos.path} has {others[0]}, which ImageNet-{name.upper()} lacks")
-    return [classes.index(wnid) for wnid in expected]
-
-
 def read_variant(
     name: str, path: Path, size: int, classes: list[str], view: View = evaluation_view
 ) -> tuple[PhotoSet, list[int]]:
-    """The photos of ImageNet-"a" or "r", and the classes to choose from."""
-    own = PhotoSet(path, size).classes
+    """The photos of ImageNet-"a" or "r", and the classes to choose from: the 200 of that set for a
+    classifier of ImageNet, else those that the set has photos of. Raises ValueError for a set of
+    ImageNet's classes that lacks some of the 200, or has others."""
     photos = PhotoSet(path, size, classes, view)
-    return photos, variant_candidates(name, photos, own, classes)
+    if classes != imagenet_wnids():
+        return photos, sorted(set(photos.labels.tolist()))
+    own, expected = set(photos.photos.classes), imagenet_variant(name)
+    if missing := sorted(set(expected) - own):
+        raise ValueError(
+            f"{path} lacks {len(missing)} of ImageNet-{name.upper()}'s 200 classes"
+            f" ({some(missing)})"
+        )
+    if others := sorted(own - set(expected)):
+        raise ValueError(f"{path} has {others[0]}, which ImageNet-{name.upper()} lacks")
+    return photos, [classes.index(wnid) for wnid in expected]
 
 
 def read_corruptions(root: Path, size: int, classes: list[str]) -> dict[str, dict[str, PhotoSet]]:

@@ -1,5 +1,6 @@
 """Accuracy over how much of the images is dropped or shuffled, and its picture."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import Extraction, image_batches
+from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.robustness import damage
 from ibeton.evaluation.robustness.damage import GRIDS, RATIOS
@@ -65,44 +66,34 @@ def measure(
         for batch, images in batches:
             labels = torch.from_numpy(photos.labels[batch.indices]).to(how.device)
             with torch.inference_mode(), how.autocast():
-                _measure_batch(
-                    model, saliency, images, labels, batch.indices, patch_size, seed, tally
-                )
+                attention = None if saliency is None else saliency.attention(images)
+                numbers = batch.indices.tolist()
+                for name, x, drops in damaged(images, numbers, patch_size, attention, seed):
+                    tally.add(name, model(x).argmax(dim=1) == labels, drops)
             tally.read += len(batch.indices)
             advance(len(batch.indices) + len(batch.unreadable))
-    if not tally.read:
-        raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
+    check_read(photos, tally.read)
     return tally
 
 
-def _measure_batch(
-    model: nn.Module,
-    saliency: Saliency | None,
-    images: Tensor,
-    labels: Tensor,
-    indices: np.ndarray,
-    patch_size: int,
-    seed: int,
-    tally: Tally,
-) -> None:
-    def classify(name: str, damaged: Tensor, drops: Tensor | None = None) -> None:
-        tally.add(name, model(damaged).argmax(dim=1) == labels, drops)
-
-    size, photos = images.shape[2], indices.tolist()
-    classify("clean", images)
-    attention = None if saliency is None else saliency.attention(images)
+def damaged(
+    images: Tensor, photos: list[int], patch_size: int, attention: Tensor | None, seed: int
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Images [B, 3, S, S] as they are, then damaged in each way: its name, the images, and which
+    patches were dropped, if any, bool [B, N]. `attention` [B, N]: None for random drops only."""
+    size = images.shape[2]
+    yield "clean", images, None
     for ratio in RATIOS:
         drops = {"random": damage.random_drops(photos, (size // patch_size) ** 2, ratio, seed)}
         if attention is not None:
             drops["salient"] = damage.salient(attention, ratio)
             drops["nonsalient"] = damage.nonsalient(attention, ratio)
         for kind, chosen in drops.items():
-            classify(f"{kind}_{ratio}", damage.drop(images, chosen), chosen)
+            yield f"{kind}_{ratio}", damage.drop(images, chosen), chosen
     for rows, columns in GRIDS:
         if damage.fits(size, (rows, columns)):
             order = damage.orders(photos, rows * columns, seed)
-            shuffled = damage.shuffle(images, (rows, columns), order)
-            classify(f"shuffle_{rows}x{columns}", shuffled)
+            yield f"shuffle_{rows}x{columns}", damage.shuffle(images, (rows, columns), order), None
 
 
 def curve_scores(tally: Tally) -> dict[str, Scores]:

@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ibeton.evaluation.dense.photos import MEAN, STD, fitted, palette
+from ibeton.evaluation.dense.photos import fitted, palette
 from ibeton.evaluation.dense.segmentation_data import (
     IGNORED,
     LabeledPhotos,
     class_names,
     training_view,
 )
+from ibeton.evaluation.frozen.features import MEAN, STD
 
 
 @pytest.fixture
