@@ -49,20 +49,20 @@ class _FlopCounter(FlopCounterMode):
 def matrix_rate(device: torch.device, dtype: torch.dtype | None, seconds: float = 0.3) -> float:
     """FLOP/s of large matrix products in `dtype` (None: float32): the best of those that fit in
     `seconds`, as anything else on the machine only slows them."""
-    on_gpu = device.type == "cuda"
-    n = 8192 if on_gpu else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype or torch.float32)
-    _product_seconds(a)  # libraries are loaded
-    end = time.perf_counter() + seconds
-    best = _product_seconds(a)
-    while time.perf_counter() < end:
-        best = min(best, _product_seconds(a))
-    return 2 * n**3 / best
+    # On a CPU the smaller one may end before another program interrupts it.
+    sides = (8192,) if device.type == "cuda" else (512, 1024)
+    matrices = [torch.randn(n, n, device=device, dtype=dtype or torch.float32) for n in sides]
+    for a in matrices:
+        _product_rate(a)  # libraries are loaded
+    best, end = 0.0, time.perf_counter() + seconds
+    while not best or time.perf_counter() < end:
+        best = max(best, *map(_product_rate, matrices))
+    return best
 
 
-def _product_seconds(a: Tensor) -> float:
+def _product_rate(a: Tensor) -> float:
     begin = time.perf_counter()
     torch.mm(a, a)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
-    return time.perf_counter() - begin
+    return 2 * len(a) ** 3 / (time.perf_counter() - begin)
