@@ -6,7 +6,8 @@ reads a checkpoint of this program reads it too.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ def write_safetensors(path: Path, state: dict[str, Tensor], header: dict[str, st
         os.fsync(file.fileno())
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a safetensors file; SETTINGS, if a backbone of this program has them,
-    as a dict. Raises as `refuse_other_files`, and ValueError for a damaged file."""
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A safetensors file and its header; SETTINGS, if a backbone of this program has them, as a
+    dict. Raises as `refuse_other_files`, and ValueError for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     refuse_other_files(Path(path))
@@ -55,19 +57,26 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any
             header: dict[str, Any] = file.metadata() or {}
             if SETTINGS in header:
                 header[SETTINGS] = _tuples(json.loads(header[SETTINGS]))
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            yield file, header
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one ({error})") from error
 
 
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a safetensors file. Raises as `refuse_other_files`, and ValueError for
+    a damaged file."""
+    with _opened(path) as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
 def read_backbone(path: str | Path) -> dict[str, Any] | None:
-    """The file as a checkpoint, {"teacher": tensors, "config": settings}; None for a safetensors
-    file of another program. Raises as `read_safetensors`."""
-    state, header = read_safetensors(path)
-    if SETTINGS not in header:
-        return None
-    teacher = {f"backbone.{name}": tensor for name, tensor in state.items()}
-    return {"teacher": teacher, "config": header[SETTINGS]}
+    """The file as a checkpoint, {"teacher": tensors, "config": settings}; None, by its header
+    alone, for a safetensors file of another program. Raises as `read_safetensors`."""
+    with _opened(path) as (file, header):
+        if SETTINGS not in header:
+            return None
+        teacher = {f"backbone.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {"teacher": teacher, "config": header[SETTINGS]}
 
 
 def refuse_other_files(path: Path) -> None:
