@@ -13,7 +13,8 @@ from paths import ROOT
     [
         ("pipeline", "photos", "is not a .beton file; make one: python -m pipeline.convert"),
         pytest.param(
-            "convert", "missing", "does not exist; give a folder of photos", marks=pytest.mark.slow
+            *("convert", "missing", "does not exist; give a folder of photos or a tar"),
+            marks=pytest.mark.slow,
         ),
         pytest.param("loader", "photos", "is not a .beton file", marks=pytest.mark.slow),
         pytest.param("crops_gpu", "missing", "does not exist", marks=pytest.mark.slow),
