@@ -118,11 +118,13 @@ def figures(first: str, *headings: str, title: str | None = None) -> Table:
 def in_turns(sides: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
     """What every side returns, once per round, after a round that is left out: what is compiled or
     cached at first use does not count. In each round every side has its turn, so that a busy
-    machine slows all."""
+    machine slows all, and another side begins, so that none always follows the same."""
     results: dict[str, list[Result]] = {name: [] for name in sides}
+    names = list(sides)
     for i in range(rounds + 1):
-        for name, side in sides.items():
-            result = side()
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            result = sides[name]()
             if i:
                 results[name].append(result)
     return results
