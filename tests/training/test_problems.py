@@ -18,8 +18,8 @@ import shutil
 from ibeton import train
 step = train.train_step
 def delete(run, *rest):
-    if run.step == 3:
-        shutil.rmtree(run.folder)
+    if run.step == 3:  # moved first: TensorBoard's thread writes files while a tree is deleted
+        shutil.rmtree(run.folder.rename(run.folder.with_name("moved")), ignore_errors=True)
     return step(run, *rest)
 train.train_step = delete
 """
