@@ -15,6 +15,7 @@ from ibeton.model.kernels.head.cross_entropy import cross_entropy
 from ibeton.model.masking import MaskedPatches
 from ibeton.model.network import Logits, Targets
 from ibeton.model.schedules import temperature_schedule
+from ibeton.stages import stage
 
 
 class IBOTLoss(nn.Module):
@@ -141,9 +142,10 @@ class IBOTLoss(nn.Module):
         true, nothing changes."""
         mean = batch_means[0] if len(batch_means) == 1 else torch.stack(batch_means).mean(dim=0)
         if not reduced and dist.is_available() and dist.is_initialized():
-            mean = mean.clone()
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
+            with stage("comm"):
+                mean = mean.clone()
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
         cls_mean, patch_mean = mean.split([self.center.shape[-1], self.center2.shape[-1]])
         for center, new, momentum in (
             (self.center, cls_mean, self.center_momentum),

@@ -196,7 +196,7 @@ class Step:
             norm, skipped = self._update_plainly(inputs, epoch)
         for buffer, old in zip(self._statistics(), computed.statistics, strict=True):
             torch.where(skipped, old, buffer, out=buffer)
-        with stage("comm"):  # one all-reduce, and little else
+        with stage("loss"):
             ibot.loss.update_centers(list(computed.batch_means), reduced, skipped)
         parts = computed.terms
         metrics = parts[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ibeton.benchmarks.harness.measure import figures, in_words, number, quartiles, spread
+from ibeton.benchmarks.harness.measure import figures, in_words, number, quartiles
 from ibeton.progress import plain_console
 from ibeton.stages import PARTS
 from ibeton.training.timing.speed import WAITING
@@ -37,17 +37,18 @@ class Row:
 
     def cells(self, images: int) -> list[str]:
         """Stage, milliseconds (quartiles), images/s, share of the step, floor, times the floor."""
-        _, low, high = quartiles(self.ms)
-        times = "{} ({} - {})".format(*(_ms(value) for value in (self.middle, low, high)))
+        times = _narrow(self.ms, self.middle)
         ceiling = number(1000 * images / self.middle) if self.middle else ""
         share = "beside" if self.share is None else f"{self.share:.1%}"
         floor = [self.floor_ms, self.middle / self.floor_ms] if self.floor_ms else []
         return [self.name, times, ceiling, share, *map(number, floor)]
 
 
-def _ms(value: float) -> str:
-    """In few characters: a stage below a microsecond is 0.001."""
-    return number(value) if value >= 0.1 else f"{value:.3f}"
+def _narrow(values: list[float], middle: float | None = None) -> str:
+    """`middle`, or the median, and the quartiles in few characters: below 0.001 is 0.000."""
+    median, low, high = quartiles(values)
+    shown = (median if middle is None else middle, low, high)
+    return "{} ({}-{})".format(*(number(v) if v >= 0.1 else f"{v:.3f}" for v in shown))
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
@@ -94,7 +95,7 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     sides = figures("side", "images/s")
     for name, rates in result["images_per_s"].items():
-        sides.add_row(name, spread(rates))
+        sides.add_row(name, _narrow(rates))
     console.print(sides)
     if ranks := result["ranks"]:
         console.print("milliseconds per step by rank; comm is waiting for others")
@@ -186,19 +187,20 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
     round of the other. Returns the names of these. Raises FileNotFoundError and ValueError."""
     before, after = _load(first), _load(second)
     console.print(f"before: {first}\nafter:  {second}", soft_wrap=True)
-    table = figures("", "before", "after", "after / before", "")
     changed = []
-    for name, old in before.items():
-        if (new := after.get(name)) is None:
-            continue
-        apart = min(new) > max(old) or max(new) < min(old)
-        if apart and min(len(old), len(new)) >= _ROUNDS_TO_TELL:
-            changed.append(name)
-        middle = quartiles(old)[0]
-        ratio = f"{quartiles(new)[0] / middle:.3f}" if middle else ""
-        mark = "changed" if name in changed else ""
-        table.add_row(name, spread(old), spread(new), ratio, mark)
-    console.print(table)
+    for unit in ("images/s", "ms per step"):
+        table = figures(unit, "before", "after", "ratio", "")
+        for (name, of), old in before.items():
+            if of != unit or (new := after.get((name, of))) is None:
+                continue
+            apart = min(new) > max(old) or max(new) < min(old)
+            if apart and min(len(old), len(new)) >= _ROUNDS_TO_TELL:
+                changed.append(f"{name}, {unit}")
+            middle = quartiles(old)[0]
+            ratio = f"{quartiles(new)[0] / middle:.3f}" if middle else ""
+            mark = "changed" if f"{name}, {unit}" in changed else ""
+            table.add_row(name, _narrow(old), _narrow(new), ratio, mark)
+        console.print(table)
     console.print(
         f"Beyond noise: {', '.join(changed) or 'nothing'}. That is said where all rounds before lie"
         f" apart from all rounds after, of which there must be {_ROUNDS_TO_TELL} or more each."
@@ -206,15 +208,16 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
     return changed
 
 
-def _load(path: Path) -> dict[str, list[float]]:
-    """All measured series of a JSON file, by a name with its unit."""
+def _load(path: Path) -> dict[tuple[str, str], list[float]]:
+    """All measured series of a JSON file, by name and unit."""
     if not path.is_file():
         raise FileNotFoundError(f"--compare: {path} does not exist")
     try:
         result = json.loads(path.read_text())
-        series = {f"{name}, images/s": rates for name, rates in result["images_per_s"].items()}
-        series |= {f"loader {n}, ms": stage["ms"] for n, stage in result["loader_ms"].items()}
-        return series | {f"{name}, ms": ms for name, ms in result["step_ms"].items()}
-    except (ValueError, KeyError, TypeError) as error:
+        rates, loader = result["images_per_s"], result["loader_ms"]
+        ms = {f"loader {name}": stage["ms"] for name, stage in loader.items()} | result["step_ms"]
+        series = {(name, "images/s"): side for name, side in rates.items()}
+        return series | {(name, "ms per step"): side for name, side in ms.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         sentence = f"--compare: {path} is not what benchmarks/throughput.py writes"
         raise ValueError(sentence) from error

@@ -57,6 +57,7 @@ def test_the_stages_add_up_to_the_step(report: Path) -> None:
     np.testing.assert_allclose(by_round, step, rtol=1e-6)
     stages = {"wait", "copy", "mask", "teacher", "student", "loss", "backward", "optimizer", "ema"}
     assert stages <= set(measured["step_ms"])
+    assert "comm" not in measured["step_ms"], "one process waits for no other"
     assert set(measured["loader_ms"]) == {"read", "decode", "crop"}
 
 
@@ -182,20 +183,28 @@ def test_each_of_two_processes_has_its_figures_and_the_slow_one_is_named(
     assert done.stdout.count("Both together give") == 1, "rank 0 alone speaks"
 
 
-@pytest.mark.parametrize(("rounds", "found"), [(4, "ema, ms."), (2, "nothing.")])
+@pytest.mark.parametrize(("rounds", "found"), [(4, "ema, ms per step."), (2, "nothing.")])
 def test_compare_names_what_changed_beyond_noise(
     report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rounds: int, found: str
 ) -> None:
     measured = result(report)
+    for ms in measured["step_ms"].values():
+        ms[:] = [101_234.5, 98_765.4, 0.0123, 1.1][:rounds]  # wide, and wide apart
     measured["step_ms"]["ema"] = [1.0, 1.2, 1.1, 1.3][:rounds]
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     before.write_text(json.dumps(measured))
     measured["step_ms"]["ema"] = [50 * ms for ms in measured["step_ms"]["ema"]]
     after.write_text(json.dumps(measured))
     assert main(["--compare", str(before), str(after)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    said = " ".join(" ".join(lines).split())
     assert f"Beyond noise: {found}" in said
     assert f"before: {before} after: {after}" in said
+    assert all(len(line.rstrip()) <= 80 for line in lines[2:])
+    stages = len(measured["step_ms"]) + len(measured["loader_ms"])
+    table = lines[next(i for i, line in enumerate(lines) if "ms per step" in line) + 2 :]
+    assert all(line.strip() for line in table[:stages]), "no row is broken"
+    assert not table[stages].strip()
 
 
 @pytest.mark.parametrize(
