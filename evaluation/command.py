@@ -7,6 +7,7 @@ features together; rank 0 does the rest.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,12 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
         raise ValueError(
             f"--train {args.train} and --val {args.val} have one class, of which every prediction"
             " is right: give photos of two classes or more"
+        )
+    if rank_and_size()[0] == 0 and os.path.realpath(args.train) == os.path.realpath(args.val):
+        print(
+            f"--train and --val are both {args.val}: each photo finds itself, so these figures say"
+            " nothing about other photos",
+            file=sys.stderr,
         )
     names, left_out = _needs(protocols, config)
     fitting = [protocol for protocol in protocols if protocol.name not in left_out]

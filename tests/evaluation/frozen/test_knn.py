@@ -287,6 +287,13 @@ def test_a_set_of_one_class_is_refused(checkpoint, tmp_path, capsys):
     assert "have one class" in capsys.readouterr().err
 
 
+def test_photos_that_find_themselves_are_told(checkpoint, folders, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(folders[0])
+    sets = ["--checkpoint", checkpoint, "--train", folders[0], "--val", tmp_path / "link"]
+    assert knn.main([str(a) for a in (*sets, "--cache", tmp_path, "--device", "cpu")]) == 0
+    assert "each photo finds itself" in capsys.readouterr().err
+
+
 def test_scores_have_their_units_and_k_is_at_most_the_photos(checkpoint, folders, tmp_path, capsys):
     sets = ["--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1]]
     also = ["--k", 5, 200, "--json", tmp_path / "knn.json", "--cache", tmp_path, "--device", "cpu"]
