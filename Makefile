@@ -23,6 +23,9 @@ doctor: setup    ## what is installed, what is missing, and how to fix it
 train: setup     ## a whole small run: photos, .beton, training, k-NN (DATA=folder for your own)
 	@PY="$(PY)" RUN="$(RUN)" DATA="$(DATA)" sh first_run.sh
 
+# Threads of OpenMP that wait for each other on a busy core spin: three times the CPU time.
+test test-all: export OMP_NUM_THREADS := 1
+
 test: setup      ## the fast tests, in three processes: many wait for others
 	@$(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
