@@ -8,10 +8,10 @@ loop: step, log, save, evaluate.
 """
 
 from ibeton.progress import announce
-from ibeton.workers import stop_with_launcher
+from ibeton.workers import before_torch
 
 if __name__ == "__main__":
-    stop_with_launcher()
+    before_torch()
     announce("loading PyTorch")  # the imports below take seconds
 
 import faulthandler

@@ -12,6 +12,11 @@ train.py, in alternating rounds; then the machine's own limits. Writes throughpu
 machine. With several processes, the figures are rank 0's, with one line per rank below.
 """
 
+from ibeton.workers import before_torch, cores
+
+if __name__ == "__main__":
+    before_torch()  # as train.py does
+
 import argparse
 import dataclasses
 import json
@@ -46,7 +51,6 @@ from ibeton.train import Run, prepare
 from ibeton.training.config import ARCHITECTURES, parse
 from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdict
 from ibeton.training.timing.speed import Window, cores_a_process
-from ibeton.workers import cores
 
 # Defaults without options: a small ViT on a CPU, so that it takes minutes.
 DEFAULTS = {

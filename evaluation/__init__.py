@@ -1,3 +1,3 @@
-from ibeton.workers import stop_with_launcher
+from ibeton.workers import before_torch
 
-stop_with_launcher()  # before the imports of a command, which take seconds
+before_torch()  # imports of commands come later

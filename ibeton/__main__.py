@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ibeton.command import missing_extra
-from ibeton.workers import stop_with_launcher
+from ibeton.workers import before_torch
 
 _CHECKPOINT = "model.checkpoint.__main__"  # which takes the subcommand itself as first argument
 # subcommand -> (module with `main(argv)`, help)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
-    stop_with_launcher()
+    before_torch()
     sys.argv[0] = f"ibeton {name}"  # what usage and errors call the program
     try:
         program = importlib.import_module(f"ibeton.{module}")

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from ibeton.command import Failure
 
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
+_SPINS = "1000"  # what libgomp takes itself where it has more threads than cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -40,6 +41,16 @@ def stop_with_launcher() -> None:
     of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and multiprocessing.parent_process() is None
     if of_torchrun and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def before_torch() -> None:
+    """What a program does before it imports torch: `stop_with_launcher`, and let OpenMP's threads
+    sleep soon when they wait for each other. By default they spin, 300,000 times with libgomp. If a
+    thread of the loader or another process has their core, nobody gets on meanwhile. What the user
+    has set holds."""
+    stop_with_launcher()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def end_with_parent(*_: object) -> None:

@@ -44,22 +44,32 @@ def dies_while_it_answers(job: int) -> bytes:
 
 
 DEATH_SIGNAL = """
-import ctypes, sys
+import ctypes, os, sys
 import {module}
 signal = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG
-print(signal.value, "torch" in sys.modules)
+print(signal.value, "torch" in sys.modules, os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
-@pytest.mark.parametrize("under", [{}, {"TORCHELASTIC_RUN_ID": "a"}])
-def test_an_evaluation_ends_with_torchrun_from_before_it_imports_torch(
-    under: dict[str, str],
+@pytest.mark.parametrize(
+    ("under", "spins"),
+    [
+        ({}, "1000"),
+        ({"TORCHELASTIC_RUN_ID": "a", "GOMP_SPINCOUNT": "7"}, "7"),
+        ({"TORCHELASTIC_RUN_ID": "a", "OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_an_evaluation_ends_with_torchrun_and_spins_briefly_from_before_it_imports_torch(
+    under: dict[str, str], spins: str
 ) -> None:
     program = [sys.executable, "-c", DEATH_SIGNAL.format(module="ibeton.evaluation")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **under}
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PYTHONPATH": str(ROOT), **under}
     said = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == [str(int(signal.SIGTERM) if under else 0), "False"]
+    ends = int(signal.SIGTERM) if "TORCHELASTIC_RUN_ID" in under else 0
+    assert said.stdout.split() == [str(ends), "False", spins]
 
 
 def test_results_come_in_the_order_of_the_jobs_from_all_workers() -> None:

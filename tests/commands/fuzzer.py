@@ -78,7 +78,7 @@ LINES = {
     "plan": ["--arch vit_s --epochs 800 --gpu v100 --gpus 16 --json {out}/plan.json"],
     "throughput": [
         "--rounds 1 --steps 1 --report {out}/report --data {in}/many.beton",
-        "--compare {in}/runs/one/checkpoint.knn.json {in}/list.json",
+        "--compare {in}/throughput.json {in}/throughput.json",
     ],
 }
 # what commands import late, and would import anew for each line

@@ -39,6 +39,9 @@ def write_user_files(root: Path) -> None:
     write_checkpoints(root)
     write_run(root / "runs" / "one")
     write_run(root / "runs" / "two")
+    stages = {"loader_ms": {"decode": {"ms": [1.0, 2.0]}}, "step_ms": {"loss": [1.0, 2.0]}}
+    throughput = {"images_per_s": {"both": [1.0, 2.0]}, **stages}
+    (root / "throughput.json").write_text(json.dumps(throughput))
     write_scenes(root / "ade")
     write_coco(root / "coco")
     write_video(root / "DAVIS")
