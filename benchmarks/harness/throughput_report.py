@@ -188,18 +188,18 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
     before, after = _load(first), _load(second)
     console.print(f"before: {first}\nafter:  {second}", soft_wrap=True)
     changed = []
-    for unit in ("images/s", "ms per step"):
+    for unit, series in before.items():
         table = figures(unit, "before", "after", "ratio", "")
-        for (name, of), old in before.items():
-            if of != unit or (new := after.get((name, of))) is None:
+        for name, old in series.items():
+            if (new := after[unit].get(name)) is None:
                 continue
-            apart = min(new) > max(old) or max(new) < min(old)
-            if apart and min(len(old), len(new)) >= _ROUNDS_TO_TELL:
+            told = min(len(old), len(new)) >= _ROUNDS_TO_TELL
+            apart = told and (min(new) > max(old) or max(new) < min(old))
+            if apart:
                 changed.append(f"{name}, {unit}")
             middle = quartiles(old)[0]
             ratio = f"{quartiles(new)[0] / middle:.3f}" if middle else ""
-            mark = "changed" if f"{name}, {unit}" in changed else ""
-            table.add_row(name, _narrow(old), _narrow(new), ratio, mark)
+            table.add_row(name, _narrow(old), _narrow(new), ratio, "changed" if apart else "")
         console.print(table)
     console.print(
         f"Beyond noise: {', '.join(changed) or 'nothing'}. That is said where all rounds before lie"
@@ -208,16 +208,14 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
     return changed
 
 
-def _load(path: Path) -> dict[tuple[str, str], list[float]]:
-    """All measured series of a JSON file, by name and unit."""
+def _load(path: Path) -> dict[str, dict[str, list[float]]]:
+    """All measured series of a JSON file: unit -> name -> one value per round."""
     if not path.is_file():
         raise FileNotFoundError(f"--compare: {path} does not exist")
     try:
         result = json.loads(path.read_text())
-        rates, loader = result["images_per_s"], result["loader_ms"]
-        ms = {f"loader {name}": stage["ms"] for name, stage in loader.items()} | result["step_ms"]
-        series = {(name, "images/s"): side for name, side in rates.items()}
-        return series | {(name, "ms per step"): side for name, side in ms.items()}
+        loader = {f"loader {name}": stage["ms"] for name, stage in result["loader_ms"].items()}
+        return {"images/s": dict(result["images_per_s"]), "ms per step": loader | result["step_ms"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         sentence = f"--compare: {path} is not what benchmarks/throughput.py writes"
         raise ValueError(sentence) from error
