@@ -22,6 +22,7 @@ def within(value: float, pair: list[float]) -> bool:
     return min(pair) <= value <= max(pair)
 
 
+@pytest.mark.slow
 def test_the_measured_steps_lie_in_the_range() -> None:
     """2,017 and 2,199 images/s of one H100, ViT-S, fp16, batch 64 and 256; 420 of the published
     trainer's loop at 64; 8.4 GiB at the peak."""
@@ -38,6 +39,7 @@ def test_the_published_run_of_ibot_lies_in_the_range() -> None:
     assert within(193, found["hours"])
 
 
+@pytest.mark.slow
 def test_the_published_run_of_dino_lies_in_the_range() -> None:
     """0.617 s per step of 64 images on 8 V100s, 2 x 224 + 8 x 96 (issue 69 of its repository)."""
     found = plan("--published --local-crops-number 8 --gpu v100 --gpus 8 --cores-per-gpu 5")
@@ -66,6 +68,7 @@ def test_measured_steps_correct_the_plan_also_for_another_gpu(ours: dict[str, An
     assert slow == pytest.approx(fast / SLOWER)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_shards_share_the_moments() -> None:
     small = "--published --arch vit_t --depth 2 --gpu v100 --gpus 8"
     one, two = (plan(f"{small} --batch-size {n}") for n in (8, 16))

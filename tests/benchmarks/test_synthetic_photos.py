@@ -35,6 +35,7 @@ def test_every_class_is_in_both_splits_and_no_photo_comes_twice(drawn: Path) -> 
     assert len(set(files(drawn).values())) == len(CLASSES) * 16
 
 
+@pytest.mark.slow
 def test_a_seed_draws_the_same_files_and_another_seed_others(drawn: Path, tmp_path: Path) -> None:
     make_photos(tmp_path / "same", SMALL)
     assert files(tmp_path / "same") == files(drawn)
@@ -59,6 +60,7 @@ def mean_colors(split: str, count: int) -> np.ndarray:
     return np.array([[np.asarray(photo).mean((0, 1)) for photo in row] for row in photos])
 
 
+@pytest.mark.slow
 def test_color_does_not_give_the_class_away() -> None:
     train, val = mean_colors("train", 25), mean_colors("val", 15)
     centers = train.mean(1)  # [class, 3]

@@ -158,6 +158,7 @@ def test_quick_scores_are_those_of_the_commands(checkpoint, folders, tmp_path):
         assert quick[f"head_{name}"] == pytest.approx(scores["cluster"][f"head_{name}"])
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_score_as_one_process(checkpoint, folders, tmp_path):
     def given(name):
         folder = ("--cache", tmp_path / name, "--json", tmp_path / f"{name}.json")

@@ -20,6 +20,7 @@ def report(*, without: str = "", first: str = "") -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_sound_installation_can_train() -> None:
     status, said = report()
     assert status == 0, said

@@ -101,7 +101,10 @@ def test_killed_at_random_steps_and_resumed_it_ends_bit_equal(start, whole, tmp_
 
 @pytest.mark.parametrize(
     "start",
-    ["detect", "segment linear", pytest.param("segment upernet", marks=pytest.mark.slow)],
+    [
+        "segment linear",
+        *(pytest.param(task, marks=pytest.mark.slow) for task in ("detect", "segment upernet")),
+    ],
     indirect=True,
 )
 def test_two_processes_that_are_stopped_and_resumed_do_what_one_does(start, whole, tmp_path):

@@ -8,8 +8,8 @@ from ibeton.benchmarks.evaluation.dense import counted, predicted
 @pytest.mark.parametrize(
     ("task", "arch", "millions"),
     [
-        ("segment", "vit_s", 41.4),
         ("detect", "vit_s", 81.6),
+        pytest.param("segment", "vit_s", 41.4, marks=pytest.mark.slow),
         pytest.param("segment", "vit_b", 162.7, marks=pytest.mark.slow),
         pytest.param("detect", "vit_b", 151.4, marks=pytest.mark.slow),
     ],

@@ -90,7 +90,7 @@ def test_the_published_vit_needs_its_name_and_nothing_else(tmp_path, assert_near
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arch", ["swin_t7", "swin_t14"])
+@pytest.mark.parametrize("arch", ["swin_t7", pytest.param("swin_t14", marks=pytest.mark.slow)])
 def test_timms_swin_gives_our_features_where_windows_tile(arch, tmp_path, assert_near):
     ours = saved(tmp_path / "ours.pt", arch=arch, patch_size=32, embed_dim=192)
     backbone, _ = load_backbone(ours)

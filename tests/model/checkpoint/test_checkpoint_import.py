@@ -214,6 +214,7 @@ def without_repetition(names):
     return [name for name in names if ".blocks." not in f".{name}" or "blocks.0." in name]
 
 
+@pytest.mark.slow
 def test_every_tensor_of_a_network_is_missed_by_its_own_name(tmp_path):
     saved(tmp_path / "ours.pt", small())
     export_ibot(tmp_path / "ours.pt", tmp_path / "whole.pth")

@@ -81,7 +81,7 @@ def beton(kinds: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.skipif(not SAME_ARITHMETIC, reason="this Pillow computes in another way")
-@pytest.mark.parametrize("kind", ["ffcv", "dali"])
+@pytest.mark.parametrize("kind", ["ffcv", pytest.param("dali", marks=pytest.mark.slow)])
 def test_the_views_are_the_pil_loaders_byte_for_byte(beton: Path, kind: str) -> None:
     if problem := LOADERS[kind].problem():
         pytest.skip(problem)

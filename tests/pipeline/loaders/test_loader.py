@@ -118,7 +118,7 @@ def test_ffcv_crops_are_pillows_on_the_same_pixels(raw_beton: Path) -> None:
 
 
 @pytest.mark.skipif(not SAME_ARITHMETIC, reason="this Pillow computes in another way")
-@pytest.mark.parametrize("source", ["beton", "raw_beton"])
+@pytest.mark.parametrize("source", ["beton", pytest.param("raw_beton", marks=pytest.mark.slow)])
 def test_pil_and_ffcv_loaders_give_the_same_bytes(
     source: str, request: pytest.FixtureRequest
 ) -> None:

@@ -44,9 +44,8 @@ def run_epoch(loader: Loader, epoch: int) -> None:
         next(batches)
 
 
-@pytest.mark.parametrize(
-    "kind", ["ffcv", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dali", "pil"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ffcv", "dali", "pil"])
 def test_many_epochs_keep_memory_threads_and_files_flat(beton: Path, kind: str) -> None:
     if PROBLEMS[kind]:
         pytest.skip(PROBLEMS[kind])

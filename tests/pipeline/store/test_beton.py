@@ -101,7 +101,7 @@ def loaded(path: Path, decoder: Any, order: str, os_cache: bool) -> dict[int, np
     return dict(zip(numbers, pixels, strict=True))
 
 
-ORDERS = ["SEQUENTIAL", "RANDOM", "QUASI_RANDOM"]
+ORDERS = ["SEQUENTIAL", "RANDOM", pytest.param("QUASI_RANDOM", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "process_cache"])

@@ -163,7 +163,8 @@ def test_no_process_outlives_torchrun_or_a_rank_that_is_killed(
 
 
 @pytest.mark.parametrize(
-    "victim", ["main", "worker", pytest.param("forkserver", marks=pytest.mark.slow)]
+    "victim",
+    ["main", *(pytest.param(one, marks=pytest.mark.slow) for one in ("worker", "forkserver"))],
 )
 def test_no_process_of_a_run_outlives_another_that_is_killed(
     victim: str, start: Start, tmp_path: Path

@@ -55,8 +55,8 @@ def asked(process: Process, number: signal.Signals, after: int) -> int:
 @pytest.mark.parametrize(
     "numbers",
     [
-        [signal.SIGTERM, signal.SIGHUP],
-        pytest.param([signal.SIGUSR1, signal.SIGINT], marks=pytest.mark.slow),
+        [signal.SIGTERM],
+        pytest.param([signal.SIGHUP, signal.SIGUSR1, signal.SIGINT], marks=pytest.mark.slow),
     ],
 )
 def test_each_signal_ends_the_run_after_its_step_with_a_checkpoint(

@@ -60,7 +60,8 @@ def test_a_killed_rank_is_named_and_the_others_end(
     assert "--resume auto" in said(tmp_path, survivor)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
 def test_a_stopped_rank_is_named_and_the_others_end(
     group: Callable[..., Group], tmp_path: Path, victim: int
 ) -> None:
@@ -113,6 +114,7 @@ def test_what_fails_on_one_rank_is_told_by_all(group: Callable[..., Group], tmp_
     assert "rank 1 failed: OSError: the disk is gone" in said(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_takes_longer_than_a_step_may_is_waited_for(
     group: Callable[..., Group], tmp_path: Path
 ) -> None:
