@@ -59,8 +59,15 @@ def steps(count, fused, scaled, clip, monkeypatch):
     return seen, [t.detach().clone() for t in (*ibot.state_dict().values(), *moments, *scale)], ibot
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("clip", [3.0, 0.0])
+@pytest.mark.parametrize(
+    ("clip", "scaled"),
+    [
+        (3.0, True),
+        (0.0, False),
+        pytest.param(3.0, False, marks=pytest.mark.slow),
+        pytest.param(0.0, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_fused_update_is_the_plain_one(scaled, clip, monkeypatch):
     mine, state, ibot = steps(7, True, scaled, clip, monkeypatch)
     expected, plain, _ = steps(7, False, scaled, clip, monkeypatch)

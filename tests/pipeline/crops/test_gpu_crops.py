@@ -189,7 +189,12 @@ def test_many_shapes(seed: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    ("counts", "sizes"), [((1, 0), (48, 1)), ((3, 1), (17, 40)), ((1, 1), (1, 33))]
+    ("counts", "sizes"),
+    [
+        ((1, 0), (48, 1)),
+        ((3, 1), (17, 40)),
+        pytest.param((1, 1), (1, 33), marks=pytest.mark.slow),
+    ],
 )
 def test_counts_and_sizes_of_views(counts: tuple[int, int], sizes: tuple[int, int]) -> None:
     views = published_views(*counts, *sizes, *SCALES)
