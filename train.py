@@ -94,7 +94,7 @@ def _prepare(
     data = " ".join(config.pipeline.data)
     announce(f"opening {data}")
     loader = build_loader(config.pipeline, device, rank, world_size)
-    check_readable(loader.photos, data)
+    check_readable(loader.photos, f"--data {data}")
     if loader.kind.worker_processes:
         block_signals_in_workers()
     if config.run.eval_every:  # a wrong path should show now, not an epoch later

@@ -24,7 +24,7 @@ from ibeton.distributed import join_processes, leave_group, rank_and_size
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
-from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.photos import PhotoSet, check_classes, note_if_same
 from ibeton.model.head import IBOTHead
 from ibeton.options import Parser, check_output_file
 from ibeton.progress import plain_console
@@ -35,7 +35,6 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 # How names of scores end, by unit
 _COUNTS = ("labels", "clusters", "epoch")
 _SETTINGS = ("lr", "strength")
-_PERCENT = ("top1", "top5", "acc", "ari", "nmi", "fmi", "chance", "map")
 REPORT = b'{\n "checkpoint": '  # how a file of scores begins
 
 
@@ -115,15 +114,17 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 def extraction_of(args: argparse.Namespace) -> Extraction:
     """How the command line wants features computed; under torchrun the group is joined. Raises
-    ValueError, naming the option, for values that cannot work."""
+    ValueError or OSError, naming the option, for values that cannot work."""
     device = join_processes(args.device)[0]
     batch_size = getattr(args, "batch_size", 1)  # what takes images one by one has no such option
     if batch_size < 1 or args.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
     how = Extraction(device, batch_size, args.workers, args.precision)
     how.dtype()  # refuses a precision that the device lacks
-    if args.json is not None:
+    if args.json is not None and args.checkpoint.exists():
         check_output_file("--json", args.json, ".json", REPORT)
+    if args.json is None and not os.access(args.checkpoint.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{args.checkpoint.parent} cannot be written: give --json FILE")
     return how
 
 
@@ -142,17 +143,9 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     train = PhotoSet(args.train, size)
     val = PhotoSet(args.val, size, train.classes)
     classes = max(train.num_classes, val.num_classes)
-    if classes < 2:
-        raise ValueError(
-            f"--train {args.train} and --val {args.val} have one class, of which every prediction"
-            " is right: give photos of two classes or more"
-        )
-    if rank_and_size()[0] == 0 and os.path.realpath(args.train) == os.path.realpath(args.val):
-        print(
-            f"--train and --val are both {args.val}: each photo finds itself, so these figures say"
-            " nothing about other photos",
-            file=sys.stderr,
-        )
+    check_classes(classes, f"--train {args.train}", f"--val {args.val}")
+    if rank_and_size()[0] == 0 and (note := note_if_same(args.train, args.val)):
+        print(note, file=sys.stderr)
     names, left_out = _needs(protocols, config)
     fitting = [protocol for protocol in protocols if protocol.name not in left_out]
     folder = args.cache or args.checkpoint.parent / "features"
@@ -207,13 +200,14 @@ def command(
     args = make_parser(protocols, name, about).parse_args(argv)
 
     def act() -> None:
+        if args.json is None:
+            args.json = args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
         report = run(args, protocols)
         if report["scores"]:
-            path = args.json or args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
             fitting = [one for one in protocols if one.name not in report["left_out"]]
             headlines = [(one.name, score) for one in fitting for score in one.headlines]
             title = f"{name}: {report['val']} by {report['train']}"
-            write_and_show(report, path, title, headlines)
+            show_and_write(report, args.json, title, headlines)
 
     try:
         return run_or_exit(act)
@@ -226,18 +220,18 @@ def write_json(report: dict[str, Any], path: Path) -> None:
     write_text(path, json.dumps(report, indent=1) + "\n")
 
 
-def write_and_show(
+def show_and_write(
     report: dict[str, Any], path: Path, title: str, headlines: Sequence[tuple[str, str]]
 ) -> None:
-    """Write a report. Print all scores as a table, then the headlines (protocol, score) as
-    Markdown, then what was left out."""
-    write_json(report, path)
+    """Print all scores as a table, then the headlines (protocol, score) as Markdown, then what was
+    left out. Then write the report: the scores are seen even if the disk is full."""
     console = plain_console(width=None if sys.stdout.isatty() else 100)
     print(title)  # not the table's own title, which would be wrapped to its width
     console.print(table(report["scores"]))
     print(markdown(report["scores"], headlines))
     for what, reason in report["left_out"].items():
         print(f"left out: {what}: {reason}")
+    write_json(report, path)
 
 
 def table(columns: Columns) -> Table:
@@ -253,13 +247,12 @@ def table(columns: Columns) -> Table:
 
 
 def score_text(name: str, value: float) -> str:
-    """Counts as integers, learning rates and strengths as they were given, accuracies and their
-    like in percent, all else with two decimals."""
+    """Counts as integers, learning rates and strengths as they were given, all else in percent."""
     if name.endswith(_COUNTS):
         return f"{value:,.0f}"
     if name.endswith(_SETTINGS):
         return f"{value:g}"
-    return f"{value:.2f} %" if name.endswith(_PERCENT) else f"{value:.2f}"
+    return f"{value:.2f} %"
 
 
 def markdown(columns: Columns, headlines: Sequence[tuple[str, str]]) -> str:

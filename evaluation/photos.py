@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ibeton.pipeline.store import Photos, UnreadablePhoto
-from ibeton.pipeline.store.decode import load_photo
+from ibeton.pipeline.store.decode import load_photo, to_rgb
 from ibeton.pipeline.store.photos import open_fast, typical_side
 from ibeton.workers import cores, in_threads
 
@@ -100,6 +100,19 @@ def opened(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read: {reason}") from reason
 
 
+def opened_rgb(path: Path) -> Image.Image:
+    """The photo in a file, in RGB. Raises as `opened`."""
+    return to_rgb(opened(path))
+
+
+def text_of(path: Path) -> str:
+    """The text of a file. Raises ValueError that names it for one of another kind."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file ({error})") from error
+
+
 def open_checked(path: str | Path, labeled: bool = True) -> Photos:
     """The photos of a folder, a tar or a .beton file. Raises FileNotFoundError for a missing path,
     ValueError where there are none and, if `labeled`, where some have no class."""
@@ -112,6 +125,25 @@ def open_checked(path: str | Path, labeled: bool = True) -> Photos:
             " folder per class"
         )
     return photos
+
+
+def check_classes(classes: int, train: object, val: object) -> None:
+    """Raise ValueError for fewer than two classes."""
+    if classes < 2:
+        raise ValueError(
+            f"{train} and {val} contain a single class, so every prediction is correct; give at"
+            " least two classes"
+        )
+
+
+def note_if_same(train: str | Path, val: str | Path) -> str:
+    """A line for the user if both sets are the same photos, else ""."""
+    if os.path.realpath(train) != os.path.realpath(val):
+        return ""
+    return (
+        f"--train and --val are both {val}: each photo is seen in training, so the scores do not"
+        " measure generalization"
+    )
 
 
 def labels_by_name(path: str | Path, photos: Photos, classes: list[str]) -> np.ndarray:

@@ -27,4 +27,4 @@ def read_pickle(path: Path, what: str) -> Any:
         try:
             return _Unpickler(file, encoding="latin1").load()
         except Exception as error:  # what damage leads to has no bounds
-            raise ValueError(f"{path} is no {what}, or a damaged one ({error})") from error
+            raise ValueError(f"{path} is not a valid {what} ({error})") from error

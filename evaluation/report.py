@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ibeton.atomic import write_text
 from ibeton.command import run_command
 from ibeton.evaluation.published import FIGURES, published
-from ibeton.model.checkpoint import load_checkpoint
 from ibeton.options import Parser, check_output_file
 
 _TITLE = "# Evaluation"
@@ -74,11 +74,12 @@ def find(paths: Sequence[Path]) -> tuple[list[Backbone], list[Path]]:
         if path.is_dir():
             pictures += sorted(path.glob("*.png")) + sorted(path.glob("pictures/*.png"))
         for file, report in found:
-            name = str(report["checkpoint"])
-            if name not in backbones:
-                backbones[name] = Backbone(name, _arch(report))
-            backbones[name].left_out |= report.get("left_out", {})
-            backbones[name].scores += _scores(report, file)
+            name, arch = str(report["checkpoint"]), str(report.get("arch", "unknown"))
+            backbone = backbones.setdefault(name, Backbone(name, arch))
+            if backbone.arch == "unknown":  # a dense run of an earlier version does not say it
+                backbone.arch = arch
+            backbone.left_out |= report.get("left_out", {})
+            backbone.scores += _scores(report, file)
     return list(backbones.values()), pictures
 
 
@@ -89,7 +90,7 @@ def _read(path: Path, asked: bool) -> dict[str, Any]:
     except ValueError as error:
         if not asked:
             return {}
-        raise ValueError(f"{path} is no JSON file, or a damaged one ({error})") from error
+        raise ValueError(f"{path} is not a valid JSON file ({error})") from error
     fits = isinstance(content, dict) and isinstance(content.get("scores"), dict)
     if fits and isinstance(content.get("settings"), dict):
         content = _dense(content)
@@ -107,16 +108,7 @@ def _dense(content: dict[str, Any]) -> dict[str, Any]:
     if task == "segment" and settings.get("head", "upernet") != "upernet":
         task = f"segment_{settings['head']}"
     network = str(settings.get("network", "teacher"))
-    return {**settings, "left_out": {}, "scores": {network: {task: scores}}}
-
-
-def _arch(report: dict[str, Any]) -> str:
-    if "arch" in report:
-        return str(report["arch"])
-    try:
-        return str(load_checkpoint(report["checkpoint"])["config"]["arch"])
-    except (OSError, ValueError):
-        return "unknown"
+    return content | settings | {"left_out": {}, "scores": {network: {task: scores}}}
 
 
 def _scores(report: dict[str, Any], path: Path) -> list[Score]:
@@ -164,7 +156,8 @@ def markdown(backbones: Sequence[Backbone], pictures: Sequence[Path], beside: Pa
             lines += [f"| {rows[0]} |", "| --- " * len(what[0]) + "|"]
             lines += [f"| {row} |" for row in rows[1:]]
         elif kind == "picture":
-            lines += [f"![{what.name}]({os.path.relpath(what, beside)})", f"*{what}*"]
+            link = quote(os.path.relpath(what, beside))
+            lines += [f"![{what.name}]({link})", f"*{what}*"]
         else:
             lines.append(marks[kind] + what)
         lines.append("")

@@ -5,7 +5,6 @@ writes the JSON that `evaluation.command` writes, and ends with a line of Markdo
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from ibeton.command import run_or_exit
+from ibeton.distributed import leave_group, rank_and_size
 from ibeton.evaluation.command import (
     Columns,
     Scores,
     add_checkpoint_options,
     extraction_of,
     settings_of,
-    write_and_show,
+    show_and_write,
 )
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
@@ -63,14 +63,19 @@ class FrozenTask(Generic[Data]):
         )
         self.add_options(parser)
         args = parser.parse_args(argv)
-        return run_or_exit(lambda: finish(run(args, self), self.name, args.json, self.headlines))
+        try:
+            return run_or_exit(
+                lambda: finish(run(args, self), self.name, args.json, self.headlines)
+            )
+        finally:
+            leave_group()
 
 
 def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
     """The report; "scores" holds {network: {protocol: scores}}. Raises ValueError or OSError with
     a sentence for the user."""
-    one_process(task.name)
     how = extraction_of(args)
+    one_process(task.name)
     backbone, _, config = load_with_head(args.checkpoint, args.network)
     if "image_size" in args:
         args.image_size = view_size(args.image_size, config)  # here, so that the JSON has it
@@ -86,18 +91,18 @@ def run(args: argparse.Namespace, task: FrozenTask) -> dict[str, Any]:
 
 
 def one_process(name: str) -> None:
-    """Raise ValueError under torchrun with several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"ibeton {name} uses one process; run it without torchrun")
+    """Raise ValueError in a group of several processes."""
+    if rank_and_size()[1] > 1:
+        raise ValueError(f"ibeton {name} uses one process; run it without torchrun or srun")
 
 
 def finish(report: dict[str, Any], name: str, path: Path | None, headlines: Sequence[str]) -> Path:
-    """Write and print a report; its path, which is beside the checkpoint where none is given."""
+    """Print and write a report; its path, which is beside the checkpoint where none is given."""
     first = next(iter(report["scores"].values()))
     if path is None:
         sets = "+".join(protocol for protocol in first if protocol != name)
         checkpoint = Path(report["checkpoint"])
         path = checkpoint.with_name(".".join(filter(None, (checkpoint.stem, name, sets, "json"))))
     chosen = [(protocol, s) for protocol in first for s in headlines if s in first[protocol]]
-    write_and_show(report, path, name, chosen)
+    show_and_write(report, path, name, chosen)
     return path

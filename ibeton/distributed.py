@@ -101,12 +101,20 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def from_rank_0(action: Callable[[], Any], device: torch.device | None = None) -> Any:
-    """What `action()` returns on rank 0, on every rank. All ranks must call it. `device`: by which
-    it is sent, the GPU of the group where it has one."""
+    """What `action()` returns on rank 0, on every rank; a ValueError or OSError of it is raised on
+    every rank. All ranks must call it. `device`: by which it is sent, the GPU of the group where it
+    has one."""
     rank, world_size = rank_and_size()
-    box = [action() if rank == 0 else None]
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = action()
+        except (ValueError, OSError) as error:
+            box[1] = error
     if world_size > 1:
         dist.broadcast_object_list(box, device=device)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

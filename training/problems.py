@@ -23,7 +23,8 @@ def check_output_dir(folder: Path) -> None:
 
 
 def check_readable(photos: Photos, data: str) -> None:
-    """Raise ValueError if none of some photos, spread over the set, can be decoded."""
+    """Raise ValueError if none of some photos, spread over the set, can be decoded; `data` is what
+    to call it."""
     reason = ""
     for index in np.unique(np.linspace(0, len(photos) - 1, _PROBES).astype(int)).tolist():
         try:
@@ -31,7 +32,7 @@ def check_readable(photos: Photos, data: str) -> None:
             return
         except UnreadablePhoto as error:
             reason = reason or f"{photos.name(index)}: {error}"
-    raise ValueError(f"--data {data}: no photo in it can be read ({reason})")
+    raise ValueError(f"{data}: no photo in it can be read ({reason})")
 
 
 def explain(error: Exception) -> str:

@@ -105,7 +105,8 @@ def complete(run: Training, log: RunLog | None, stops: StopSignals) -> tuple[str
     scores = run.evaluate()
     report(scores, run.step, log)
     if run.place.rank == 0:
-        content = {"settings": dataclasses.asdict(run.config), "scores": scores}
+        arch = run.task.backbone_config["arch"]
+        content = {"settings": dataclasses.asdict(run.config), "arch": arch, "scores": scores}
         write_json(content, Path(run.config.output_dir) / "scores.json")
         run.draw()
     return "finished", 0

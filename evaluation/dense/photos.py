@@ -8,8 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from ibeton.evaluation.frozen.features import normalized
-from ibeton.evaluation.photos import opened, planes
-from ibeton.pipeline.store.decode import to_rgb
+from ibeton.evaluation.photos import opened_rgb, planes
 
 
 def fitted(height: int, width: int, short: float, long: float) -> list[int]:
@@ -20,7 +19,7 @@ def fitted(height: int, width: int, short: float, long: float) -> list[int]:
 
 def read_photo(path: Path) -> Tensor:
     """uint8 [3, H, W]. Raises as `opened`."""
-    return planes(to_rgb(opened(path)))
+    return planes(opened_rgb(path))
 
 
 def test_view(photo: Tensor, short: int, long: int) -> Tensor:

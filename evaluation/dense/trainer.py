@@ -29,7 +29,7 @@ from ibeton.evaluation.dense.task import (
 from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.training import checkpoints
-from ibeton.training.health.nonfinite_guard import RunError
+from ibeton.training.health.nonfinite_guard import IN_A_ROW, RunError
 from ibeton.training.health.stop_signals import StopSignals
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.run_folder import changed, check_unused, identity
@@ -40,6 +40,8 @@ _FREE = {
     *("output_dir", "resume", "device", "workers", "save_steps", "log_steps", "eval_every"),
     *("pictures", "max_hours", "data", "checkpoint"),
 }
+
+LEAST_SCALE = 2.0**-10  # of losses: it starts at 2**16, and halves with each overflow
 
 
 class Training:
@@ -55,12 +57,14 @@ class Training:
                 f"--batch-size {config.batch_size} does not divide by {place.world_size} processes"
             )
         self.model = task.model.to(place.device)
+        if place.world_size > 1:  # before the optimizer, as it replaces batch norms
+            synchronize(self.model, place.device)
         groups = parameter_groups(self.model, config.weight_decay, config.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=precision == "fp16")
+        self.skips = torch.zeros((), device=place.device)  # steps in a row without a finite loss
         self.call: nn.Module = self.model
         if place.world_size > 1:
-            synchronize(self.model, place.device)
             ids = [place.device] if place.device.type == "cuda" else None
             self.call = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=ids, broadcast_buffers=False
@@ -80,6 +84,8 @@ class Training:
         move = partial(Tensor.to, device=self.place.device, non_blocking=True)
         with self.autocast():
             losses = self.call(*tree_map_only(Tensor, move, batch))
+        finite = losses["loss"].detach().isfinite()
+        self.skips = torch.where(finite, torch.zeros_like(self.skips), self.skips + 1)
         self.scaler.scale(losses["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -180,9 +186,8 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
             raise ValueError(str(batch))
         losses = run.train_step(batch)
         if run.step % config.log_steps == 0 or run.step == last:
-            record = over_ranks(losses, run.place.world_size)
-            if not np.isfinite(record["loss"]) and not run.scaler.is_enabled():
-                raise RunError(f"the loss is {record['loss']} at step {run.step}: lower --lr")
+            record = over_ranks({**losses, "skips": run.skips}, run.place.world_size)
+            check_finite(run, record["loss"], record.pop("skips"))
             per_s = (run.step - first) * config.batch_size / (time.monotonic() - started)
             record |= {"lr": run.rate(run.step - 1), "images_per_s": per_s}
             if log is not None:
@@ -196,6 +201,20 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
         if config.eval_every and run.step % config.eval_every == 0 and run.step < last:
             report(run.evaluate(), run.step, log)
     return True
+
+
+def check_finite(run: Training, loss: float, skips: float) -> None:
+    """Raise RunError if the run learns nothing any more: by a `loss` that is not finite, with loss
+    scaling after some steps in a row (mean of the ranks' `skips`), or by gradients that are not
+    finite at any loss scale."""
+    scaled = run.scaler.is_enabled()
+    if skips * run.place.world_size >= IN_A_ROW or not (scaled or np.isfinite(loss)):
+        raise RunError(f"the loss is {loss} at step {run.step}: lower --lr, or --precision fp32")
+    if scaled and run.scaler.get_scale() < LEAST_SCALE:
+        raise RunError(
+            f"gradients are not finite at step {run.step}, however small the loss scale:"
+            " lower --lr, or give --precision fp32"
+        )
 
 
 def report(scores: Scores, step: int, log: RunLog | None) -> None:

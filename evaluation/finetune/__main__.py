@@ -18,8 +18,9 @@ from ibeton.distributed import join_processes, leave_group
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder
-from ibeton.evaluation.finetune.train import build_monitor, report, task_name, train
+from ibeton.evaluation.finetune.train import build_monitor, report, train
 from ibeton.model.checkpoint import load_checkpoint
+from ibeton.progress import announce
 from ibeton.training.checkpoints import NEWEST, resume_advice
 from ibeton.training.health.stop_signals import INTERRUPTED, STOPPED, StopRequested, StopSignals
 from ibeton.training.health.watchdog import Watchdog
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with StopSignals() as stops:
         try:
             values = parse(None if argv is None else list(argv))
-            print(f"reading {values.get('checkpoint', 'the checkpoint')} ...", file=sys.stderr)
+            announce(f"reading {values.get('checkpoint', 'the checkpoint')}")
             with stops.interruptible():
                 if not values.get("checkpoint"):
                     raise ValueError("--checkpoint is missing: give the backbone to start from")
@@ -150,7 +151,9 @@ def _sweep(
 ) -> int:
     """A run for each learning rate, in folders of their own; the best by its last epoch, chosen on
     the validation set as published, is reported."""
-    folder, reports = Path(config.output_dir), {}
+    folder = Path(config.output_dir)
+    reports: dict[float, dict[str, Any]] = {}
+    top1: dict[float, float] = {}
     for rate in config.sweep:
         own = dataclasses.replace(
             config, lr=rate, sweep=(), output_dir=str(folder / f"lr-{rate:g}")
@@ -158,21 +161,15 @@ def _sweep(
         status, run = _run(own, content, here, stops)
         if status or not run.scores:
             return status
-        reports[rate] = report(run)
+        reports[rate], top1[rate] = report(run), run.scores[-1]["top1"]
     if here.rank:
         return 0
-    name = task_name(run)
-
-    def top1(rate: float) -> float:
-        (scores,) = reports[rate]["scores"].values()
-        return scores[name]["top1"]
-
-    best = max(config.sweep, key=top1)
-    tried = {f"{rate:g}": top1(rate) for rate in config.sweep}
+    best = max(config.sweep, key=lambda rate: top1[rate])
+    tried = {f"{rate:g}": value for rate, value in top1.items()}
     write_json({**reports[best], "sweep": tried}, folder / "finetune.json")
     print("| learning rate | top-1 |\n| --- | --- |")
     for rate in config.sweep:
-        print(f"| {rate:g} | {top1(rate):.2f}{' (best)' if rate == best else ''} |")
+        print(f"| {rate:g} | {top1[rate]:.2f}{' (best)' if rate == best else ''} |")
     return 0
 
 

@@ -30,8 +30,8 @@ _DEIT: dict[str, Any] = {
     "head_init_scale": 1.0,
     "test_interpolation": "bicubic",
 }
-_SEMI = {**_DEIT, "lr": 5e-6, "ema": 0.99996, "projection": True}
-_TRANSFER = {**_DEIT, "lr": 7.5e-6, "batch_size": 768, "repeats": 3}
+_SEMI = {**_DEIT, "lr": 5e-6, "ema": 0.99996, "projection": True, "repeats": 3}
+_TRANSFER = {**_DEIT, "lr": 7.5e-6, "batch_size": 768, "mix_images": 96, "repeats": 3}
 _BY_DATASET: dict[str, dict[str, Any]] = {
     "cars": {"lr": 7.5e-5},
     "inat18": {"epochs": 360, "erasing": 0.1},
@@ -58,7 +58,9 @@ class FinetuneConfig:
     network: str = option("teacher", "which of the checkpoint's networks", ("teacher", "student"))
     from_scratch: bool = option(False, "take the checkpoint's architecture with fresh weights")
     recipe: str = option(
-        "", "preset to start from (default: imagenet, or transfer with --dataset)", RECIPES
+        "",
+        "preset to start from (default: transfer with --dataset, semi with --labels, or imagenet)",
+        RECIPES,
     )
     train: str = option("", "labeled photos to train on: class folders, tar or .beton", path=True)
     val: str = option("", "labeled photos to evaluate on: class folders, tar or .beton", path=True)
@@ -76,10 +78,10 @@ class FinetuneConfig:
     )
 
     epochs: int = option(200, "length of the run in epochs")
-    stop_after: int = option(0, "end after so many steps; schedules stay those of --epochs (0: no)")
+    stop_after: int = option(0, "stop after this many steps; schedules follow --epochs (0: no)")
     max_hours: float = option(0.0, "save and stop after so many hours, with status 85 (0: no)")
     batch_size: int = option(1024, "images per step over all processes")
-    accumulate: int = option(1, "parts of a process's batch that pass one by one: less memory")
+    accumulate: int = option(1, "gradient accumulation steps; more of them use less memory")
     image_size: int = option(0, "side of a view in pixels (0: as the backbone was built for)")
     lr: float = option(1e-3, "peak learning rate for a batch of --lr-batch-size, scaled linearly")
     lr_batch_size: int = option(1024, "images per step that --lr is meant for")
@@ -90,7 +92,9 @@ class FinetuneConfig:
     warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up, not scaled")
     warmup_epochs: int = option(20, "epochs of linear warm-up of the learning rate")
     weight_decay: float = option(0.05, "weight decay; none for biases, norms and position tables")
-    layer_decay: float = option(0.75, "factor of the learning rate from a block to the one before")
+    layer_decay: float = option(
+        0.75, "layer-wise decay: learning rate of a block over the next one's"
+    )
     clip_grad: float = option(0.0, "largest L2 norm of all gradients together (0: no clipping)")
     drop_path: float = option(0.1, "stochastic depth of the last block")
     projection: bool = option(False, "start from the projection head's first layer, too")
@@ -119,7 +123,7 @@ class FinetuneConfig:
     save_steps: int = option(0, "save every so many steps too (0: at the end of epochs only)")
     keep_last: int = option(2, "how many of the last checkpoints to keep (at least 2)")
     log_steps: int = option(10, "steps between records in log.jsonl")
-    lost_after: float = option(60.0, "seconds without a sign of life until a process is given up")
+    lost_after: float = option(60.0, "seconds without a heartbeat after which a process is lost")
     stall_after: float = option(600.0, "seconds that a step, or its batch, may take")
 
     def problems(self) -> Iterator[str]:
@@ -172,12 +176,7 @@ class FinetuneConfig:
                 f"--mix-images {self.mix_images} must be even and divide the {part} images that"
                 " pass at a time (--batch-size over processes and --accumulate)"
             )
-        own = part * self.accumulate
-        if own % self.repeats:
-            raise ValueError(
-                f"--repeats {self.repeats} does not divide the {own} images of a process"
-            )
-        return own, group
+        return part * self.accumulate, group
 
     def peak_lr(self) -> float:
         """The peak learning rate of this batch size."""
@@ -201,7 +200,8 @@ def recipe(name: str, arch: str, dataset: str) -> dict[str, Any]:
 def from_values(values: dict[str, Any], arch: str) -> FinetuneConfig:
     """Defaults <- the recipe of the task and `arch` <- `values`; checked. Raises ValueError."""
     dataset = values.get("dataset", "")
-    name = values.get("recipe") or ("transfer" if dataset else "imagenet")
+    task = "transfer" if dataset else "semi" if values.get("labels") else "imagenet"
+    name = values.get("recipe") or task
     config = fill(FinetuneConfig, {**recipe(name, arch, dataset), **values, "recipe": name})
     config.output_dir = config.output_dir or f"runs/finetune-{dataset or arch}"
     refuse(config.problems())

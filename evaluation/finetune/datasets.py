@@ -24,7 +24,9 @@ def open_dataset(name: str, root: str) -> LabeledSets:
     naming the file, for another layout."""
     folder = Path(root)
     if not folder.is_dir():
-        raise FileNotFoundError(f"--root {root} is no folder: give the one that holds {name}")
+        raise FileNotFoundError(
+            f"--root {root} is not a folder; give the folder that contains {name}"
+        )
     train, val, classes = _READERS[name](folder)
     return LabeledSets(train, val, classes)
 
@@ -76,7 +78,7 @@ def _mat(path: Path, name: str) -> np.ndarray:
     try:
         content = loadmat(_need(path), squeeze_me=True)
     except Exception as error:
-        raise ValueError(f"{path} is no MATLAB file, or a damaged one ({error})") from error
+        raise ValueError(f"{path} is not a valid MATLAB file ({error})") from error
     if name not in content:
         raise ValueError(f"{path} has no variable {name}")
     return np.atleast_1d(content[name])
@@ -119,9 +121,9 @@ def _inat(root: Path, year: int) -> Split:
     listed = _json(root / "categories.json")
     try:
         names = {int(one["id"]): str(one["name"]) for one in listed}
+        classes = [names.get(i, str(i)) for i in range(max(names) + 1)]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{root / 'categories.json'}: expected a list of id and name") from error
-    classes = [names.get(i, str(i)) for i in range(max(names) + 1)]
 
     def photos(split: str) -> Photos:
         path = root / f"{split}{year}.json"
@@ -154,7 +156,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(_need(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file, or a damaged one ({error})") from error
+        raise ValueError(f"{path} is not a valid JSON file ({error})") from error
 
 
 _CIFAR10 = ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"])

@@ -21,9 +21,10 @@ from ibeton.evaluation.photos import filled_batches
 from ibeton.pipeline.crops import resize
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
-from ibeton.pipeline.sampling.order import epoch_order, steps_per_epoch
+from ibeton.pipeline.sampling.order import epoch_order
 from ibeton.pipeline.store.photos import Photos
 from ibeton.stages import work
+from ibeton.training.timing.speed import cores_a_process
 from ibeton.workers import cores
 
 
@@ -78,10 +79,10 @@ class TrainingViews:
 class Loader:
     """Batches of `batch_size` views of rank `rank` of `world_size`, epoch by epoch.
 
-    A photo's repeats stand next to each other in a batch, so it is decoded once; an epoch then
-    shows a different part of the photos, as many views as there are photos (published repeated
-    augmentation spreads them over processes instead). Raises ValueError where not even one global
-    batch can be filled.
+    A photo's repeats stand next to each other in a batch, so it is decoded once; the last photo's
+    are cut off where they do not fit. An epoch then shows a different part of the photos, as many
+    views as there are photos (published repeated augmentation spreads them over processes instead).
+    Raises ValueError where not even one global batch can be filled.
     """
 
     def __init__(
@@ -95,17 +96,22 @@ class Loader:
         pinned: bool = False,
     ) -> None:
         self.photos, self._views = photos, TrainingViews(settings)
-        self.steps_per_epoch = steps_per_epoch(len(photos), batch_size, world_size)
+        self.steps_per_epoch = len(photos) // (batch_size * world_size)
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"--batch-size {batch_size * world_size} is more than the {len(photos)} photos to"
+                " train on"
+            )
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self.threads, self._pinned = threads or cores(), pinned
+        self.threads, self._pinned = threads or cores_a_process(cores()), pinned
         self._replacements = Replacements(photos, [], settings.seed)
         self.unreadable = self._replacements.unreadable  # so far: index -> name and reason
 
     def batches(self, epoch: int) -> np.ndarray:
-        """Photos of this rank's batches, int64 [steps, batch_size / repeats]."""
+        """Photos of this rank's batches, int64 [steps, batch_size / repeats, rounded up]."""
         settings = self._views.settings
         order = epoch_order(len(self.photos), settings.seed, epoch)
-        each = self._batch_size // settings.repeats
+        each = -(-self._batch_size // settings.repeats)
         used = order[: self.steps_per_epoch * self._world_size * each]
         return used.reshape(self.steps_per_epoch, self._world_size, each)[:, self._rank]
 
@@ -120,9 +126,9 @@ class Loader:
         make, batches = partial(self._make, epoch), self.batches(epoch)[first_step:]
         with closing(filled_batches(list(batches), allocate, make, self.threads)) as filled:
             for _, views, photos in filled:
-                used = torch.tensor(photos).repeat_interleave(repeats)
+                used = torch.tensor(photos).repeat_interleave(repeats)[: self._batch_size]
                 labels = torch.from_numpy(self.photos.labels[used.numpy()])
-                yield Batch(views.flatten(0, 1), labels, used)
+                yield Batch(views.flatten(0, 1)[: self._batch_size], labels, used)
 
     def _make(self, epoch: int, rows: np.ndarray, out: np.ndarray) -> list[int]:
         """Views of photos `rows` into out [rows, repeats, 3, S, S]; the photos that were used."""

@@ -22,12 +22,18 @@ from ibeton.evaluation.finetune.sets import LabeledSets, open_labeled
 from ibeton.evaluation.finetune.steps import Mixer, build_optimizer, build_schedule
 from ibeton.evaluation.finetune.subsets import few_labels
 from ibeton.evaluation.networks import view_size
-from ibeton.evaluation.photos import EVALUATION_VIEWS, PhotoViews
+from ibeton.evaluation.photos import (
+    EVALUATION_VIEWS,
+    PhotoViews,
+    check_classes,
+    note_if_same,
+)
 from ibeton.evaluation.trainable import precision_on, seed_all
 from ibeton.model.checkpoint import load_checkpoint, save_checkpoint
 from ibeton.training import checkpoints
 from ibeton.training.health.nonfinite_guard import NonFiniteGuard, RunError
 from ibeton.training.health.watchdog import Watchdog
+from ibeton.training.problems import check_readable
 from ibeton.training.run import fingerprint
 from ibeton.training.run_folder import (
     RunFolder,
@@ -73,11 +79,13 @@ class FinetuneRun:
         self.precision, self.dtype = precision_on(device, config.precision)
         size = view_size(config.image_size, self.backbone_config)
         self.sets = open_sets(config)
+        classes = len(self.sets.classes)
+        check_classes(classes, config.train or config.dataset, config.val or config.root)
+        check_readable(self.sets.val, config.val or f"{config.dataset} in {config.root}")
         settings = ViewSettings(size, config.scale, config.augment, config.seed, config.repeats)
         ranks, on_gpu = (here.rank, world_size), device.type == "cuda"
         self.loader = Loader(self.sets.train, settings, own, *ranks, config.workers, on_gpu)
         self.views = PhotoViews(self.sets.val, size, EVALUATION_VIEWS[config.test_interpolation])
-        classes = len(self.sets.classes)
         seed_all(config.seed)  # the same weights on every rank
         self.classifier = build_classifier(config, content, classes).to(device)
         self.model: nn.Module = self.classifier  # or its DDP wrapper
@@ -93,7 +101,8 @@ class FinetuneRun:
         self.guard = NonFiniteGuard(self.scaler.is_enabled())
         self.step, self.name, self.seen = 0, "", ""
         self.scores: list[dict[str, float]] = []
-        self.notes: list[str] = []
+        same = "" if config.dataset else note_if_same(config.train, config.val)
+        self.notes = [same] if same else []
         _resume(self)
         if world_size > 1:
             self.model = DistributedDataParallel(

@@ -2,7 +2,7 @@
 
 Erasing, mixing, the optimizer's groups and its schedule are timm's. Images that pass together in a
 group of `mix_images` share what timm draws per batch, from (seed, step, group): several processes,
-and parts of a batch, draw what one would.
+and parts of a batch that hold whole groups, draw what one would.
 """
 
 from typing import Any

@@ -7,6 +7,7 @@ from torch import from_numpy
 
 from ibeton.evaluation.finetune.sets import SomePhotos
 from ibeton.evaluation.frozen.semi import balanced_subset
+from ibeton.evaluation.photos import text_of
 from ibeton.pipeline.store.photos import Photos
 
 
@@ -37,7 +38,7 @@ def listed_rows(photos: Photos, path: Path) -> np.ndarray:
     """Rows int64, rising, of the photos that the file at `path` names."""
     if not path.is_file():
         raise FileNotFoundError(f"--labels {path}: no such file, and no share such as 0.1")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    names = [line.strip() for line in text_of(path).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"--labels {path} names no photos")
     if len(set(names)) < len(names):

@@ -229,14 +229,14 @@ def report(run: FinetuneRun) -> dict[str, Any]:
 
 
 def task_name(run: FinetuneRun) -> str:
-    """The task's name in files: finetune, transfer_cifar10, or semi_0.1 by the share of labels."""
+    """The task's name in files: finetune, transfer_cifar10, semi_0.1 by the share of labels, or
+    transfer_cifar10_semi_0.1."""
     config = run.config
-    if config.dataset:
-        return f"transfer_{config.dataset}"
+    names = [f"transfer_{config.dataset}"] if config.dataset else []
     if config.labels:
         stem = config.labels.rsplit("/", 1)[-1].removesuffix(".txt")
         share = {"1percent": "0.01", "10percent": "0.1"}.get(stem, stem)
         with suppress(ValueError):
             share = f"{float(config.labels):g}"
-        return f"semi_{share}"
-    return "finetune"
+        names.append(f"semi_{share}")
+    return "_".join(names) or "finetune"

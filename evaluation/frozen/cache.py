@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,8 @@ from ibeton.evaluation.frozen.features import (
 from ibeton.evaluation.networks import weights_digest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.model.head import IBOTHead
+
+DAY_S = 86_400  # no array is left alone so long by a run that still computes it
 
 
 def cached_features(
@@ -124,6 +127,9 @@ def _extract_to(
 
     def begin() -> str:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".partial-*"):  # by a run that was killed
+            if max(path.stat().st_mtime for path in (left, *left.iterdir())) < time.time() - DAY_S:
+                shutil.rmtree(left, ignore_errors=True)
         return tempfile.mkdtemp(prefix=".partial-", dir=folder)
 
     partial = Path(from_rank_0(begin))
@@ -150,15 +156,14 @@ def _extract_to(
 
 
 def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, world: int) -> Path:
-    """Make one array of the ranks' and give the folder its name."""
+    """Make one array of the ranks', none if no photo was read, and give the folder its name."""
     try:
         indices = [np.load(partial / f"index.{rank}") for rank in range(world)]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is not there: the ranks must share the folder of --cache"
         ) from error
-    check_read(photos, sum(map(len, indices)))
-    for name in names:
+    for name in names if any(map(len, indices)) else []:
         shards = [
             np.load(partial / f"{name}.{rank}", mmap_mode="r")[: len(kept)]
             for rank, kept in enumerate(indices)

@@ -9,11 +9,11 @@ One forward pass gives all of these, as far as they are requested by name:
     gem         generalized mean (power 4) of the last block's patch tokens, [C]
     patches     patch tokens of the last block, [N, C]
     parts       means of the 1, 7, 14, 56, 112 and 196 patch tokens that the class token attends to
-                most in the last block, [6, C]; ViT only
+                most in the last block, and of all, [7, C], before the final norm; ViT only
     prototype   number of the prototype that the head gives the class token, int64 []
 
-Tokens are those after the final norm, as published. Swin has no class token: the mean of its tokens
-stands in for it (published code).
+All other tokens are those after the final norm, as published. Swin has no class token: the mean of
+its tokens stands in for it (published code).
 """
 
 import logging
@@ -97,8 +97,8 @@ def tokens_of(
     """
     looking: AbstractContextManager[list[Tensor]] = nullcontext([])
     if "parts" in names:
-        looking = _last_attention(backbone)
-    with looking as attention:
+        looking = _last_block(backbone)
+    with looking as seen:
         outputs = [backbone(images)] if "blocks" not in names else _blocks(backbone, images)
     tokens = outputs[-1]  # [B, 1 + N, C]
     cls, patches = tokens[:, 0], tokens[:, 1:]
@@ -116,12 +116,13 @@ def tokens_of(
         elif name == "patches":
             found[name] = patches
         elif name == "parts":
-            found[name] = most_attended(patches, attention[0])
+            attention, packed = seen
+            found[name] = most_attended(packed.view_as(tokens)[:, 1:], attention)
         elif name == "prototype" and head is not None:
             found[name] = head.cls_logits(cls).argmax(dim=1)
         else:
             raise ValueError(
-                f"feature {name}: expected one of {', '.join(NAMES)}, the last of a"
+                f"unknown feature {name}: expected one of {', '.join(NAMES)}; prototype needs a"
                 " network with its head"
             )
     return found
@@ -137,9 +138,10 @@ def _blocks(backbone: Any, images: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _last_attention(backbone: Any) -> Iterator[list[Tensor]]:
-    """During a forward pass, the attention of the last block's class token to the patches, mean of
-    the heads: one tensor [B, N] in the list."""
+def _last_block(backbone: Any) -> Iterator[list[Tensor]]:
+    """During a forward pass of one size of images, of the last block: the attention of its class
+    token to the patches, mean of the heads, [B, N]; and its tokens before the final norm, [B * (1 +
+    N), C]."""
     if not hasattr(backbone, "blocks"):
         raise ValueError("part-wise probing needs a class token that attends: a ViT, not a Swin")
     found: list[Tensor] = []
@@ -150,19 +152,24 @@ def _last_attention(backbone: Any) -> Iterator[list[Tensor]]:
         scores = query[:, :, :1] * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
         found.append(scores.float().softmax(dim=-1)[:, :, 0, 1:].mean(dim=1))
 
-    hook = backbone.blocks[-1].attn.register_forward_pre_hook(look)
+    last = backbone.blocks[-1]
+    hooks = [
+        last.attn.register_forward_pre_hook(look),
+        last.register_forward_hook(lambda block, inputs, tokens: found.append(tokens)),
+    ]
     try:
         yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def most_attended(patches: Tensor, attention: Tensor) -> Tensor:
     """Means of the k patches [B, N, C] with the highest attention [B, N], for k in PARTS (all
-    patches where there are fewer): [B, 6, C]."""
+    patches where there are fewer), and of all: [B, 7, C]."""
     order = attention.argsort(dim=1, descending=True, stable=True)  # [B, N]
     ranked = patches.take_along_dim(order.unsqueeze(2), dim=1)
-    return torch.stack([ranked[:, :k].mean(dim=1) for k in PARTS], dim=1)
+    return torch.stack([ranked[:, :k].mean(dim=1) for k in (*PARTS, patches.shape[1])], dim=1)
 
 
 def normalized(images: Tensor, device: torch.device | str) -> Tensor:

@@ -2,8 +2,9 @@
 
 The last block's patch tokens are ranked by the attention that the class token pays them (mean of
 the heads); the mean of the first k = 1, 7, 14, 56, 112, 196 goes into a linear layer (iBOT, section
-4.3, and published code). Beside them: the mean of all patches, and the class token. The linear
-layers are those of `evaluation.frozen.linear`, on evaluation views.
+4.3). As in the published code, patch tokens are taken before the final norm. Beside them: the mean
+of all patches, and the class token. The linear layers are those of `evaluation.frozen.linear`, on
+evaluation views.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def needs(config: dict[str, Any]) -> tuple[str, ...]:
             f"part-wise probing of {config['arch']}: a Swin has no class token whose attention"
             " would rank patches; give a ViT"
         )
-    return ("parts", "patch_mean", "cls")
+    return ("parts", "cls")
 
 
 def part_scores(task: Task) -> Scores:
@@ -31,8 +32,9 @@ def part_scores(task: Task) -> Scores:
     and on the class token."""
 
     def inputs(features: Features) -> dict[str, Tensor]:
-        means = {f"k{k}_top1": features["parts"][:, i] for i, k in enumerate(PARTS)}
-        return {**means, "all_top1": features["patch_mean"], "cls_top1": features["cls"]}
+        names = [*(f"k{k}_top1" for k in PARTS), "all_top1"]
+        means = dict(zip(names, features["parts"].unbind(dim=1), strict=True))
+        return {**means, "cls_top1": features["cls"]}
 
     settings, val, scores = linear.settings_of(task.args), inputs(task.val), {}
     for name, features in inputs(task.train).items():

@@ -58,7 +58,7 @@ def read_copydays(args: argparse.Namespace, config: dict[str, Any]) -> Copydays:
     for name, one in folders.items():
         for index, group in enumerate(groups(one)):
             if group not in originals:
-                raise ValueError(f"{root / name / one.name(index)} has no original {group}..")
+                raise ValueError(f"{root / name / one.name(index)} has no original {group}*")
     distractors = photos(args.distractors) if args.distractors else None
     return folders, distractors, photos(args.whitening) if args.whitening else None
 

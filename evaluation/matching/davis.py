@@ -29,9 +29,8 @@ from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import MEAN, evaluating
 from ibeton.evaluation.matching.propagation import Propagation, propagate, to_mask
 from ibeton.evaluation.matching.video_metrics import mean_scores, object_scores
-from ibeton.evaluation.photos import opened, planes
+from ibeton.evaluation.photos import opened, opened_rgb, planes, text_of
 from ibeton.evaluation.tasks import FrozenTask, Subject
-from ibeton.pipeline.store.decode import to_rgb
 from ibeton.progress import progress
 
 SHORT_SIDE = 480
@@ -56,7 +55,7 @@ def read_davis(root: Path) -> list[Video]:
         raise FileNotFoundError(
             f"--data {root}: {listing} is missing; give the folder of DAVIS-2017"
         )
-    names = listing.read_text().split()
+    names = text_of(listing).split()
     if not names:
         raise ValueError(f"{listing} names no sequence")
     return [_read_video(root, name) for name in names]
@@ -76,6 +75,8 @@ def _read_video(root: Path, name: str) -> Video:
         )
     if len(frames) < 3:
         raise ValueError(f"sequence {name} has {len(frames)} frames; J&F needs at least 3")
+    if not read_mask(masks[0]).any():
+        raise ValueError(f"{masks[0]} marks no object, but the first mask of a sequence must")
     return Video(name, frames, masks)
 
 
@@ -99,7 +100,7 @@ def frame_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def read_frame(path: Path, short_side: int) -> tuple[Tensor, tuple[int, int]]:
     """A frame normalized and resized (bilinear, not antialiased), float32 [3, h, w], and the height
     and width that it had."""
-    image = planes(to_rgb(opened(path))).float() / 255
+    image = planes(opened_rgb(path)).float() / 255
     height, width = image.shape[1:]
     size = frame_size(height, width, short_side)
     image = F.interpolate(image.unsqueeze(0), size, mode="bilinear", align_corners=False)[0]

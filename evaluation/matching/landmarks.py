@@ -27,10 +27,9 @@ from torch import Tensor
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import evaluating, normalized
 from ibeton.evaluation.matching.precision import average_precision, precision_at, ranks_without_junk
-from ibeton.evaluation.photos import opened, planes
+from ibeton.evaluation.photos import opened_rgb, planes
 from ibeton.evaluation.plain_pickle import read_pickle
 from ibeton.evaluation.tasks import FrozenTask, Subject
-from ibeton.pipeline.store.decode import to_rgb
 from ibeton.progress import progress
 from ibeton.workers import cores, in_threads
 
@@ -91,14 +90,15 @@ def read_landmarks(root: Path) -> Landmarks:
     )
     missing = [path for path in (*photos, *query_photos) if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{missing[0]} and {len(missing) - 1} more photos are missing")
+        others = f", and {len(missing) - 1} more photos are" if len(missing) > 1 else " is"
+        raise FileNotFoundError(f"{missing[0]}{others} missing")
     return Landmarks(truths[0].stem.removeprefix("gnd_"), photos, query_photos, queries)
 
 
 def read_photo(path: Path) -> Tensor:
     """A photo, at most 512 pixels on either side, uint8 [3, h, w]. Raises ValueError for one that
     cannot be read: ground truth goes by number, so none may be left out."""
-    image = to_rgb(opened(path))
+    image = opened_rgb(path)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return planes(image)
 

@@ -82,7 +82,7 @@ def show(axis: Axes, image: Tensor | np.ndarray, title: str = "", **options: Any
     pixels = np.asarray(image)
     axis.imshow(pixels.transpose(1, 2, 0) if pixels.ndim == 3 else pixels, **options)
     if title:
-        axis.set_title(title, fontsize=8, color=INK, pad=3)
+        axis.set_title(title, fontsize=8, color=INK, pad=3, parse_math=False)
 
 
 def frame(axis: Axes, right: bool) -> None:
@@ -92,7 +92,7 @@ def frame(axis: Axes, right: bool) -> None:
 
 def save(figure: Figure, path: Path, title: str) -> None:
     """Write a PNG in one step, under its title."""
-    figure.suptitle(title, fontsize=10, color=INK)
+    figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
     try:
         with replacing(path, suffix=".png") as partial:
             figure.savefig(partial, dpi=DPI)

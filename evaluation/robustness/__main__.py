@@ -65,7 +65,6 @@ def make_parser() -> Parser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The report. All layouts are checked before the first photo is classified. Raises ValueError
     or OSError with a sentence for the user."""
-    one_process("robustness")
     if not any(getattr(args, name) for name in SETS):
         raise ValueError("give at least one of --imagenet-a, -r, -c, --in9 and --val")
     if bool(args.in9) != bool(args.in9_map):
@@ -73,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} must be at least 0")
     how = extraction_of(args)
+    one_process("robustness")
     judged = load_classifier(args.checkpoint, args.head, args.network)
     model = judged.model.to(how.device)
     known = (judged.size, judged.classes)

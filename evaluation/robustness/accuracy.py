@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
 from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
-from ibeton.evaluation.photos import PhotoSet, View, center_view, evaluation_view, some
+from ibeton.evaluation.photos import PhotoSet, View, bilinear_view, center_view, some
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
 from ibeton.progress import progress
 
@@ -35,6 +35,7 @@ ALEXNET = {
     "jpeg_compression": 0.606500,
 }
 IN9_CLASSES = 9
+IN9_MASKS = "fg_mask"  # the folder of masks beside the variants
 
 
 def top1(
@@ -75,7 +76,7 @@ def choose(logits: Tensor, columns: Tensor | None) -> Tensor:
 
 
 def read_variant(
-    name: str, path: Path, size: int, classes: list[str], view: View = evaluation_view
+    name: str, path: Path, size: int, classes: list[str], view: View = bilinear_view
 ) -> tuple[PhotoSet, list[int]]:
     """The photos of ImageNet-"a" or "r", and the classes to choose from: the 200 of that set for a
     classifier of ImageNet, else those that the set has photos of. Raises ValueError for a set of
@@ -131,7 +132,11 @@ def corruption_scores(errors: dict[str, list[float]]) -> Scores:
 def read_backgrounds(root: Path, size: int) -> dict[str, PhotoSet]:
     """{variant: photos} of the backgrounds challenge. Raises FileNotFoundError or ValueError,
     naming the folder, for another layout."""
-    found = sorted(path.parent for path in root.glob("*/val") if path.is_dir())
+    found = sorted(
+        path.parent
+        for path in root.glob("*/val")
+        if path.is_dir() and path.parent.name != IN9_MASKS
+    )
     if not found:
         raise FileNotFoundError(f"--in9 {root} has no folders VARIANT/val/00_dog, 01_bird, ...")
     sets = {}
@@ -163,7 +168,7 @@ def read_in9_map(path: Path, num_classes: int) -> np.ndarray:
             )
         numbers[key] = value
     if not set(range(IN9_CLASSES)) <= set(numbers.tolist()):
-        raise ValueError(f"--in9-map {path} leaves classes of IN-9 without any of the classifier's")
+        raise ValueError(f"--in9-map {path} maps no class to some of the classes of IN-9")
     return numbers
 
 

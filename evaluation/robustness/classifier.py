@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ibeton.evaluation.finetune.classifier import load_classifier as load_finetuned
 from ibeton.evaluation.frozen.features import tokens_of
 from ibeton.evaluation.networks import weights_digest
-from ibeton.evaluation.photos import EVALUATION_VIEWS, View, evaluation_view
+from ibeton.evaluation.photos import EVALUATION_VIEWS, View, bilinear_view
 from ibeton.model.checkpoint import backbone_of, load_checkpoint
 from ibeton.model.checkpoint.files import read_file
 
@@ -49,7 +49,7 @@ class Classifier:
     num_classes: int
     size: int  # side of a view in pixels
     config: dict[str, Any]  # of the backbone
-    view: View = evaluation_view  # how photos of any size are cut
+    view: View = bilinear_view  # how photos of any size are cut
 
 
 def load_classifier(checkpoint: Path, head: Path | None, network: str) -> Classifier:
@@ -89,10 +89,11 @@ def _finetuned(checkpoint: Path, content: dict[str, Any]) -> Classifier:
 
 
 def class_names(names: list[str], count: int) -> list[str]:
-    """The classes' own names; ImageNet's where a thousand have none."""
-    if not names and count == IMAGENET:
-        return imagenet_wnids()
-    return list(names)
+    """The classes' own names; ImageNet's if a thousand have none. Numbers are no names: fine-tuning
+    writes them for a set without."""
+    if names and names != [str(number) for number in range(count)]:
+        return list(names)
+    return imagenet_wnids() if count == IMAGENET else []
 
 
 def imagenet_wnids() -> list[str]:

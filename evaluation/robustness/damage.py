@@ -18,9 +18,9 @@ GRIDS = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (14, 14), (16, 16))  # rows, co
 
 
 def random_drops(photos: Sequence[int], patches: int, ratio: float, seed: int) -> Tensor:
-    """Which patches of each photo are dropped, round(ratio * N) of them: bool [B, N]. With a higher
-    ratio the same patches are dropped, and more."""
-    count = round(ratio * patches)
+    """Which patches of each photo are dropped, ratio * N of them, rounded down: bool [B, N]. With a
+    higher ratio the same patches are dropped, and more."""
+    count = int(ratio * patches + 1e-6)  # 0.7 * 10 is less than 7
     drops = torch.zeros(len(photos), patches, dtype=torch.bool)
     for row, photo in zip(drops, photos, strict=True):
         order = np.random.default_rng([seed, photo]).permutation(patches)

@@ -26,7 +26,7 @@ def runs(tmp_path):
     }
     write_report(tmp_path / "a" / "checkpoint.all.json", frozen, left_out={"semi": "no | labels"})
     (tmp_path / "a" / "config.json").write_text('{"arch": "vit_b"}')
-    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a" / "curve.png")
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a" / "a curve.png")
     tuned = {"teacher": {"semi_0.1": {"top1": 55.5}, "transfer_cars": {"top1": 60.0}}}
     write_report(tmp_path / "b" / "finetune.json", tuned)
     return [str(tmp_path / "a"), str(tmp_path / "b")]
@@ -50,10 +50,10 @@ def test_measured_figures_stand_beside_published_ones_of_the_architecture(runs, 
 def test_the_page_holds_its_pictures(runs, tmp_path):
     output = tmp_path / "report.md"
     assert main([*runs, "--output", str(output)]) == 0
-    assert "](a/curve.png)" in output.read_text()
+    assert "](a/a%20curve.png)" in output.read_text()
     text = output.with_suffix(".html").read_text()
     (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    assert base64.b64decode(data) == (tmp_path / "a" / "curve.png").read_bytes()
+    assert base64.b64decode(data) == (tmp_path / "a" / "a curve.png").read_bytes()
     assert "<td>41.25</td><td>77.1</td>" in text
 
 
@@ -74,7 +74,8 @@ def test_scores_of_segmentation_and_detection_are_read_too(runs, tmp_path):
         (tmp_path / folder / "scores.json").write_text(json.dumps(content))
     output = tmp_path / "report.md"
     folders = [str(tmp_path / folder) for folder in ("s", "d")]
-    assert main([*runs, *folders, "--output", str(output)]) == 0
+    assert main([*folders, *runs, "--output", str(output)]) == 0  # an old one names no arch
+    assert "unknown" not in output.read_text()
     assert "| ADE20K with UperNet, mIoU | teacher | 44.00 | 50.0 |" in output.read_text()
     assert "| COCO, box AP | teacher | 40.50 | 51.2 |" in output.read_text()
 
@@ -84,7 +85,7 @@ def test_scores_of_segmentation_and_detection_are_read_too(runs, tmp_path):
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "holds no scores yet"),
-        (lambda path: path.write_text("{"), "no JSON file"),
+        (lambda path: path.write_text("{"), "not a valid JSON file"),
         (lambda path: path.write_text('{"arch": 1}'), "it lacks checkpoint or scores"),
     ],
 )

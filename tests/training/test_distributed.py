@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from paths import ROOT
 from slurm import FIRST_PORT, PORT_STEP, end, free_job, srun_words, start
 
 from ibeton import distributed
-from ibeton.distributed import adopt_slurm, connect, first_node, meet
+from ibeton.distributed import adopt_slurm, connect, first_node, from_rank_0, meet
 
 ADOPTED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -130,3 +132,23 @@ def test_a_port_in_use_is_named(store_address: int) -> None:
         other.listen()
         with pytest.raises(ValueError, match="set MASTER_PORT to a free port"):
             connect(0, serve=True)
+
+
+def _asks(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+
+    def fails() -> None:
+        raise FileNotFoundError(2, "No such file", "x.pt")
+
+    assert from_rank_0(lambda: rank) == 0
+    with pytest.raises(FileNotFoundError, match=r"x\.pt"):
+        from_rank_0(fails)
+    assert from_rank_0(lambda: 7) == 7
+    (folder / str(rank)).touch()
+    dist.destroy_process_group()
+
+
+def test_what_rank_0_cannot_do_is_an_error_of_every_rank(tmp_path: Path) -> None:
+    mp.spawn(_asks, args=(tmp_path,), nprocs=2)
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()

@@ -79,6 +79,12 @@ def model(folder):
     return load_checkpoint(folder / "checkpoint.pt")["model"]
 
 
+def trained(folder):
+    """Names of the norms' weights that are not 1 any more, as they were."""
+    vectors = {k: v for k, v in model(folder).items() if v.dim() == 1 and k.endswith("weight")}
+    return {name for name, vector in vectors.items() if not torch.equal(vector, vector**0)}
+
+
 @pytest.mark.parametrize(
     "start", ["detect", pytest.param("segment upernet", marks=pytest.mark.slow)], indirect=True
 )
@@ -119,6 +125,7 @@ def test_two_processes_that_are_stopped_and_resumed_do_what_one_does(start, whol
     for step in range(4):
         assert found[step] == pytest.approx(expected[step], rel=2e-3), (step, found, expected)
     assert scores(folder).keys() == scores(whole).keys()
+    assert trained(folder) == trained(whole)
 
 
 @pytest.mark.parametrize("start", ["segment linear"], indirect=True)

@@ -7,6 +7,7 @@ import torch
 from photo_folders import small_vit
 from PIL import Image
 
+from ibeton.evaluation.dense import segmenter, trainer
 from ibeton.evaluation.dense.photos import palette
 from ibeton.evaluation.dense.segmentation_data import IGNORED
 from ibeton.evaluation.dense.segmenter import Dropout, Segmenter, pixel_loss, starts
@@ -82,6 +83,30 @@ def test_a_stopped_run_resumes_to_the_same_weights(unbroken, checkpoint, scenes,
     assert losses(folder) == losses(unbroken)
     ended, expected = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (folder, unbroken))
     assert all(torch.equal(ended[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_loss_that_stays_nan_ends_the_run_under_loss_scaling_too(
+    checkpoint, scenes, tmp_path, capsys, monkeypatch
+):
+    """One such step is skipped; the scale does not hide a streak of them."""
+    monkeypatch.setattr(trainer, "precision_on", lambda device, name: ("fp16", None))
+    options = ("--head", "linear", "--lr", "0.01", "--steps", "12", "--log-steps", "1")
+    calls = []
+
+    def lost(steps):
+        def loss(*arguments):
+            calls.append(1)
+            return pixel_loss(*arguments) * (torch.nan if len(calls) in steps else 1)
+
+        return loss
+
+    monkeypatch.setattr(segmenter, "pixel_loss", lost([3]))
+    assert segment(checkpoint, scenes, tmp_path / "once", *options) == 0
+    calls.clear()
+    monkeypatch.setattr(segmenter, "pixel_loss", lost(range(3, 99)))
+    assert segment(checkpoint, scenes, tmp_path / "always", *options) == 1
+    assert len(losses(tmp_path / "always")) < 8
+    assert "the loss is nan at step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

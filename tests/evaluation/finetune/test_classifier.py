@@ -11,7 +11,7 @@ from ibeton.evaluation.finetune.classifier import (
     classifier_state,
     load_classifier,
 )
-from ibeton.evaluation.finetune.config import FinetuneConfig, recipe
+from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, recipe
 from ibeton.evaluation.finetune.steps import build_optimizer, build_schedule
 from ibeton.model import ModelConfig
 from ibeton.model.backbones.swin import SwinTransformer
@@ -176,3 +176,17 @@ def test_recipes_follow_the_architecture_and_the_data_set():
     assert recipe("transfer", "vit_b", "inat18")["lr"] == 7.5e-6
     assert recipe("transfer", "vit_s", "cifar10")["repeats"] == 3
     assert recipe("semi", "vit_s", "")["ema"] == 0.99996
+    assert recipe("semi", "vit_s", "")["repeats"] == 3  # eval_cls.py: repeated_aug
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_transfer_recipe_mixes_by_96_images_as_published(processes):
+    given = {"checkpoint": "c.pt", "dataset": "cifar10", "root": "."}
+    assert from_values(given, "vit_s").shares(processes) == (768 // processes, 96)
+
+
+def test_the_recipe_follows_from_the_task():
+    sets = {"checkpoint": "c.pt", "train": "a", "val": "b"}
+    assert from_values(sets, "vit_s").recipe == "imagenet"
+    assert from_values({**sets, "labels": "0.1"}, "vit_s").recipe == "semi"
+    assert from_values({**sets, "labels": "0.1", "recipe": "imagenet"}, "vit_s").ema == 0

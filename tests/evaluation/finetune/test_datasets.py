@@ -163,9 +163,13 @@ def ids_beyond(root):
         ("flowers", ids_beyond, "beyond the 3 labels"),
         ("cars", lambda root: write_cars(root, (1, 196, 0)), "label -1"),
         ("cars", lambda root: write_cars(root, (1, 197, 3)), "label 196"),
-        ("cars", lambda root: (root / "cars_annos.mat").write_text("x"), "no MATLAB file"),
+        ("cars", lambda root: (root / "cars_annos.mat").write_text("x"), "not a valid MATLAB file"),
         ("inat18", lambda root: write_inat(root, category=2), "label 2"),
-        ("inat18", lambda root: (root / "categories.json").write_text("{"), "no JSON file"),
+        (
+            "inat18",
+            lambda root: (root / "categories.json").write_text("{"),
+            "not a valid JSON file",
+        ),
         ("inat19", write_inat, "train2019.json does not exist"),
     ],
 )

@@ -78,6 +78,12 @@ def test_an_epoch_that_is_entered_later_goes_on_the_same(photos):
     assert torch.equal(rest[0], whole[2])
 
 
+def test_repeats_that_do_not_divide_the_batch_are_cut_off(photos):
+    for images, labels, indices in views(photos, repeats=3):
+        assert len(images) == len(labels) == len(indices) == 8
+        assert indices.unique(return_counts=True)[1].sort().values.tolist() == [2, 3, 3]
+
+
 def test_repeats_are_different_views_of_one_photo(photos):
     batches = views(photos, repeats=2)
     assert len(batches) == 3

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -186,7 +187,7 @@ def unlike(checkpoint: Path, path: Path) -> Path:
 @pytest.mark.parametrize(
     ("also", "says"),
     [
-        (["--batch-size", "1000"], "choose at most 24"),
+        (["--batch-size", "1000"], "--batch-size 1000 is more than the 24 photos"),
         (["--batch-size", "9"], "--mix-images"),
         (["--accumulate", "3"], "3 part(s)"),
         (["--image-size", "33"], "--image-size 33"),
@@ -198,7 +199,6 @@ def unlike(checkpoint: Path, path: Path) -> Path:
         (["--labels", "0"], "above 0"),
         (["--labels", "none.txt"], "none.txt"),
         (["--network", "student", "--checkpoint", "missing.pt"], "missing.pt"),
-        (["--repeats", "3"], "--repeats 3"),
         (["--sweep", "1e-3", "1e-3"], "--sweep"),
     ],
 )
@@ -244,3 +244,36 @@ def test_two_runs_never_share_a_folder(given, tmp_path, capsys):
         options = ("--epochs", "1", *also)
         assert main(given(folder, *options)) == 2
         assert says in capsys.readouterr().err
+
+
+def damaged(folder: Path, names: list[Path]) -> Path:
+    """The photos of `folder` anew, with `names` cut to a few bytes."""
+    for path in names:
+        path.write_bytes(path.read_bytes()[:20])
+    return folder
+
+
+def test_photos_that_cannot_be_read_are_named_or_refused_before_the_first_step(
+    given, refused, folders, tmp_path, caplog, capsys
+):
+    val = tmp_path / "val"
+    shutil.copytree(folders[1], val)
+    photos = sorted(val.rglob("*.jpg"))
+    damaged(val, photos[:1])
+    assert main(given(tmp_path / "run", "--val", val, "--stop-after", "3")) == 0
+    assert f"left out of the evaluation: {photos[0].relative_to(val)}" in caplog.text
+    damaged(val, photos[1:])
+    capsys.readouterr()
+    run = tmp_path / "none"
+    assert "no photo in it can be read" in refused(given(run, "--val", val), run)
+
+
+def test_one_class_is_refused_and_one_set_for_both_is_noted(
+    given, refused, folders, tmp_path, capsys
+):
+    one, run = tmp_path / "one", tmp_path / "none"
+    shutil.copytree(sorted(folders[1].iterdir())[0], one / "red")
+    assert "a single class" in refused(given(run, "--train", one, "--val", one), run)
+    same = ("--val", folders[0], "--stop-after", "1")
+    assert main(given(tmp_path / "run", *same)) == 0
+    assert "do not measure generalization" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Cached features: found again only by what they came from, whole or not there at all."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -145,11 +146,36 @@ def test_unreadable_photos_are_left_out_of_cached_features_too(counted):
         counted.get("cls")
 
 
+def test_what_was_left_out_is_counted_once(counted, caplog):
+    (counted.photos / "green" / "1.jpg").write_bytes(b"no photo")
+    counted.get("cls")
+    assert [r.message for r in caplog.records if "left out" in r.message and " of 9 " in r.message]
+    assert caplog.text.count(" of 9 photos of ") == 1
+
+
+def test_what_killed_runs_left_is_removed_after_a_day(counted):
+    counted.get("cls")
+    (key,) = counted.folder.iterdir()
+    for name, age in (("old", 2), ("new", 0)):
+        (key / f".partial-{name}").mkdir()
+        (key / f".partial-{name}" / "cls.0").touch()
+        for path in (key / f".partial-{name}" / "cls.0", key / f".partial-{name}"):
+            os.utime(path, (time.time() - age * 86_400,) * 2)
+    counted.get("patches")
+    assert sorted(path.name for path in key.iterdir()) == [".partial-new", "cls", "patches"]
+
+
 def _rank(rank, folder, photos):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     counted = Counted(folder / "cache", photos)
     found = counted.get("cls", "parts", "patches")
-    np.savez(folder / f"{rank}.npz", images=counted.images, labels=found.labels, **found.arrays)
+    seen = {"images": counted.images, "labels": found.labels, **found.arrays}
+    (folder / "damaged" / "x").mkdir(parents=True, exist_ok=True)
+    (folder / "damaged" / "x" / "a.jpg").write_bytes(b"no photo")
+    dist.barrier()
+    with pytest.raises(ValueError, match="none of the") as refused:
+        counted.get("cls", photos=PhotoSet(folder / "damaged", 32))
+    np.savez(folder / f"{rank}.npz", refused=str(refused.value), **seen)
     dist.destroy_process_group()
 
 
@@ -161,6 +187,7 @@ def test_two_processes_share_the_work_and_give_the_features_of_one(tmp_path):
     assert [int(rank["images"]) for rank in ranks] == [4, 4]
     names = ("cls", "parts", "patches")
     alone = extract(small_vit(), PhotoSet(photos, 32), names, HOW)
+    assert all("none of the" in str(rank["refused"]) for rank in ranks)
     for rank in ranks:
         assert rank["labels"].tolist() == alone.labels.tolist()
         for name in names:

@@ -107,9 +107,12 @@ def test_parts_are_means_of_the_patches_that_the_class_token_attends_to_most():
     for parameter in backbone.parameters():  # or attention would be nearly even
         parameter.add_(0.2 * torch.randn_like(parameter))
     attention = backbone.get_last_selfattention(IMAGES)[:, :, 0, 1:].mean(1)  # [3, 36]
-    patches = backbone(IMAGES)[:, 1:]
+    normed = backbone(IMAGES)[:, 1:]
     found = tokens_of(backbone, None, IMAGES, ("parts",))["parts"]
-    for i, k in enumerate(PARTS):
+    backbone.norm = torch.nn.Identity()  # as published: patches before the final norm
+    patches = backbone(IMAGES)[:, 1:]
+    assert not torch.allclose(patches, normed, atol=0.1)
+    for i, k in enumerate((*PARTS, 36)):
         for image in range(3):
             best = attention[image].topk(min(k, 36)).indices
             torch.testing.assert_close(found[image, i], patches[image, best].mean(0))
@@ -118,7 +121,7 @@ def test_parts_are_means_of_the_patches_that_the_class_token_attends_to_most():
 def test_patches_of_equal_attention_go_by_their_place():
     patches = torch.arange(20.0).view(1, 20, 1)
     means = most_attended(patches, torch.full((1, 20), 0.05)).flatten().tolist()
-    assert means == [0, 3, 6.5, 9.5, 9.5, 9.5]  # k = 1, 7, 14, and all three times
+    assert means == [0, 3, 6.5, *[9.5] * 4]  # k = 1, 7, 14, and all of them
 
 
 @torch.no_grad()

@@ -106,13 +106,24 @@ def test_another_layout_is_one_sentence_and_status_2(checkpoint, davis, tmp_path
 
     refused("val.txt is missing", "--data", tmp_path)
     refused("--short-side 60", "--short-side", 60)
+    first = masks / "two" / "00000.png"
+    drawn = first.read_bytes()
+    blank = Image.open(first).point(lambda number: 0)
+    blank.save(first)
+    refused("00000.png marks no object")
+    first.write_bytes(drawn)
+    listing = davis / "ImageSets" / "2017" / "val.txt"
+    names = listing.read_bytes()
+    listing.write_bytes(b"\xff\xfe")
+    refused("val.txt is not a text file")
+    listing.write_bytes(names)
     (masks / "two" / "00004.png").unlink()
     refused("sequence two has 6 frames but 5 masks")
     (masks / "two").rename(masks / "other")
     refused("sequence two has 6 frames but 0 masks")
     (davis / "ImageSets" / "2017" / "val.txt").write_text("one\n")
     assert len(read_davis(davis)) == 1
-    Image.new("L", (10, 10)).save(masks / "one" / "00000.png")
+    Image.new("L", (10, 10), 1).save(masks / "one" / "00000.png")
     refused("00000.png is 10 x 10 pixels, its frame 72 x 64")
     Image.new("RGB", (WIDTH, HEIGHT)).save(masks / "one" / "00000.png")
     refused("00000.png is RGB; a mask is a palette or gray PNG")

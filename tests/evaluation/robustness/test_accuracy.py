@@ -85,6 +85,8 @@ def test_imagenets_lists():
     assert imagenet_variant("a")[0] == "n01498041"  # stingray, class 6
     assert imagenet_variant("r")[0] == "n01443537"  # goldfish, class 1
     assert class_names([], 1000) == wnids
+    assert class_names([str(i) for i in range(1000)], 1000) == wnids  # of a .beton without names
+    assert class_names(["0", "1"], 2) == []
     assert class_names(["b", "a"], 2) == ["b", "a"]
 
 
@@ -150,6 +152,9 @@ def test_backgrounds_go_by_the_map(tmp_path):
     for number, name in enumerate(IN9):
         write(tmp_path / "in9" / "original" / "val" / name, 10 * number + number % 2)
         write(tmp_path / "in9" / "only_fg" / "val" / name, 10 * number + 2 * (number < 3))
+    masks = tmp_path / "in9" / "fg_mask" / "val" / IN9[0]  # of the published folder
+    masks.mkdir(parents=True)
+    (masks / "mask.npy").touch()
     sets = read_backgrounds(tmp_path / "in9", SIDE)
     assert list(sets) == ["only_fg", "original"]
     how = Extraction()
@@ -173,7 +178,7 @@ def test_the_gap_of_backgrounds():
         ("nothing", "is no JSON object of numbers"),
         ('{"1000": 0}', "maps 1000 to 0"),
         ('{"3": 9}', "maps 3 to 9"),
-        ('{"3": 1}', "leaves classes of IN-9 without any"),
+        ('{"3": 1}', "maps no class to some of the classes of IN-9"),
     ],
 )
 def test_a_bad_map_is_refused(content, says, tmp_path):
