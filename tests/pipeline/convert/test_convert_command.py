@@ -36,9 +36,11 @@ if __name__ == "__main__":
 """
 
 
-def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, program: list[str] = COMMAND, **options: object
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -243,8 +245,9 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-    dst = tmp_path / "a.beton"
-    done = run(source, dst, "--write-mode", mode, "--workers", 1, preexec_fn=limited)
+    given = [source, tmp_path / "a.beton", "--write-mode", mode, "--workers", 1]
+    program = [sys.executable, "-c", WITHOUT_MARKS]  # a slow disk would see some
+    done = run(*given, program=program, preexec_fn=limited)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: [Errno 27] File too large; nothing was written\n"
     assert list(tmp_path.glob("*.beton*")) + list(tmp_path.glob(".*")) == []
