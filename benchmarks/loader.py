@@ -179,9 +179,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.workers = args.workers or ([cores()] if args.decode == "gpu" else [1, 2, 4])
     if args.data and not is_beton(args.data):
-        parser.error(
-            f"--data {args.data} is not a .beton file: python -m pipeline.convert makes one"
-        )
+        parser.error(f"--data {args.data} is not a .beton file: ibeton convert makes one")
     if args.decode == "gpu":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if problem := nvjpeg_problem(device):

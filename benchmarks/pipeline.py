@@ -5,9 +5,9 @@
     python benchmarks/pipeline.py --like two-crops               # 2 x RandomResizedCrop 224, flip
 
 Side by side, in rounds that take turns: reading the bytes, decoding them by libjpeg-turbo (the
-limit), the published recipe (Pillow), and our loaders. All see the same bytes and make the same
-views: normalized float32 tensors, or uint8 where a row says pixels or views. On one core rates are
-per CPU second, so other processes do not distort them.
+limit), the published recipe (Pillow), and our loaders. All see the same photos in each round and
+make the same views: normalized float32 tensors, or uint8 where a row says pixels or views. On one
+core rates are per CPU second, so other processes do not distort them.
 """
 
 import os
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from PIL import Image
 from rich.table import Table
 
 from ibeton.benchmarks.harness import measure as harness
-from ibeton.benchmarks.harness.measure import quartiles, ratios, spread, take_turns
+from ibeton.benchmarks.harness.measure import ratios, spread, take_turns
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
 from ibeton.command import run_or_exit
 from ibeton.pipeline import PipelineConfig, build_loader
@@ -36,7 +35,8 @@ from ibeton.pipeline.loaders import LOADERS, RECIPE
 from ibeton.pipeline.loaders.context import Cutter, PhotoSource, context_of
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem
 from ibeton.pipeline.sampling import ViewSpec, draw_views, stack_shape
-from ibeton.pipeline.store import JPG, BetonReader, Decoder, is_beton
+from ibeton.pipeline.store import JPG, BetonReader, is_beton
+from ibeton.pipeline.store.photos import turbo_pixels
 from ibeton.progress import plain_console
 
 BATCH = 32
@@ -49,7 +49,7 @@ Side = Callable[[], int]
 
 
 class Bench:
-    """The sides for one .beton file, `workers` threads each; `images` per round of a fast side."""
+    """The sides for one .beton file: `workers` threads each, whole batches of `images` a turn."""
 
     def __init__(
         self, data: str, workers: int, images: int, two_crops: bool, stack: ExitStack
@@ -57,80 +57,69 @@ class Bench:
         self.config = PipelineConfig(data=(data,), workers=workers, batch_size=BATCH)
         self.reader, self.two_crops = BetonReader(data), two_crops
         self.views = TWO_CROPS if two_crops else self.config.views()
-        self.images, self.place = images, 0
+        batches = images // BATCH
+        self.photos = [i % len(self.reader) for i in range(batches * BATCH)]  # of each turn
         self.mean, self.std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         self.stack = stack
         views = self.config.global_crops_number
         self.shapes = stack_shape(self.views[:views]), stack_shape(self.views[views:])
 
-    def some(self, number: int) -> list[int]:
-        """The next samples, round and round."""
-        start, self.place = self.place, self.place + number
-        return [i % len(self.reader) for i in range(start, start + number)]
-
     def read(self) -> int:
         total = 0
-        for index in self.some(self.images * 8):
+        for index in self.photos:
             total += int(np.frombuffer(self.reader.photo_bytes(index), np.uint8)[::64].sum())
-        return self.images * 8 if total else 0
+        return len(self.photos) if total else 0
 
     def decode(self) -> int:
-        for index in self.some(self.images):
-            sides = int(self.reader.heights[index]), int(self.reader.widths[index])
-            self.decoder.decode(self.reader.photo_bytes(index), *sides)
-        return self.images
+        for index in self.photos:
+            turbo_pixels(self.reader, index)
+        return len(self.photos)
 
     def recipe(self) -> int:
         sizes = [view.size for view in self.views]
-        few = max(1, self.images // 8)
-        for index in self.some(few):
+        for index in self.photos:
             photo = Image.fromarray(self.reader.pixels(index))
             draws = draw_views(self.views, 0, 0, index, photo.height, photo.width)
             for view in cut_views_reference(photo, draws, sizes):
                 planes = torch.from_numpy(view.transpose(2, 0, 1).copy())
                 planes.float().div(255).sub_(self.mean.view(3, 1, 1)).div_(self.std.view(3, 1, 1))
-        return few
+        return len(self.photos)
 
     def crops(self) -> int:
         """The views of decoded photos: no decode, no loader."""
         large, small = (np.empty(shape, np.uint8) for shape in self.shapes)
-        for index in self.some(self.images):
-            pixels = self.decoded[index % len(self.decoded)]
+        for index in self.photos:
+            pixels = self.decoded[index]
             cut_views(pixels, draw_views(self.views, 0, 0, index, *pixels.shape[:2]), large, small)
             for views in (large, small):
                 normalized(torch.from_numpy(views)[None], self.mean, self.std)
-        return self.images
+        return len(self.photos)
+
+    def plans(self) -> Iterator[BatchPlan]:
+        """The batches of a turn, and none after them: a loader would make it in others' turns."""
+        for rows in np.array(self.photos).reshape(-1, BATCH):
+            yield BatchPlan(0, rows)
 
     def loader(self, kind: str) -> Side:
         """The whole loader, as in training."""
         loader = build_loader(replace(self.config, loader=kind))
         self.stack.callback(loader.close)
-        epochs = count()
 
         def side() -> int:
-            first_step = max(0, loader.steps_per_epoch - self.images * 4 // BATCH)
-            done = sum(len(batch.indices) for batch in loader.epoch(next(epochs), first_step))
-            loader.discard_ahead()  # or it would work in the turns of the others
-            return done
+            made = loader._cutter.stream(self.plans())
+            return sum(len(loader._finish(plan, crops).indices) for plan, crops in made)
 
         return side
 
     def part(self, made: Cutter | PhotoSource) -> Side:
         """What a loader gives before normalization: pixels for a GPU, or views."""
-        numbers = count()
-
-        def plans() -> Iterator[BatchPlan]:
-            for _ in range(self.images * 4 // BATCH):
-                yield BatchPlan(next(numbers), np.array(self.some(BATCH)))
-
-        return lambda: sum(len(plan.indices) for plan, _ in made.stream(plans()))
+        return lambda: sum(len(plan.indices) for plan, _ in made.stream(self.plans()))
 
     def sides(self) -> dict[str, Side]:
         """By name, for as many cores as the process may use; those that use but one are marked."""
-        self.decoded = [self.reader.pixels(i) for i in range(min(64, len(self.reader)))]
+        self.decoded = {i: self.reader.pixels(i) for i in self.photos}
         sides: dict[str, Side] = {"read bytes": self.read}
         if not turbojpeg_problem() and (self.reader.modes == JPG).all():
-            self.decoder = Decoder()
             sides[LIMIT] = self.decode
         sides |= {RECIPE_ROW: self.recipe, CROPS: self.crops}
         context = context_of(self.config, self.reader, views=self.views)
@@ -163,43 +152,19 @@ def measure(
         )
 
 
-def plot(rates: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Bars of images/s, one group for each number of cores."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [
-        (f"{name}, {cores}", values)
-        for cores, sides in rates.items()
-        for name, values in sides.items()
-        if name != "read bytes"
-    ]
-    figure, axes = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
-    middles = [quartiles(values)[0] for _, values in rows]
-    colors = ["#999999" if n.startswith((RECIPE_ROW, LIMIT)) else "#2a78b5" for n, _ in rows]
-    bars = axes.barh([name for name, _ in rows], middles, color=colors)
-    axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.invert_yaxis()
-    axes.set_xlabel("images/s (median of rounds)")
-    axes.set_xlim(0, max(middles) * 1.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = harness.make_parser(__doc__)
     images = harness.integer(BATCH)
     parser.add_argument("--data", help=".beton file (default: photos drawn for the purpose)")
     parser.add_argument("--like", choices=("recipe", "two-crops"), default="recipe")
-    parser.add_argument("--images", type=images, default=64, help="images per round")
+    parser.add_argument(
+        "--images", type=images, default=4 * BATCH, help="images per side and round"
+    )
     parser.add_argument("--cores", type=int, default=2, help="also measure with so many cores")
-    parser.add_argument("--plot", type=Path, help="write a bar chart to this PNG file")
     args = parser.parse_args()
     if args.data and not is_beton(args.data):
         parser.error(
-            f"--data {args.data} is not a .beton file; make one: python -m pipeline.convert"
+            f"--data {args.data} is not a .beton file; make one: ibeton convert"
             f" {args.data} photos.beton"
         )
 
@@ -219,8 +184,6 @@ def main() -> None:
         console.print(table(cores, sides, rates["1 core"]))
     console.print(f"{len(reader)} photos of {megapixels:.2f} megapixels on average")
     harness.conclude(console, about, args.rounds, args.json, images_per_s=rates)
-    if args.plot:
-        plot(rates, args.plot)
 
 
 def table(cores: str, sides: dict[str, list[float]], one: dict[str, list[float]]) -> Table:

@@ -49,6 +49,7 @@ from ibeton.progress import plain_console
 from ibeton.stages import PARTS, stage
 from ibeton.train import Run, prepare
 from ibeton.training.config import ARCHITECTURES, parse
+from ibeton.training.problems import check_output_dir
 from ibeton.training.timing.bottleneck import LoaderResources, rank_line, verdict
 from ibeton.training.timing.speed import Window, cores_a_process
 
@@ -244,12 +245,11 @@ def main(given: list[str] | None = None) -> int:
         if own.compare:
             compare(own.compare[0], own.compare[1], console)
             return 0
-        if own.report.exists() and not own.report.is_dir():
-            raise ValueError(f"--report {own.report} is a file: give a folder")
+        check_output_dir(own.report, "--report")  # not after minutes of measuring
         device = "cuda" if torch.cuda.is_available() else "cpu"
         options = rest
         with tempfile.TemporaryDirectory() as folder:
-            if "--data" not in rest:
+            if not {"--data", "--config"} & {word.partition("=")[0] for word in rest}:
                 data = synthetic_beton(Path(folder), PHOTOS[device])
                 options = [*DEFAULTS[device], *rest, "--data", data]
             steps = own.steps or {"cpu": 1, "cuda": 20}[device]

@@ -12,17 +12,15 @@ from numba import njit
 
 
 def _cache_of_this_source() -> str:
-    """A cache folder for the current sources of all files that import this one.
+    """A cache folder for the current sources of this folder.
 
-    numba checks whether the file of a function has changed, not the files of the functions that it
-    calls, and would keep running their old code.
+    numba checks whether the file of a function has changed, not the files of the functions and
+    constants that it uses, and would keep running their old code.
     """
     folder = Path(__file__).parent
     sources = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        text = path.read_bytes()
-        if b"pipeline.compiled" in text or path == Path(__file__):
-            sources.update(text)
+        sources.update(path.read_bytes())
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ibeton"
     for root in (Path(chosen) if chosen else folder / "__pycache__", home):
@@ -32,8 +30,8 @@ def _cache_of_this_source() -> str:
     temporary = tempfile.mkdtemp(prefix="ibeton-compiled-")
     os.environ["NUMBA_CACHE_DIR"] = temporary  # worker processes use the same
     print(
-        f"compiling to {temporary}, as neither {folder} nor {home} can be written; to keep what is"
-        " compiled, set NUMBA_CACHE_DIR to a folder that can",
+        f"compiling to {temporary}, as neither {chosen or folder} nor {home} can be written; to"
+        " keep what is compiled, set NUMBA_CACHE_DIR to a folder that can",
         file=sys.stderr,
     )
     return temporary

@@ -13,13 +13,13 @@ from ibeton.pipeline.store.photos import Photos
 _PROBES = 16  # photos of which one must be readable
 
 
-def check_output_dir(folder: Path) -> None:
+def check_output_dir(folder: Path, option: str = "--output-dir") -> None:
     """Raise ValueError unless `folder` is, or can become, a folder that can be written."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"--output-dir {folder}: {there} is a file; give a folder")
+        raise ValueError(f"{option} {folder}: {there} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {folder}: {there} cannot be written; give another folder")
+        raise ValueError(f"{option} {folder}: {there} cannot be written; give another folder")
 
 
 def check_readable(photos: Photos, data: str) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -18,7 +18,6 @@ from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.precision import DTYPES
 from ibeton.training.run import rate_schedule
 from ibeton.training.timing.speed import Window
-from ibeton.workers import cores
 
 LOADER_STEPS = 16  # of a turn of the loader at least: single batches come in bursts
 UNTIMED = 2  # steps at the beginning of a turn, until the loader is in its stride
@@ -37,10 +36,6 @@ class Bench:
         self.windows: dict[str, list[Window]] = {}
         self.clock = StageClock(run.device)
         self._late = DelayedMetrics(run.world_size)
-        config = run.config.pipeline
-        # Batches that a loader may have made ahead, one a worker in the published one. They are
-        # taken at the end of a turn, untimed: nothing is left to be made in the turns of others.
-        self._ahead = config.batches_ahead * (config.workers or cores()) + 2
         with closing(self._batches(run.loader)) as batches:
             self.batch = next(batches)
             self.batch.global_crops = self.batch.global_crops.clone()
@@ -56,7 +51,9 @@ class Bench:
                 with stage(stages.WAIT):
                     next(batches)
                 window.add(self.images, self.clock.lap().seconds(), stages.work.take())
-            self._end(name, window, batches)
+        self._end(name, window)
+        if loader is not self.run.loader:
+            loader.close()  # its workers would go on in the turns of others
 
     def model(self, name: str, step: Callable[[Any], Any]) -> None:
         """Steps on one batch, whose times are read at the end."""
@@ -83,7 +80,7 @@ class Bench:
                 self._settle(window)
                 self._late.enqueue({"step": i}, metrics, self.clock)
             self._settle(window)
-            self._end(BOTH, window, batches)
+        self._end(BOTH, window)
 
     def warm_up(self) -> None:
         """A turn that does not count, if steps are captured as CUDA graphs: one for each number of
@@ -109,7 +106,7 @@ class Bench:
 
     def _batches(self, loader: Loader) -> Generator[Batch, None, None]:
         """The last batches of an epoch, as many as a turn takes."""
-        wanted = UNTIMED + max(self.steps, LOADER_STEPS) + self._ahead
+        wanted = UNTIMED + max(self.steps, LOADER_STEPS)
         if loader.steps_per_epoch < wanted:
             raise ValueError(
                 f"--data has {len(loader.photos)} photos, {loader.steps_per_epoch} steps; a turn"
@@ -129,9 +126,7 @@ class Bench:
         if record is not None and record["step"] >= UNTIMED:
             window.add(self.images, record["parts"], record["stage_work"])
 
-    def _end(self, name: str, window: Window, rest: Iterator[Batch] | None = None) -> None:
+    def _end(self, name: str, window: Window) -> None:
         stages.use(None)
         self.windows.setdefault(name, []).append(window)
-        for _ in rest or ():
-            pass
         self.run.loader.discard_ahead()  # or it would work in the next turn

@@ -25,13 +25,14 @@ from ibeton.command import Failure, run_command
 from ibeton.options import Parser, add_options, fill
 from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
 from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
-from ibeton.pipeline.convert.stored import StoredPhoto, checksum, store_photos
+from ibeton.pipeline.convert.stored import StoredPhoto, Unopened, checksum, store_photos
 from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
 from ibeton.pipeline.store.beton_writer import BetonWriter
 from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source
 from ibeton.progress import progress
 from ibeton.workers import cores, in_order, in_threads
 
+_MOST_UNOPENED = 100  # files in a row: then they are not to blame
 _CHUNK = 8  # photos per job: enough to hide its cost, few enough for memory
 
 
@@ -60,7 +61,9 @@ class ConversionReport:
             lines.append(f"resumed after {self.before:,} photos of an unfinished conversion")
         lines += [_printable(note) for note in self.notes]
         if done.unlabeled:
-            lines.append(f"{done.unlabeled:,} photos are in no class folder: unlabeled (-1)")
+            lines.append(
+                f"photos outside of class folders, stored without a label: {done.unlabeled:,}"
+            )
         if done.unreadable:
             lines.append(f"{len(done.unreadable):,} unreadable, all listed in {self.path}.json:")
             lines += [f"  {_printable(name)}: {reason}" for name, reason in done.unreadable[:5]]
@@ -142,9 +145,15 @@ def _write(
     writer: BetonWriter, photos: list[Photo], options: ConvertOptions, journal: Journal
 ) -> None:
     """Store all readable photos that are still to do."""
-    done = journal.done
+    done, unopened = journal.done, 0
     with closing(_stored(photos[done.photos :], options)) as results:
         for photo, stored in results:
+            unopened = unopened + 1 if isinstance(stored, Unopened) else 0
+            if unopened == _MOST_UNOPENED:
+                raise Failure(
+                    f"{unopened} photos in a row cannot be opened, the last is {photo.name}"
+                    f" ({stored}): is {photo.path} still there?"
+                )
             if isinstance(stored, str):
                 done.unreadable.append((photo.name, stored))
             else:

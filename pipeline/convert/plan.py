@@ -31,7 +31,9 @@ class ConvertOptions:
     workers: int = option(0, "workers (0: all cores)")
     shuffle: bool = option(False, "store in random order")
     seed: int = option(0, "seed of --shuffle")
-    subset: int = option(0, "store so many photos, evenly spread or, with --shuffle, random")
+    subset: int = option(
+        0, "number of photos to store: evenly spread, or random with --shuffle (0: all)"
+    )
     shard: str = option("", "I/N: store the I-th of N equal parts, for `ibeton merge`")
     verify: bool = option(
         False, "decode every photo, and read each back before the file gets its name"
@@ -101,7 +103,8 @@ def listing(photos: list[Photo]) -> str:
 
 
 def stamp(photos: list[Photo]) -> int:
-    """CRC-32 of the sizes and times of the files that hold these photos."""
+    """CRC-32 of the sizes and times of the files that hold these photos. Raises OSError if a tar is
+    gone."""
     crc, last = 0, ""
     for photo in photos:
         path = photo.path if photo.offset is not None else os.path.join(photo.path, photo.name)
@@ -112,5 +115,7 @@ def stamp(photos: list[Photo]) -> int:
             stat = os.stat(path)
             crc = zlib.crc32(struct.pack("<qq", stat.st_size, stat.st_mtime_ns), crc)
         except OSError:
+            if photo.offset is not None:
+                raise
             crc = zlib.crc32(b"gone", crc)
     return crc

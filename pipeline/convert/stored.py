@@ -1,5 +1,6 @@
 """How one photo is stored: its own JPEG bytes, a new JPEG, or raw pixels."""
 
+import errno
 import io
 import struct
 import zlib
@@ -7,11 +8,15 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from ibeton.command import Failure
 from ibeton.pipeline.convert.plan import ConvertOptions
 from ibeton.pipeline.store.beton import JPG, MAX_SIDE, RAW
 from ibeton.pipeline.store.decode import UnreadablePhoto, check_complete, load_photo, to_rgb
 from ibeton.pipeline.store.jpeg import whole_jpeg_size
 from ibeton.pipeline.store.sources import Photo, read_bytes
+
+# Why a single file of a folder may not open. Any other error ends the conversion, which resumes.
+_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 
 
 @dataclass(slots=True)
@@ -59,8 +64,13 @@ def store_photo(data: bytes, options: ConvertOptions) -> StoredPhoto:
     return StoredPhoto("encoded", width, height, _as_jpeg(rgb, options.quality))
 
 
+class Unopened(str):
+    """Why the file of a photo could not be opened."""
+
+
 def store_photos(job: tuple[list[Photo], ConvertOptions]) -> list[StoredPhoto | str]:
-    """Read and store some photos, in a worker process; a string is why one is unreadable."""
+    """Read and store some photos, in a worker process; a string is why one is unreadable. Raises
+    OSError for what is no fault of one photo: a tar that is gone, a disk that fails."""
     photos, options = job
     results: list[StoredPhoto | str] = []
     for photo in photos:
@@ -69,7 +79,11 @@ def store_photos(job: tuple[list[Photo], ConvertOptions]) -> list[StoredPhoto | 
         except UnreadablePhoto as error:
             results.append(str(error))
         except OSError as error:
-            results.append(error.strerror or str(error))
+            if photo.size is not None or error.errno not in _OF_ONE_FILE:
+                raise
+            results.append(Unopened(error.strerror))
+        except MemoryError:
+            raise Failure(f"too little memory for {photo.name}: give fewer --workers") from None
     return results
 
 

@@ -90,10 +90,7 @@ def dali_problem() -> str:
         importlib.import_module("nvidia.dali")
     except ImportError as error:  # also where a library that it was built with is gone
         state = "not installed" if isinstance(error, ModuleNotFoundError) else f"broken ({error})"
-        return (
-            f"nvidia-dali is {state}: `{INSTALL_DALI}` installs it, `python -m pipeline.doctor`"
-            " explains"
-        )
+        return f"nvidia-dali is {state}: `{INSTALL_DALI}` installs it, `ibeton doctor` explains"
     return ""
 
 
@@ -157,7 +154,10 @@ def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[Loa
         by = "by nvJPEG" if choose_crops(config, dali, device) == "gpu" else "on the CPU"
         return dali, f"dali: each photo is decoded once, {by}; {problem}"
     if _folders(config):
-        return pil, f"pil, the slowest, as the photos are not in a .beton file; {_faster(config)}"
+        return (
+            pil,
+            f"pil, the slowest loader, as the photos are not in a .beton file; {_faster(config)}",
+        )
     if problem:
         return pil, f"pil, slower than ffcv: {problem}"
     where = choose_crops(config, ffcv, device).upper()
@@ -173,7 +173,7 @@ def _asked_for(config: "PipelineConfig", kind: LoaderKind) -> tuple[LoaderKind, 
 
 
 def _faster(config: "PipelineConfig") -> str:
-    return f"to make one: python -m pipeline.convert {_folders(config)[0]} photos.beton"
+    return f"to make one: ibeton convert {_folders(config)[0]} photos.beton"
 
 
 def _folders(config: "PipelineConfig") -> list[str]:

@@ -4,6 +4,7 @@ Slow by design (twelve separate crops with a dozen passes each), but it needs on
 reference for the other loaders, and the fallback if they are not installed.
 """
 
+import hashlib
 import logging
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loaders.context import LoaderContext
 from ibeton.pipeline.loaders.replacements import Replacements
 from ibeton.pipeline.sampling.draws import draw_views
+from ibeton.pipeline.store.beton import BetonReader
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.pipeline.store.joined import open_all
 from ibeton.pipeline.store.photos import Photos
@@ -41,10 +43,12 @@ Sent = tuple[Any, Any, Any, Notes]
 
 
 class _Views(Dataset):
-    """Sample (epoch, index) -> its views. Each worker opens the photos itself."""
+    """Sample (epoch, index) -> its views. Each worker opens the photos itself; they must be those
+    that the main process listed."""
 
-    def __init__(self, config: PipelineConfig) -> None:
+    def __init__(self, config: PipelineConfig, photos: Photos) -> None:
         self._config, self._views = config, config.views()
+        self._listed = _digest(photos)
         self._replacements: Replacements | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Exception:
@@ -58,6 +62,8 @@ class _Views(Dataset):
         config = self._config
         if self._replacements is None:
             self._photos: Photos = open_all(config.data)
+            if _digest(self._photos) != self._listed:
+                raise Failure("the photos of --data have changed since they were listed; restart")
             self._replacements = Replacements(self._photos, self._views, config.seed, quiet=True)
         times = [time.perf_counter()]
         with suppress(UnreadablePhoto):  # what follows finds it in memory
@@ -74,6 +80,17 @@ class _Views(Dataset):
         global_crops, local_crops = _stack(views[:count]), _stack(views[count:])
         times.append(time.perf_counter())
         return global_crops, local_crops, used, unreadable, np.diff(times)
+
+
+def _digest(photos: Photos) -> str:
+    """Of the labels, and of names or places in files: what numbers of photos stand for."""
+    digest = hashlib.sha256(photos.labels.tobytes())
+    if isinstance(photos, BetonReader):
+        digest.update(photos.pointers.tobytes() + photos.sizes.tobytes())
+    else:
+        for index in range(len(photos)):
+            digest.update(photos.name(index).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _stack(views: list[np.ndarray]) -> np.ndarray:
@@ -122,7 +139,7 @@ class PilCrops:
         self._warned = False
         self._replacements = context.replacements
         self._loader = DataLoader(
-            _Views(context.config),
+            _Views(context.config, context.photos),
             batch_sampler=self._keys,  # type: ignore[arg-type]
             num_workers=context.workers,
             collate_fn=_collate,

@@ -56,7 +56,7 @@ class Replacements:
             known = index in self.unreadable
             self.unreadable.setdefault(index, name_and_reason)
         if not known and not self._quiet:
-            log.warning("unreadable photo, its neighbor is used: %s", name_and_reason)
+            log.warning("unreadable photo, replaced by the next one: %s", name_and_reason)
 
     def fill(self, index: int, epoch: int, global_out: np.ndarray, local_out: np.ndarray) -> int:
         """Cut the views of `index`, or of its replacement; returns the index used."""

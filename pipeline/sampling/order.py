@@ -20,8 +20,9 @@ def steps_per_epoch(count: int, batch_size: int, world_size: int) -> int:
     steps = count // (batch_size * world_size)
     if steps == 0:
         raise ValueError(
-            f"--batch-size {batch_size} on {world_size} process(es) asks for more photos than the"
-            f" data set has ({count}); choose at most {count // world_size}"
+            f"--batch-size {batch_size} with {world_size} process(es) needs"
+            f" {batch_size * world_size} photos per step, but the data set has {count}: use"
+            + (f" at most {most}" if (most := count // world_size) else " fewer processes")
         )
     return steps
 

@@ -67,8 +67,7 @@ class BetonReader:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist or is no file;"
-                " make it: python -m pipeline.convert SRC DST.beton"
+                f"{path} is not a file; create it with: ibeton convert SRC DST.beton"
             )
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as self
@@ -76,7 +75,7 @@ class BetonReader:
             raise ValueError(f"{path} may not be read; check its permissions") from error
         self._bytes = os.fstat(self._file.fileno()).st_size
         if self._bytes < METADATA_START:
-            raise ValueError(f"{path} is no .beton file: it is too small")
+            raise ValueError(f"{path} is not a .beton file: it is too small")
         header = self._array(HEADER, 0, 1)[0]
         self._check_header(header)
         self.num_samples, self.page_size = int(header["num_samples"]), int(header["page_size"])
@@ -149,7 +148,7 @@ class BetonReader:
     def _check_header(self, header: np.void) -> None:
         page = int(header["page_size"])
         if page < MIN_PAGE or page & (page - 1) or not header["num_fields"]:
-            raise ValueError(f"{self.path} is no .beton file: its header makes no sense")
+            raise ValueError(f"{self.path} is not a .beton file: its header makes no sense")
         if header["version"] != VERSION:
             raise ValueError(
                 f"{self.path} is a .beton of version {header['version']}, version {VERSION} is"

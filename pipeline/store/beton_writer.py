@@ -1,8 +1,11 @@
 """Writes .beton files (the format is described in `beton.py`) without FFCV."""
 
 import errno
+import fcntl
+import glob
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -49,6 +52,8 @@ class BetonWriter:
         self._table = np.zeros(most, ALLOCATION)
         self.end = _aligned(METADATA_START + self._samples.nbytes, FIRST_PAGE)
         self._theirs = partial is not None
+        if not self._theirs:
+            _remove_left(self.path)
         how = os.O_RDWR | os.O_CREAT | (0 if self._theirs else os.O_EXCL)
         try:
             self.file = open_unlinked(self.partial, how)
@@ -59,6 +64,8 @@ class BetonWriter:
                 f"{self.partial} exists: another conversion is writing {self.path.name}, or was"
                 " killed; remove it if none is running"
             ) from error
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def __enter__(self) -> "BetonWriter":
         return self
@@ -140,6 +147,18 @@ class BetonWriter:
         while rest:  # the system takes at most 2 GiB at once, and less on a full disk
             written = os.pwrite(self.file, rest, position)
             rest, position = rest[written:], position + written
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the unfinished files of `path` whose writers were killed: nobody has locked them."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial"):
+        with suppress(OSError):
+            file = open_unlinked(left, os.O_RDWR)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(file)
 
 
 def open_unlinked(path: Path, how: int) -> int:

@@ -1,5 +1,6 @@
 """Several sources of photos, one behind the other, as one data set."""
 
+import os
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -18,7 +19,8 @@ def open_all(paths: str | Sequence[str]) -> Photos:
     paths = (paths,) if isinstance(paths, str) else tuple(paths)
     if len(paths) == 1:
         return open_photos(paths[0])
-    if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+    real = [os.path.realpath(path) for path in paths]
+    if twice := [path for i, path in enumerate(paths) if real[i] in real[:i]]:
         raise ValueError(f"--data {twice[0]} is given twice; name it once")
     parts = [open_photos(path) for path in paths]
     files = [part for part in parts if isinstance(part, BetonReader)]
@@ -39,7 +41,8 @@ class JoinedPhotos:
     def _labels(self, part: Photos) -> np.ndarray:
         if not self.classes:
             return part.labels
-        numbers = np.array([*(self.classes.index(name) for name in part.classes), -1])
+        place = {name: number for number, name in enumerate(self.classes)}
+        numbers = np.array([*(place[name] for name in part.classes), -1])
         known = (part.labels >= 0) & (part.labels < len(part.classes))
         return numbers[np.where(known, part.labels, -1)].astype(np.int64)
 

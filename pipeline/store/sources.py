@@ -135,7 +135,11 @@ def _in_folder(root: str, skipped: Counter[str]) -> list[tuple[Any, ...]]:
     photos = [(name, root) for name in _walk(root, "", (), skipped)]
     if photos or not skipped[".tar"]:
         return photos
-    tars = sorted(entry.path for entry in os.scandir(root) if entry.name.lower().endswith(".tar"))
+    tars = sorted(
+        entry.path
+        for entry in os.scandir(root)
+        if entry.name.lower().endswith(".tar") and entry.name[0] != "." and entry.is_file()
+    )
     found = []
     for tar in tars:
         name = os.path.basename(tar)[: -len(".tar")]
@@ -211,7 +215,7 @@ def _photos_of_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int
             if isinstance(extent, str):
                 extent = found.get(extent, extent)
         if isinstance(extent, str):
-            raise ValueError(f"{path}: {name} is a hard link to {extent}, which it does not hold")
+            raise ValueError(f"{path}: {name} is a hard link to {extent}, which is no photo in it")
         extents[name] = extent
     # Classes are the folders below one that all photos share (`tar cf train.tar train`), unless
     # that is the only class.
@@ -232,6 +236,9 @@ def _tar_photos(
             name = _member_name(member.name)
             if member.isdir() or name is None:
                 continue
+            if ".." in name.split("/"):
+                skipped["outside of the tar"] += 1
+                continue
             if not (member.isreg() or member.islnk()):
                 skipped["links" if member.issym() else "devices"] += 1
                 continue
@@ -244,7 +251,7 @@ def _tar_photos(
                 )
             if is_photo:
                 if member.islnk():
-                    yield prefix + name, prefix + (_member_name(member.linkname) or "")
+                    yield prefix + name, prefix + (_member_name(member.linkname) or member.linkname)
                 else:
                     yield prefix + name, (begin, member.size)
             elif is_tar and (inner := tar.extractfile(member)):
@@ -263,4 +270,5 @@ def _tar_photos(
 def _member_name(name: str) -> str | None:
     """A member's name without empty parts; None for hidden ones."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    return None if any(part.startswith(".") for part in parts) else "/".join(parts)
+    hidden = any(part.startswith(".") and part != ".." for part in parts)
+    return None if hidden else "/".join(parts)

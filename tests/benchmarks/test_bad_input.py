@@ -11,7 +11,7 @@ from paths import ROOT
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("pipeline", "photos", "is not a .beton file; make one: python -m pipeline.convert"),
+        ("pipeline", "photos", "is not a .beton file; make one: ibeton convert"),
         pytest.param(
             *("convert", "missing", "does not exist; give a folder of photos or a tar"),
             marks=pytest.mark.slow,

@@ -59,8 +59,10 @@ def test_the_cache_forgets_a_caller_when_what_it_calls_changes(tmp_path: Path) -
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # which tells sources apart by whole seconds
     for value in (1, 2):
         (package / "callee.py").write_text(
-            f"from pipeline.compiled import compiled\n@compiled\ndef value():\n    return {value}\n"
+            "from pipeline.compiled import compiled\nfrom pipeline.constants import VALUE\n"
+            "@compiled\ndef value():\n    return VALUE\n"
         )
+        (package / "constants.py").write_text(f"VALUE = {value}\n")
         done = subprocess.run(
             [sys.executable, "-m", "pipeline.caller"],
             cwd=tmp_path,

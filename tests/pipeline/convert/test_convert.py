@@ -14,6 +14,8 @@ import pytest
 from made_photos import DECODES, IGNORED, UNREADABLE
 from PIL import Image
 
+from ibeton.command import Failure
+from ibeton.pipeline.convert import converter, journal
 from ibeton.pipeline.convert.converter import (
     ConversionReport,
     ConvertOptions,
@@ -186,7 +188,7 @@ def test_a_folder_without_classes_is_unlabeled_and_says_so(tmp_path: Path) -> No
     reader, report = converted(tmp_path / "src", tmp_path / "a.beton")
     assert reader.labels.tolist() == [-1, -1, -1]
     assert report.done.unlabeled == 3
-    assert "3 photos are in no class folder" in "\n".join(report.lines())
+    assert "stored without a label: 3" in "\n".join(report.lines())
 
 
 # ---- hard photos ----
@@ -485,3 +487,44 @@ def test_the_report_tells_what_was_skipped(photo_folder: Path, tmp_path: Path) -
     (tmp_path / "src" / "class0" / "a.heic").write_bytes(b"")
     report = convert(tmp_path / "src", tmp_path / "a.beton", ConvertOptions(workers=1))
     assert "skipped 1 that are not photos: 1 .heic" in "\n".join(report.lines())
+
+
+# ---- a source that goes away ----
+
+
+def test_a_tar_that_goes_away_ends_the_conversion_which_can_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, photo = tmp_path / "photos.tar", io.BytesIO()
+    smooth().save(photo, "JPEG")
+    with tarfile.open(path, "w") as tar:
+        for i in range(40):
+            member = tarfile.TarInfo(f"x/{i:02d}.jpg")
+            member.size = len(photo.getvalue())
+            tar.addfile(member, io.BytesIO(photo.getvalue()))
+    monkeypatch.setattr(journal, "MARK_EVERY_S", 0.0)
+    append = converter._append
+
+    def gone(*arguments: Any) -> None:
+        append(*arguments)
+        if path.exists():
+            path.rename(tmp_path / "away.tar")
+
+    monkeypatch.setattr(converter, "_append", gone)
+    options = ConvertOptions(workers=1)
+    with pytest.raises(FileNotFoundError, match=r"photos\.tar"):
+        convert(path, tmp_path / "a.beton", options)
+    assert not (tmp_path / "a.beton").exists()
+    (tmp_path / "away.tar").rename(path)
+    monkeypatch.setattr(converter, "_append", append)
+    assert convert(path, tmp_path / "a.beton", options).photos == 40
+
+
+def test_many_files_in_a_row_that_cannot_be_opened_end_it_too(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    smooth().save(folder / "0.jpg")
+    for i in range(150):
+        (folder / f"{i + 1}.jpg").symlink_to(tmp_path / "unmounted" / f"{i}.jpg")
+    with pytest.raises(Failure, match=r"100 photos in a row cannot be opened, .* still there\?"):
+        convert(folder, tmp_path / "a.beton", ConvertOptions(workers=1))

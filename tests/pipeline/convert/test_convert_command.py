@@ -97,7 +97,7 @@ def test_bad_destinations_are_refused_in_one_sentence(photo_folder: Path, tmp_pa
     (tmp_path / "old.beton").write_bytes(b"old")
     assert "--overwrite replaces it" in refused(photo_folder, tmp_path / "old.beton")
     assert (tmp_path / "old.beton").read_bytes() == b"old"
-    assert "is no .beton file" in refused(tmp_path / "old.beton", "--verify")
+    assert "is not a .beton file" in refused(tmp_path / "old.beton", "--verify")
     assert os.listdir(tmp_path) == ["old.beton"]
 
 

@@ -95,7 +95,7 @@ def test_missing_and_repeated_shards_are_named(shards: list[Path]) -> None:
     refused(shards[:2], r"1 of 3 shards are missing: --shard 3/3; convert and give them too")
     refused(shards[1:2], r"2 of 3 shards are missing: --shard 1/3, 3/3;")
     refused([*shards, shards[0]], r"/1\.beton and .*/1\.beton are both shard 1 of 3")
-    refused([shards[0], shards[0].with_name("no.beton")], r"no\.beton does not exist")
+    refused([shards[0], shards[0].with_name("no.beton")], r"no\.beton is not a file")
 
 
 def test_a_shard_with_a_flipped_byte_is_named_with_the_photos(shards: list[Path]) -> None:
@@ -133,8 +133,11 @@ def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: c.update(listing="00"), r"/2\.beton has a listing of other photos than"),
         (lambda c: c["options"].update(quality=5), "other options .*: quality is 5, not 90"),
         (lambda c: c["options"].update(shard="2/4"), r"/2\.beton is one of 4 shards, .* one of 3"),
-        (lambda c: c["options"].update(shard=""), r"/2\.beton is no shard: it was converted with"),
-        (lambda c: c.pop("options"), r"/2\.beton is no shard: it was converted without"),
+        (
+            lambda c: c["options"].update(shard=""),
+            r"/2\.beton is not a shard: it was converted with",
+        ),
+        (lambda c: c.pop("options"), r"/2\.beton is not a shard: it was converted without"),
         (lambda c: c.update(photos=195), r"holds 196 photos, but its JSON says 195"),
         (lambda c: c["checksums"].update(samples=9), r"its checksums are of another version"),
     ],
@@ -148,7 +151,7 @@ def test_what_does_not_belong_together_is_named(
 
 def test_a_file_without_its_json_is_no_shard(shards: list[Path]) -> None:
     sidecar_path(shards[0]).unlink()
-    refused(shards, r"/1\.beton is no shard: it has no JSON beside it; make it with")
+    refused(shards, r"/1\.beton is not a shard: it has no JSON beside it; make it with")
 
 
 def test_labels_outside_the_classes_are_named(shards: list[Path]) -> None:

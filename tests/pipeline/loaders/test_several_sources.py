@@ -94,6 +94,10 @@ def test_one_path_opens_as_before_and_bad_ones_are_named(sources: list[str]) -> 
     assert not isinstance(open_all((sources[1],)), JoinedBeton)
     with pytest.raises(ValueError, match=r"a\.beton is given twice"):
         open_all((sources[1], sources[3], sources[1]))
+    other = str(Path(sources[1]).parent / "x" / ".." / Path(sources[1]).name)
+    (Path(sources[1]).parent / "x").mkdir()
+    with pytest.raises(ValueError, match=r"a\.beton is given twice"):
+        open_all((sources[1], other))
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         open_all((sources[0], "/nowhere"))
     with pytest.raises(

@@ -1,5 +1,6 @@
 """The .beton format, held against FFCV's own loader and writer, and what a damaged file says."""
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -251,6 +252,18 @@ def test_a_writer_that_is_left_early_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_killed_writer_left_is_removed_and_that_of_a_living_one_is_not(
+    tmp_path: Path,
+) -> None:
+    left, living = (tmp_path / f".a.beton.{number}.partial" for number in (1, 2))
+    left.touch()
+    with open(living, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with BetonWriter(tmp_path / "a.beton", 1):
+            assert living.exists()
+            assert not left.exists()
+
+
 def test_two_writers_of_one_file_are_told_of_each_other(tmp_path: Path) -> None:
     with (
         BetonWriter(tmp_path / "a.beton", 1),
@@ -292,13 +305,13 @@ def refused(path: Path, content: bytes | bytearray, reason: str) -> None:
 
 def test_a_missing_file_is_named_with_the_way_to_make_it(tmp_path: Path) -> None:
     for path in (tmp_path / "no.beton", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"python -m pipeline\.convert"):
+        with pytest.raises(FileNotFoundError, match=r"ibeton convert"):
             BetonReader(path)
 
 
 def test_files_that_are_no_beton_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "not.beton"
-    refused(path, b"", "is no .beton file: it is too small")
+    refused(path, b"", "is not a .beton file: it is too small")
     refused(path, b"\x89PNG" * 10, "too small")
     refused(path, b"\x89PNG" * 5000, "its header makes no sense")
     refused(path, bytes(20_000), "its header makes no sense")

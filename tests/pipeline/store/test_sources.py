@@ -251,7 +251,9 @@ def test_a_hard_link_to_nothing_is_refused_by_name(tmp_path: Path, target: str) 
         link = tarfile.TarInfo("b.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, target
         tar.addfile(link)
-    with pytest.raises(ValueError, match=f"b.jpg is a hard link to {target}, which"):
+    with pytest.raises(
+        ValueError, match=f"b.jpg is a hard link to {target}, which is no photo in it"
+    ):
         open_source(path)
 
 
@@ -268,6 +270,14 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path, format: str) -> None
         pytest.skip("this tar stores no sparse files")
     with pytest.raises(ValueError, match=r"photo\.bmp is stored sparse"):
         open_source(tmp_path / "photos.tar")
+
+
+def test_members_outside_of_the_tar_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "photos.tar"
+    path.write_bytes(tar_of({"../photos/x/a.jpg": b"a", "x/b.jpg": b"b", ".x/c.jpg": b"c"}))
+    source = open_source(path)
+    assert list(contents(source)) == ["x/b.jpg"]
+    assert source.skipped == {"outside of the tar": 1}
 
 
 def test_symlinks_in_a_tar_are_counted(tmp_path: Path) -> None:
@@ -299,6 +309,8 @@ def test_a_folder_of_class_tars_is_read(tmp_path: Path) -> None:
     for kind in ("n02", "n01"):
         (tmp_path / f"{kind}.tar").write_bytes(tar_of({f"{kind}_{i}.JPEG": b"x" for i in range(2)}))
     put(tmp_path, "list.txt")
+    (tmp_path / "._n01.tar").write_bytes(b"of macOS")
+    (tmp_path / "old.tar").mkdir()
     source = open_source(tmp_path)
     assert source.classes == ["n01", "n02"]
     assert list(contents(source)) == [f"n0{k}/n0{k}_{i}.JPEG" for k in (1, 2) for i in range(2)]
