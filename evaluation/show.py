@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ibeton.command import run_or_exit
 from ibeton.distributed import checked_device
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
@@ -73,7 +75,10 @@ def run(args: argparse.Namespace) -> None:
     if args.output.is_file() and not args.overwrite:
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
     check_output_file("--output", args.output, ".png", begins=b"")
-    args.device = str(checked_device(args.device))
+    device = checked_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels are launched
+    args.device = str(device)
     for name in ("patterns", "neighbors"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")

@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
-from ibeton.workers import stop_with_launcher
-
 JOIN_S = 300  # by then all processes must have joined
 _TORCHRUN_S = 60  # torchrun's store is there before the processes: otherwise it is gone
 # Collectives may then take this long, as rank 0 saves and evaluates alone. The watchdog checks
@@ -38,13 +36,13 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     """
     device = checked_device(name)
     adopt_slurm(os.environ)
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    stop_with_launcher()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    grouped = "RANK" in os.environ
     if device.type == "cuda":
-        device = own_gpu(int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = own_gpu(_number(os.environ, "LOCAL_RANK")) if grouped else device
+        torch.cuda.set_device(device)  # where kernels are launched and events are recorded
+    if not grouped:
+        return device, 0, 1
+    rank, world_size = (_number(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
     store = meet(rank, world_size)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -165,7 +163,7 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
         return
     nodes = [environ[name] for name in _NODE_LISTS if environ.get(name)]
     if not nodes and "MASTER_ADDR" not in environ:
-        raise ValueError(f"{tasks} is set, {_NODE_LISTS[-1]} is not: start with srun, or torchrun")
+        raise ValueError(f"{tasks} is set, {_NODE_LISTS[-1]} is not: start with torchrun, or srun")
     job, step = _number(environ, "SLURM_JOB_ID", "0"), _number(environ, "SLURM_STEP_ID", "0")
     words = {
         "RANK": str(_number(environ, "SLURM_PROCID")),
@@ -188,13 +186,17 @@ def first_node(nodes: str) -> str:
 def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
     value = environ.get(name, default)
     if not value.isdecimal():
-        raise ValueError(f"{name} is {value!r}, expected a number: start with srun, or torchrun")
+        what = f"is {value!r}, expected a number" if value else "is not set"
+        raise ValueError(f"{name} {what}: start with torchrun, or srun")
     return int(value)
 
 
 def address() -> tuple[str, int]:
-    """Host and port of the group's store, which torchrun or rank 0 serves."""
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    """Host and port of the group's store, which torchrun or rank 0 serves. Raises ValueError if
+    they are not set."""
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError("RANK is set, MASTER_ADDR is not: start with torchrun, or srun")
+    return os.environ["MASTER_ADDR"], _number(os.environ, "MASTER_PORT")
 
 
 def serves_store(rank: int) -> bool:
@@ -206,14 +208,14 @@ def _torchrun_serves() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def connect(rank: int, serve: bool = False) -> dist.TCPStore:
+def connect(rank: int, serve: bool = False) -> dist.Store:
     """A connection to the store, which this process starts if `serve`. Raises ValueError if there
     is none within JOIN_S, or within _TORCHRUN_S of torchrun's."""
     host, port = address()
     wait_s = JOIN_S if serve or not _torchrun_serves() else _TORCHRUN_S
     patience = datetime.timedelta(seconds=wait_s)
     try:
-        return dist.TCPStore(host, port, None, serve, timeout=patience, wait_for_workers=False)
+        store = dist.TCPStore(host, port, None, serve, timeout=patience, wait_for_workers=False)
     except RuntimeError as error:
         trouble = (
             f"rank 0 cannot listen at {host}:{port}; set MASTER_PORT to a free port"
@@ -222,9 +224,12 @@ def connect(rank: int, serve: bool = False) -> dist.TCPStore:
             " running, and MASTER_ADDR right?"
         )
         raise ValueError(f"{trouble} ({str(error).splitlines()[0]})") from error
+    # torchrun keeps its store when it starts the processes again, with what the dead ones wrote.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
-def meet(rank: int, world_size: int) -> dist.TCPStore:
+def meet(rank: int, world_size: int) -> dist.Store:
     """The store, once all ranks have joined it. Raises ValueError after JOIN_S, naming those that
     have not."""
     store = connect(rank, serves_store(rank))

@@ -47,7 +47,7 @@ SHAPE_SETTINGS = (
     "bottleneck_dim",
     "head_layers",
 )
-_IMPORT = "turn one of iBOT, DINO or timm into one by python -m model.checkpoint import"
+_IMPORT = "turn one of iBOT, DINO or timm into one by ibeton import"
 _NUMBERS = ("Float32DType", "Float64DType", "Int32DType", "Int64DType", "BoolDType")
 _SCALAR = import_module("numpy._core.multiarray").scalar
 _SAFE: list[Any] = [

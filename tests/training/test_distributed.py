@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from paths import ROOT
 from slurm import FIRST_PORT, PORT_STEP, end, free_job, srun_words, start
 
 from ibeton import distributed
-from ibeton.distributed import adopt_slurm, connect, first_node, from_rank_0, meet
+from ibeton.distributed import (
+    adopt_slurm,
+    connect,
+    first_node,
+    from_rank_0,
+    join_processes,
+    meet,
+)
 
 ADOPTED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -79,7 +87,7 @@ def test_half_of_a_slurm_is_refused_and_leaves_nothing_behind(missing: str) -> N
     environ = srun_words(0, 2, 1)
     del environ[missing]
     before = dict(environ)
-    with pytest.raises(ValueError, match="start with srun, or torchrun"):
+    with pytest.raises(ValueError, match="start with torchrun, or srun"):
         adopt_slurm(environ)
     assert environ == before or "RANK" not in environ
 
@@ -152,3 +160,43 @@ def test_what_rank_0_cannot_do_is_an_error_of_every_rank(tmp_path: Path) -> None
     mp.spawn(_asks, args=(tmp_path,), nprocs=2)
     assert (tmp_path / "0").exists()
     assert (tmp_path / "1").exists()
+
+
+def test_a_restart_by_torchrun_does_not_read_what_the_dead_processes_wrote(
+    store_address: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = connect(0, serve=True)
+    first.set("beat", "dead")
+    assert connect(1).get("beat") == b"dead"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not connect(1).check(["beat"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', expected a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
+    ],
+)
+def test_what_a_launcher_forgot_is_named(
+    words: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ADOPTED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=says):
+        join_processes("cpu")
+
+
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, whatever the tensors' is."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert join_processes("cuda:1") == (torch.device("cuda:1"), 0, 1)
+    assert chosen == [torch.device("cuda:1")]
