@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from small_runs import SMALL, Start
+from small_runs import SMALL, Start, losses
 
 from ibeton.pipeline.loaders import LOADERS
 
@@ -90,11 +90,14 @@ def wait_for_the_end_of(pids: dict[int, str]) -> None:
         time.sleep(0.05)
 
 
-def torchrun(data: Path, folder: Path, loader: str) -> subprocess.Popen[bytes]:
+def torchrun(
+    data: Path, folder: Path, loader: str, *options: str, restarts: int = 0
+) -> subprocess.Popen[bytes]:
     """Two ranks of an endless run; what they say goes to FOLDER.said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(ROOT / "train.py"), *SMALL, "--loader", loader]
-    command += ["--data", str(data), "--output-dir", str(folder), "--epochs", "5000"]
+    command += ["--nproc_per_node", "2", "--max-restarts", str(restarts)]
+    command += [str(ROOT / "train.py"), *SMALL, "--loader", loader]
+    command += ["--data", str(data), "--output-dir", str(folder), "--epochs", "5000", *options]
     with open(folder.with_suffix(".said"), "w") as said:
         return subprocess.Popen(
             command,
@@ -137,6 +140,24 @@ def mapped_by(pid: int) -> str:
         return Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return ""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_and_the_run_continues(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ("--resume", "auto", "--save-steps", "2", "--stop-after", "400")
+    process = torchrun(tiny, folder, "pil", *options, restarts=1)
+    log = folder / "log.jsonl"
+    try:
+        wait_for(lambda: log.exists() and '"step": 5,' in log.read_text(), process)
+        below = descendants(process.pid)
+        ranks = [pid for pid in below if (stat_of(pid) or (0,))[0] == process.pid]
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait() == 0, folder.with_suffix(".said").read_text()[-3000:]
+    finally:
+        process.kill()
+    assert [r[0] for r in losses(folder)] == list(range(400))
+    assert "resumed at step" in folder.with_suffix(".said").read_text()
 
 
 @pytest.mark.slow
