@@ -51,7 +51,7 @@ gpu: setup       ## everything that needs a GPU, in eight minutes: tests, then b
 	@$(PY) benchmarks/gpu.py --out runs/gpu
 
 clean:           ## remove caches and the synthetic photos; runs and .venv stay
-	rm -rf data/synthetic .pytest_cache .ruff_cache .mypy_cache
+	rm -rf data/synthetic .pytest_cache .ruff_cache .mypy_cache pipeline/__pycache__/compiled-*
 
 .PHONY: help setup ffcv doctor train test test-all lint bench profile gpu clean
 .DEFAULT_GOAL := help

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ibeton.options import flag, option, refuse, too_low, unknown_choices
 from ibeton.pipeline.loaders.kinds import LOADERS
 from ibeton.pipeline.sampling.draws import ViewSpec, published_views
+from ibeton.pipeline.sampling.rng import MOST_VIEWS
 
 _AT_LEAST: dict[tuple[str, ...], float] = {
     ("batch_size", "global_crops_number", "patch_size", "batches_ahead"): 1,
@@ -93,6 +94,11 @@ class PipelineConfig:
             yield "--data is missing: give a .beton file or a folder of photos"
         yield from unknown_choices(self)
         yield from too_low(self, _AT_LEAST)
+        if self.global_crops_number + self.local_crops_number > MOST_VIEWS:
+            yield (
+                f"--global-crops-number {self.global_crops_number} and --local-crops-number"
+                f" {self.local_crops_number}: expected at most {MOST_VIEWS} views together"
+            )
         if self.seed >= 2**64:
             yield f"--seed {self.seed} must be below 2^64"
         for name in ("global_crops_size", "local_crops_size"):

@@ -2,12 +2,13 @@
 
     python -m pipeline.doctor
 
-Runs with nothing but Python, as it is asked when something is broken. Exit status 1 where training
+Needs only Python, because it is run when something is broken. Exits with status 1 if training
 cannot start.
 """
 
 import importlib
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ _GET_FFCV = f"{INSTALL_TURBOJPEG}, or make ffcv"
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "numba", "PIL", "timm", "rich", "tensorboard"),
-    *("matplotlib", "nvidia.dali", "sklearn", "pytest"),
+    *("safetensors", "matplotlib", "nvidia.dali", "sklearn", "pytest"),
 )
 _OPTIONAL = ("timm", "matplotlib", "nvidia.dali", "sklearn", "pytest")  # trains without them
 
@@ -54,7 +55,7 @@ def check_turbojpeg() -> Finding:
     try:
         problem = LOADERS["ffcv"].problem()
     except ImportError as error:  # numpy or Pillow, which have lines of their own
-        problem = f"unknown without {error.name}"
+        return Finding("libturbojpeg", f"unknown without {error.name or 'numpy'}", _REINSTALL)
     return Finding("libturbojpeg", "missing" if problem else "installed", problem and _GET_FFCV)
 
 
@@ -68,14 +69,26 @@ def check_device() -> Finding:
         return Finding("device", f"CPU, {cores()} cores (no usable CUDA device)")
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} (sm_{major}{minor})"
-    # Machine code runs on every later minor version of its major one.
-    built = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-    if not any(arch // 10 == major and arch % 10 <= minor for arch in built):
+    if not has_kernels(torch.cuda.get_arch_list(), 10 * major + minor):
         fix = "pip install 'torch<2.11'" if major == 7 else "pip install --upgrade torch"
         return Finding(
             "device", f"{name}: torch {torch.__version__} has no kernels for it", fix, cuda=True
         )
     return Finding("device", name, cuda=True)
+
+
+def has_kernels(built: list[str], capability: int) -> bool:
+    """Whether code for `built`, such as sm_80 and compute_90, runs on a GPU of sm_`capability`.
+    Machine code (sm) runs on later minor versions of its major one, PTX (compute) on all later
+    ones. Code with the suffix "a" runs on its own version alone, with "f" as machine code does."""
+    for name in built:
+        if found := re.fullmatch(r"(sm|compute)_(\d+)([af]?)", name):
+            kind, version, suffix = found[1], int(found[2]), found[3]
+            same_major = version // 10 == capability // 10
+            runs_later = suffix != "a" and (same_major or (kind == "compute" and not suffix))
+            if version == capability or (version < capability and runs_later):
+                return True
+    return False
 
 
 def loader_line(findings: dict[str, Finding]) -> str:
@@ -104,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         mark = "-" if finding.fix else "+"
         cure = f"   -> {finding.fix}" if finding.fix else ""
         print(f" {mark} {finding.name:<12} {finding.state}{cure}")
-    print(f"loader: {loader_line(findings)}")
-    return 1 if any(finding.fatal for finding in findings.values()) else 0
+    fatal = any(finding.fatal for finding in findings.values())
+    print(f"loader: {'none, training cannot start' if fatal else loader_line(findings)}")
+    return 1 if fatal else 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def verify_existing(path: str, workers: int) -> tuple[list[str], str]:
     files) photos are only decoded."""
     reader = BetonReader(path)
     noted = reader.sidecar.get("checksums", {})
-    crc32 = noted["crc32"] if noted.get("samples") == BLOCK else None
+    crc32 = noted.get("crc32") if noted.get("samples") == BLOCK else None
     faults = verify(path, crc32, len(reader.classes), workers or cores())
     if crc32 is None:
         return faults, f"{path}: every photo decodes; no checksums beside it to compare with"

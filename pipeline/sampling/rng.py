@@ -18,7 +18,8 @@ from ibeton.pipeline.compiled import compiled
 
 Uint64 = Any  # numba's uint64, of which mypy knows nothing
 
-# Purposes. The number of the view is added to AUGMENT and MASK, so a sample has up to 256 of each.
+MOST_VIEWS = 0x100  # of a sample
+# Purposes. The number of the view is added to AUGMENT and MASK.
 AUGMENT = 0x100  # crop box, flip, colors, blur, solarize of one view
 MASK = 0x200  # the mask of one view
 

@@ -88,7 +88,7 @@ class BetonReader:
         self.sizes = self._sizes(table)
         self.files = np.full(self.num_samples, self.fileno(), np.int32)
         self.sidecar = self._read_sidecar()
-        self.classes: list[str] = list(self.sidecar.get("classes", []))
+        self.classes: list[str] = self.sidecar.get("classes", [])
         self.notes: list[str] = []
 
     def fileno(self) -> int:
@@ -207,6 +207,8 @@ class BetonReader:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             size = content["file_bytes"]
+            content["classes"] = [str(name) for name in content.get("classes", [])]
+            content["checksums"] = dict(content.get("checksums", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not what the converter writes; remove it") from error
         if size != self._bytes:

@@ -294,6 +294,7 @@ def test_photos_that_changed_since_they_were_listed_are_an_error(tmp_path: Path)
         ({"data": "/nowhere/photos.beton"}, "/nowhere/photos.beton"),
         ({"data": "/nowhere/photos"}, "/nowhere/photos"),
         ({"global_crops_size": 60}, "--global-crops-size 60"),
+        ({"local_crops_number": 255}, "at most 256 views"),
         ({"local_crops_size": 4}, "--local-crops-size 4"),
         ({"batch_size": 100}, "--batch-size 100"),
         ({"loader": "dali9"}, "--loader dali9"),

@@ -429,7 +429,9 @@ def test_the_json_of_another_file_is_refused(tmp_path: Path) -> None:
     beside.write_text(json.dumps({**content, "file_bytes": 12}))
     with pytest.raises(ValueError, match="describes a file of 12 bytes"):
         BetonReader(path)
-    for other in ("[]", "{}", "not json", '"text"'):
+    whole = content | {"file_bytes": path.stat().st_size}
+    spoiled = [json.dumps(whole | part) for part in ({"classes": None}, {"checksums": [1]})]
+    for other in ("[]", "{}", "not json", '"text"', *spoiled):
         beside.write_text(other)
         with pytest.raises(ValueError, match="is not what the converter writes; remove it"):
             BetonReader(path)
