@@ -16,8 +16,10 @@ if __name__ == "__main__":
 
 import faulthandler
 import itertools
+import multiprocessing
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 
 from ibeton.command import missing_extra, protect_output, refusal
-from ibeton.distributed import join_processes, leave_group
+from ibeton.distributed import join_processes, leave_group, union_of_ranks
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
 from ibeton.model.fused.check import kernel_fault
@@ -51,7 +53,15 @@ from ibeton.training.log.trackers import Trackers
 from ibeton.training.precision import DTYPES, precision_on
 from ibeton.training.problems import check_output_dir, check_readable, explain
 from ibeton.training.rollback import roll_back
-from ibeton.training.run import Run, lock_run_folder, rate_schedule, resume, seed_step, try_save
+from ibeton.training.run import (
+    Run,
+    export_backbones,
+    lock_run_folder,
+    rate_schedule,
+    resume,
+    seed_step,
+    try_save,
+)
 from ibeton.training.run_folder import RunFolder
 from ibeton.training.timing.bottleneck import LoaderResources
 from ibeton.training.timing.forecast import preflight
@@ -131,7 +141,10 @@ def check_kernels(config: Config, device: torch.device, precision: str) -> list[
         sizes = config.pipeline.global_crops_size, config.pipeline.local_crops_size
         if fault := kernel_fault(config.model, sizes, device, DTYPES[precision]):
             switch_off()
-            return [f"slower: PyTorch's operations replace the kernels of the step, as {fault}"]
+            return [
+                "the step runs PyTorch's own operations instead of the Triton kernels, which is"
+                f" slower: {fault}"
+            ]
     return []
 
 
@@ -159,7 +172,9 @@ def train(loop: Loop) -> bool:
     if evaluation_due(loop):
         evaluate(loop)
     if run.step < run.last and loop.log is not None:
-        loop.log.say("making the first batch; the first start on a machine compiles for a minute")
+        loop.log.say(
+            "loading the first batch; the first run on a machine spends about a minute compiling"
+        )
     while run.step < run.last and not loop.stops.requested_on_any_rank(run.device):
         train_epoch(loop)
         with run.watchdog.no_timeout("saving"):
@@ -188,9 +203,9 @@ def train_epoch(loop: Loop) -> None:
         rates = loop.schedule[run.step]
         with monitor.counting():
             metrics = train_step(run, batch, epoch, rates)
-            if run.step % options.log_steps == 0:
-                probe = batch.global_crops[0, :PROBED]
-                metrics["spread"] = spread(run.ibot.teacher.backbone, probe, DTYPES[run.precision])
+        probe = batch.global_crops[0, :PROBED]
+        if run.step % options.log_steps == 0 and len(probe) > 1:
+            metrics["spread"] = spread(run.ibot.teacher.backbone, probe, DTYPES[run.precision])
         stop = settle(loop)  # the step before: the device is done with it
         record: dict[str, Any] = {"step": run.step, "epoch": epoch, **rates}
         record |= {"unreadable": len(run.loader.unreadable), "indices": batch.indices}
@@ -251,10 +266,11 @@ def settle(loop: Loop) -> bool:
     if line := run.guard.update(record):
         lines.append(line)
         record["indices"] = indices.tolist()
-    if "spread" in record:
-        lines += run.alarm.add(record)
     step = record["step"]
-    due = step % run.config.run.log_steps == 0 or step + 1 == run.last or "skipped" in record
+    regular = step % run.config.run.log_steps == 0
+    if regular:
+        lines += run.alarm.add(record)
+    due = regular or step + 1 == run.last or "skipped" in record
     if due:
         ranks, more = monitor.compare_ranks()
         record |= ranks
@@ -281,24 +297,32 @@ def evaluate(loop: Loop) -> None:
     """Log quick scores of the teacher, on rank 0, unless the log has them. A request to stop
     abandons them: the run has been saved, and evaluates when it resumes."""
     run, log, stops = loop.run, loop.log, loop.stops
-    if log is not None and run.step not in log.scores() and not stops.requested():
-        from ibeton.evaluation.frozen.quick import quick_scores
-        from ibeton.training.log.curves import plot_curves
-
-        options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
-        photos, size = (options.eval_train, options.eval_val), run.config.model.image_size
-        log.say(f"k-NN at step {run.step} ...")
-        with suppress(StopRequested), stops.interruptible(), run.watchdog.no_timeout("evaluation"):
-            scores = quick_scores(run.ibot.teacher, *photos, size, options.eval_k, run.device)
-            top1, top5, nmi = scores["knn_top1"], scores["knn_top5"], scores["head_nmi"]
-            log.record({"step": run.step, "epoch": epoch, **scores, "knn_k": options.eval_k})
-            log.say(
-                f"epoch {epoch}: k-NN top-1 {top1:.2f} %  top-5 {top5:.2f} %  (k {options.eval_k})"
-                f"  head NMI {nmi:.2f} %, {scores['head_clusters']} clusters"
-            )
-            plot_curves(run.folder)
     with run.watchdog.no_timeout("evaluation"):
+        if log is not None and run.step not in log.scores() and not stops.requested():
+            log.say(f"k-NN at step {run.step} ...")
+            with suppress(StopRequested):
+                log_scores(run, log, stops)
         stops.requested_on_any_rank(run.device)  # the others wait for rank 0 here
+
+
+def log_scores(run: Run, log: RunLog, stops: StopSignals) -> None:
+    """Evaluate the teacher. Raises StopRequested, before anything is written, at a request to
+    stop."""
+    from ibeton.evaluation.frozen.quick import quick_scores
+    from ibeton.training.log.curves import plot_curves
+
+    options, epoch = run.config.run, run.step // run.loader.steps_per_epoch
+    photos, size = (options.eval_train, options.eval_val), run.config.model.image_size
+    with stops.interruptible():
+        scores = quick_scores(run.ibot.teacher, *photos, size, options.eval_k, run.device)
+    top1, top5, nmi = scores["knn_top1"], scores["knn_top5"], scores["head_nmi"]
+    log.record({"step": run.step, "epoch": epoch, **scores, "knn_k": options.eval_k})
+    log.say(
+        f"epoch {epoch}: k-NN top-1 {top1:.2f} %  top-5 {top5:.2f} %  (k {options.eval_k})"
+        f"  head NMI {nmi:.2f} %, {scores['head_clusters']} clusters"
+    )
+    plot_curves(run.folder)
+    export_backbones(run)  # again, with the score on their cards
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -335,8 +359,9 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
             log = start_log(run) if folder is not None else None
             finished = train(Loop(run, log, monitor, stops))
             state, status = ("finished", 0) if finished else ("stopped", STOPPED)
+            unreadable = union_of_ranks(run.loader.unreadable) if finished else {}
             if log is not None and finished:
-                report(run, log)
+                report(run, log, unreadable)
             elif log is not None:
                 why = stops.reason or "another process was asked to"
                 log.say(
@@ -354,16 +379,44 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
         state, status = "interrupted", INTERRUPTED
         print("interrupted; --resume auto continues from the last save", file=sys.stderr)
     finally:
-        monitor.close()
-        run.loader.close()
-        with suppress(OSError):  # a full disk, which has been reported
-            if log is not None:
-                log.close()
-            if folder is not None:
-                folder.close(state)
-        run.watchdog.close()
-        leave_group()
+        try:
+            close(run, monitor, log, folder, state)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
     return status
+
+
+def close(
+    run: Run, monitor: StepMonitor, log: RunLog | None, folder: RunFolder | None, state: str
+) -> None:
+    """Close everything, also if a part cannot be closed or a Ctrl-C comes meanwhile. Kills worker
+    processes that are left: Python would wait for them."""
+    with ExitStack() as stack:  # the last one first
+        stack.callback(kill_workers)
+        stack.callback(leave_group)
+        stack.callback(run.watchdog.close)
+        if folder is not None:
+            stack.enter_context(suppress(OSError))  # a full disk, which has been reported
+            stack.callback(folder.close, state)
+        if log is not None:
+            stack.enter_context(suppress(OSError))
+            stack.callback(log.close)
+        for part in (run.loader, monitor):
+            stack.enter_context(os_errors_printed())
+            stack.callback(part.close)
+
+
+@contextmanager
+def os_errors_printed() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        print(f"while the run was closed: {explain(error)}", file=sys.stderr)
+
+
+def kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def build_monitor(run: Run) -> StepMonitor:
@@ -389,7 +442,7 @@ def build_monitor(run: Run) -> StepMonitor:
 def start_log(run: Run) -> RunLog:
     """The log, with the settings and a forecast of the run."""
     per_epoch = run.loader.steps_per_epoch
-    log = RunLog(run.folder, run.step, run.steps, per_epoch)
+    log = RunLog(run.folder, run.step, run.steps, per_epoch, run.last)
     log.trackers = Trackers(run.config.run.log_to, run.name, run.folder, run.config.resolved())
     log.say(run.config.summary())
     log.say(
@@ -402,7 +455,7 @@ def start_log(run: Run) -> RunLog:
     return log
 
 
-def report(run: Run, log: RunLog) -> None:
+def report(run: Run, log: RunLog, unreadable: dict[int, str]) -> None:
     """Say in a few lines what the run produced."""
     from ibeton.training.log.curves import plot_curves
 
@@ -417,7 +470,7 @@ def report(run: Run, log: RunLog) -> None:
             f"k-NN top-1: untrained {scores[0]:.2f} %, now {now:.2f} %:"
             f" {now - scores[0]:+.2f} points"
         )
-    for reason in run.loader.unreadable.values():
+    for _, reason in sorted(unreadable.items()):
         log.say(f"unreadable: {reason}")
 
 

@@ -116,6 +116,14 @@ def from_rank_0(action: Callable[[], Any], device: torch.device | None = None) -
     return box[0]
 
 
+def union_of_ranks(own: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries that any rank has. All ranks must call it."""
+    parts = [own] * rank_and_size()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def checked_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU if there is one. Raises ValueError, with a sentence,
     if it is unknown or unavailable."""

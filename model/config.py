@@ -34,8 +34,8 @@ MOST = 1000  # layers, or views: more would not fit in any memory
 _AT_LEAST: dict[tuple[str, ...], float] = {
     ("embed_dim", "depth", "num_heads", "local_crops_number"): 0,
     ("warmup_teacher_temp_epochs", "pred_start_epoch", "layer_scale"): 0,
-    ("patch_size", "image_size", "out_dim", "hidden_dim"): 1,
-    ("patch_out_dim", "bottleneck_dim", "head_layers", "epochs"): 1,
+    ("patch_size", "image_size", "hidden_dim", "bottleneck_dim", "head_layers", "epochs"): 1,
+    ("out_dim", "patch_out_dim"): 2,
     ("lambda1", "lambda2"): 0,
     ("micro_steps", "global_crops_number"): 1,
 }

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ibeton.command import Failure
+from ibeton.distributed import rank_and_size
 from ibeton.model.config import SWINS, ModelConfig
 from ibeton.model.host_inputs import HostInputs
 from ibeton.model.masking import to_device
@@ -38,7 +40,7 @@ def obstacle(config: ModelConfig, optimizer: Optimizer, device: torch.device) ->
         return "they need --optimizer adamw, without --shard-optimizer"
     if config.arch in SWINS:
         return f"they do not support --arch {config.arch}"
-    if config.norm_in_head == "bn" and _processes() > 1:
+    if config.norm_in_head == "bn" and rank_and_size()[1] > 1:
         return "they do not support --norm-in-head bn with several processes"
     return ""
 
@@ -118,8 +120,9 @@ class GraphedStep:
             self._recordings[key] = self._record(inputs, epoch, *self._seen[key])
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured
             if self._required:
-                raise RuntimeError(
-                    "--cuda-graphs on: capturing a step failed; use auto or off"
+                why = str(error).strip().splitlines()[0]
+                raise Failure(
+                    f"--cuda-graphs on: capturing a step failed ({why}); use auto or off"
                 ) from error
             torch.set_rng_state(random)
             self._failed, why = True, str(error).strip().splitlines()[0]
@@ -136,7 +139,7 @@ class GraphedStep:
         step, record = self._step, self._recorder.record
         static = self._static(inputs)
         _fill(static, inputs)
-        if _processes() == 1:
+        if rank_and_size()[1] == 1:
 
             def whole() -> Metrics:
                 return step.run(static, epoch)
@@ -174,7 +177,7 @@ class GraphedStep:
             self._forget()  # each is captured again when it is next needed
         moved = inputs.on(inputs.global_crops.device, takes_scalars(step.optimizer))
         with self._recorder.warm_up():
-            if _processes() == 1:
+            if rank_and_size()[1] == 1:
                 with draws.recording():
                     return step.run(moved, epoch)
             with draws.recording():
@@ -194,7 +197,7 @@ class GraphedStep:
         """Average that tensor over the processes."""
         assert self._flat is not None
         with stage("comm"):
-            self._flat /= _processes()
+            self._flat /= rank_and_size()[1]
             dist.all_reduce(self._flat)
 
     def _unpack(self, computed: Gradients) -> Gradients:
@@ -309,7 +312,3 @@ def _fill(static: StepInputs, inputs: StepInputs) -> None:
     for target, source in zip(static, inputs, strict=True):
         if target is not None and source is not None:
             target.copy_(to_device(source, target.device))
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

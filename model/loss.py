@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ibeton.distributed import rank_and_size
 from ibeton.model.config import ModelConfig
 from ibeton.model.kernels.head.class_metrics import class_metrics
 from ibeton.model.kernels.head.cross_entropy import cross_entropy
@@ -141,11 +142,12 @@ class IBOTLoss(nn.Module):
         `reduced`: they are the same on all ranks already. If `skipped`, a bool on the device, is
         true, nothing changes."""
         mean = batch_means[0] if len(batch_means) == 1 else torch.stack(batch_means).mean(dim=0)
-        if not reduced and dist.is_available() and dist.is_initialized():
+        processes = rank_and_size()[1]
+        if not reduced and processes > 1:
             with stage("comm"):
                 mean = mean.clone()
                 dist.all_reduce(mean)
-                mean /= dist.get_world_size()
+                mean /= processes
         cls_mean, patch_mean = mean.split([self.center.shape[-1], self.center2.shape[-1]])
         for center, new, momentum in (
             (self.center, cls_mean, self.center_momentum),

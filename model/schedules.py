@@ -10,13 +10,12 @@ def cosine_schedule(
     epochs: int,
     steps_per_epoch: int,
     warmup_epochs: int = 0,
-    warmup_start: float = 0.0,
 ) -> NDArray[np.float64]:
     """Value for every step, float64 [epochs * steps_per_epoch].
 
-    Linear from `warmup_start` to `base`, both included, then half a cosine towards `final`, which
-    is not reached; the peak comes twice (published code, `cosine_scheduler`). Used for learning
-    rate, weight decay, and the teacher's momentum.
+    Linear from 0 to `base`, both included, then half a cosine towards `final`, which is not
+    reached; the peak comes twice (published code, `cosine_scheduler`). Used for learning rate,
+    weight decay, and the teacher's momentum.
     Raises ValueError if the warm-up is longer than the run.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
@@ -25,7 +24,7 @@ def cosine_schedule(
         raise ValueError(
             f"a warm-up of {warmup_epochs} epochs does not fit in {epochs}: shorten --warmup-epochs"
         )
-    warmup = np.linspace(warmup_start, base, warmup_steps)
+    warmup = np.linspace(0.0, base, warmup_steps)
     progress = np.arange(cosine_steps) / max(1, cosine_steps)
     return np.concatenate([warmup, final + 0.5 * (base - final) * (1 + np.cos(np.pi * progress))])
 

@@ -26,6 +26,11 @@ from ibeton.training.health.nonfinite_guard import RunError
 NEWEST, DIVERGED = "checkpoint.pt", "diverged.pt"
 _ROLLING = re.compile(r"checkpoint-(\d+)\.pt")
 _KEPT = re.compile(r"checkpoint(\d{4,})\.pt")
+# How the temporary names of a run's files begin
+_OWN = re.compile(
+    r"\.(checkpoint(-\d+|\d{4,})?\.pt|best\.pt|backbone(\d{4,})?\.safetensors|config\.json"
+    r"|run\.json|log\.jsonl|curves\.png|trace\.json\.gz|trouble-rank\d+\.json)\."
+)
 
 
 def write(
@@ -158,9 +163,10 @@ def listed(folder: Path) -> list[Path]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process of the run left half written, under whichever name."""
+    """Remove files of a run that a killed process left half written; not those of an export, which
+    may be under way."""
     for path in folder.iterdir():
-        if PARTIAL.fullmatch(path.name):
+        if PARTIAL.fullmatch(path.name) and _OWN.match(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 

@@ -109,7 +109,7 @@ class RunConfig:
             yield f"--lr {self.lr} must be above 0"
         for name in ("weight_decay", "weight_decay_end", "momentum_teacher"):
             if not 0 <= getattr(self, name) <= 1:
-                yield f"{flag(name)} {getattr(self, name)} must be in 0 .. 1"
+                yield f"{flag(name)} {getattr(self, name)} must be between 0 and 1"
         if not 0 < self.adam_beta2 < 1:
             yield f"--adam-beta2 {self.adam_beta2} must be between 0 and 1"
         if self.eval_every and not (self.eval_train and self.eval_val):

@@ -12,7 +12,7 @@ from ibeton.training.health.diagnosis import diagnose, sentences
 from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.log.run_log import RunLog
 from ibeton.training.precision import DTYPES
-from ibeton.training.run import Run, newest, restore, seed_step
+from ibeton.training.run import Run, restore, seed_step
 
 
 def roll_back(run: Run, log: RunLog | None) -> None:
@@ -26,7 +26,9 @@ def roll_back(run: Run, log: RunLog | None) -> None:
     lines, photos_to_blame, weights_to_blame = _report(run, step)
     # Pixels that are not finite say nothing against the checkpoint that they were met after.
     only_photos = photos_to_blame and run.guard.diverging_since() is None
-    path = newest(run, run.guard.first_bad if only_photos else run.guard.newest_target())
+    up_to = run.guard.first_bad if only_photos else run.guard.newest_target()
+    path, damaged = checkpoints.newest_of_rank_0(run.folder, run.device, up_to)
+    lines += damaged
     if path is None or (again and photos_to_blame):
         if not (photos_to_blame or weights_to_blame):  # what was saved has finite weights
             lines += _set_aside(run, run.guard.last_good)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from ibeton.model import IBOT
 from ibeton.model.checkpoint import (
@@ -56,7 +57,8 @@ class Run:
 
     `step`: steps done since the start of training. `seen`: name of the run that the folder belonged
     to at start-up. `notes`: lines for the start of the log. `saved`: step of the last save since
-    the run was last restored, -1 for none. `save_deferred`: a save was due and not allowed.
+    the run was last restored, or of the checkpoint if it showed signs of collapse; -1 for none.
+    `save_deferred`: a save was due and not allowed.
     """
 
     config: Config
@@ -84,7 +86,8 @@ class Run:
         uniform = sum(w * math.log(k) for w, k in zip(weights, prototypes, strict=True))
         self.guard = NonFiniteGuard(self.scaler is not None, uniform)
         lasts = patience(self.steps, per_epoch)
-        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, lasts)
+        images = self.config.pipeline.batch_size // model.micro_steps
+        self.alarm = CollapseAlarm(model.out_dim, model.lambda1, lasts, images)
 
     @property
     def folder(self) -> Path:
@@ -105,16 +108,25 @@ class Run:
         return min(self.steps, self.config.run.stop_after or self.steps)
 
 
-def rate_schedule(run: Run) -> list[dict[str, float]]:
-    """Learning rate, weight decay and teacher momentum of every step of the run, by name."""
+class RateSchedule:
+    """Learning rate, weight decay and teacher momentum of every step, by name."""
+
+    def __init__(self, **rates: NDArray[np.float64]) -> None:
+        self._rates = rates
+
+    def __getitem__(self, step: int) -> dict[str, float]:
+        return {name: float(values[step]) for name, values in self._rates.items()}
+
+
+def rate_schedule(run: Run) -> RateSchedule:
+    """The rates of every step of the run."""
     options, per_epoch = run.config.run, run.loader.steps_per_epoch
     peak = options.lr * run.global_batch / 256
     lr = cosine_schedule(peak, options.min_lr, options.epochs, per_epoch, options.warmup_epochs)
     decays = options.weight_decay, options.weight_decay_end
     decay = cosine_schedule(*decays, options.epochs, per_epoch)
     momentum = cosine_schedule(options.momentum_teacher, 1.0, options.epochs, per_epoch)
-    names, steps = ("lr", "weight_decay", "momentum"), zip(lr, decay, momentum, strict=True)
-    return [dict(zip(names, map(float, step), strict=True)) for step in steps]
+    return RateSchedule(lr=lr, weight_decay=decay, momentum=momentum)
 
 
 def seed_step(run: Run, step: int) -> None:
@@ -190,14 +202,25 @@ def save(run: Run) -> None:
         "global_batch": run.global_batch,
         "data": fingerprint(run.loader.photos),
         "guard": run.guard.state(),
+        "alarm": run.alarm.state(),
         "run": run.name,
         "config": run.config.resolved(),
     }
-    keep = options.keep_every
-    stays = epoch if keep and run.step % per_epoch == 0 and epoch % keep == 0 else None
-    checkpoints.write(run.folder, content, options.keep_last, stays, replace)
-    if stays is not None:
-        export_backbone(run, stays)
+    checkpoints.write(run.folder, content, options.keep_last, kept_epoch(run), replace)
+    export_backbones(run)
+
+
+def kept_epoch(run: Run) -> int | None:
+    """The epoch that the present step ends, if its checkpoint is kept by --keep-every."""
+    keep, (epoch, rest) = run.config.run.keep_every, divmod(run.step, run.loader.steps_per_epoch)
+    return epoch if keep and epoch and not rest and epoch % keep == 0 else None
+
+
+def export_backbones(run: Run) -> None:
+    """Write the backbone files that are due at this step. Their cards have the scores that the log
+    holds by now."""
+    if (epoch := kept_epoch(run)) is not None:
+        export_backbone(run, epoch)
     if run.step == run.steps:
         export_backbone(run, None)
 
@@ -225,7 +248,10 @@ def resume(run: Run) -> None:
     run.seen = identity(run.folder) if run.rank == 0 else ""
     if options.resume == "no" and run.rank == 0:
         check_unused(run.folder)
-    path = newest(run) if options.resume == "auto" else Path(options.resume)
+    path: Path | None = Path(options.resume)
+    if options.resume == "auto":
+        path, damaged = checkpoints.newest_of_rank_0(run.folder, run.device)
+        run.notes += damaged
     if options.resume == "no" or path is None:
         run.name = run.seen or new_identity()
         # The folder's run, if any, has no checkpoint yet.
@@ -256,15 +282,9 @@ def restore(run: Run, path: Path, content: dict[str, Any]) -> None:
         run.scaler.load_state_dict(content["fp16_scaler"])
     run.step = content["step"]
     run.guard.restore(content.get("guard", {}), run.step)
-    run.saved, run.save_deferred = -1, False
-
-
-def newest(run: Run, up_to: int | None = None) -> Path | None:
-    """The newest sound checkpoint of the run's folder, of step `up_to` at most, as rank 0 finds it.
-    All ranks must call this."""
-    path, damaged = checkpoints.newest_of_rank_0(run.folder, run.device, up_to)
-    run.notes += damaged
-    return path
+    run.alarm.restore(content.get("alarm", {}))
+    run.saved = run.step if run.step > run.alarm.last_sound else -1
+    run.save_deferred = False
 
 
 def _check_same(run: Run, path: Path, content: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ibeton.atomic import write_text
 from ibeton.options import flag
@@ -30,6 +30,7 @@ from ibeton.training import checkpoints
 
 RUN, CONFIG, LOCK = "run.json", "config.json", ".lock"
 _CODE = Path(__file__).parents[1]
+_LOCK_S = 1.0  # `ibeton runs` may hold the lock for a moment
 _GIT_S = 5.0  # on a large or remote file system git may take minutes
 _PACKAGES = ("torch", "triton", "numpy", "numba", "ffcv", "nvidia-dali-cuda120", "timm", "pillow")
 
@@ -48,9 +49,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object of JSON")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or remove it") from error
+    return content
 
 
 def identity(folder: Path) -> str:
@@ -98,6 +102,19 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def _lock(file: IO[str]) -> bool:
+    """Lock `file`; False if another process holds it for longer than `is_held` does to look."""
+    deadline = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_LOCK_S / 20)
+
+
 class RunFolder:
     """Holds `folder` for run `name`, from construction until `close`, and keeps its run.json.
 
@@ -112,12 +129,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder
         self._lock = open(folder / LOCK, "a")  # noqa: SIM115 - held as long as self
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = identity(folder) != seen
-        except BlockingIOError:
-            held = True
-        if held:
+        if not _lock(self._lock) or identity(folder) != seen:
             self._lock.close()
             raise ValueError(
                 f"{folder} is in use by another process: wait for it, or give another --output-dir"

@@ -10,13 +10,14 @@ A run that says it is running although no process holds its folder was killed.
 import json
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ibeton.command import run_command
 from ibeton.options import Parser, check_output_file, flag
-from ibeton.training.log.curves import draw_curves
-from ibeton.training.run_folder import CONFIG, is_held, read_config, read_run
+from ibeton.training.log.curves import draw_curves, run_names
+from ibeton.training.run_folder import CONFIG, RUN, is_held, read_config, read_run
 
 _PNG = b"\x89PNG"  # how a picture begins
 _HEADS = ("run", "arch", "epochs", "loss", "k-NN", "images/s", "state", "since")
@@ -73,8 +74,7 @@ def compare(first: Path, second: Path, png: Path) -> int:
         if name not in ("output_dir", "resume") and configs[0].get(name) != configs[1].get(name)
     ]
     figures = zip(_HEADS[2:6], _row(first)[2:6], _row(second)[2:6], strict=True)
-    titles = [f.name if first.name != second.name else str(f) for f in (first, second)]
-    print_table([("", *titles), *rows, *figures])
+    print_table([("", *run_names([first, second])), *rows, *figures])
     picture = draw_curves([first, second], png)
     print(f"curves: {picture}" if picture else "no curves: neither run has logged a step")
     return 0
@@ -88,12 +88,17 @@ def _setting(config: dict[str, Any], name: str) -> str:
 def run_folders(folder: Path) -> list[Path]:
     """Run folders in `folder`, by name, or `folder` itself. Raises FileNotFoundError if there is
     none."""
-    if (folder / CONFIG).exists():
+    if _is_run(folder):
         return [folder]
-    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if _is_run(path.parent))
     if not found:
         raise FileNotFoundError(f"{folder} holds no runs: give a folder of --output-dir folders")
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run; exports of backbones have a config.json, too."""
+    return (folder / CONFIG).exists() and any((folder / n).exists() for n in (RUN, "log.jsonl"))
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def _ago(since: str) -> str:
     """How long ago a time of run.json was, in the largest unit."""
     if not since:
         return "-"
-    seconds = time.time() - time.mktime(time.strptime(since[:19], "%Y-%m-%dT%H:%M:%S"))
+    seconds = time.time() - datetime.strptime(since, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

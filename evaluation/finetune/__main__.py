@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ibeton.command import refusal
-from ibeton.distributed import join_processes, leave_group
+from ibeton.distributed import join_processes, leave_group, union_of_ranks
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder
@@ -86,8 +86,9 @@ def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> in
             log = _start_log(run) if folder is not None else None
             if train(run, log, monitor, stops):
                 state, status = "finished", 0
+                unreadable = union_of_ranks(run.loader.unreadable)
                 if log is not None:
-                    _finish(run, log)
+                    _finish(run, log, unreadable)
             else:
                 state, status = "stopped", STOPPED
                 if log is not None:
@@ -129,10 +130,10 @@ def _start_log(run: FinetuneRun) -> RunLog:
     return log
 
 
-def _finish(run: FinetuneRun, log: RunLog) -> None:
+def _finish(run: FinetuneRun, log: RunLog, unreadable: dict[int, str]) -> None:
     """Report the result and write finetune.json."""
     log.say_progress()
-    for reason in run.loader.unreadable.values():
+    for _, reason in sorted(unreadable.items()):
         log.say(f"unreadable: {reason}")
     if not run.scores:
         log.say(f"stopped by --stop-after at step {run.step}, before the first score")

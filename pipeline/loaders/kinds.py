@@ -133,7 +133,7 @@ LOADERS = {
             decode_rate=410,
             crop_rate=33,
             worker_processes=True,
-            faster="a .beton file and --loader ffcv",
+            faster="a .beton file with --loader ffcv",
         ),
     )
 }

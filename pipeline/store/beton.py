@@ -66,9 +66,8 @@ class BetonReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(
-                f"{path} is not a file; create it with: ibeton convert SRC DST.beton"
-            )
+            what = "is not a file" if self.path.exists() else "does not exist"
+            raise FileNotFoundError(f"{path} {what}; create it with: ibeton convert SRC DST.beton")
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as self
         except PermissionError as error:

@@ -22,7 +22,7 @@ BAD = [
     ({"pred_start_epoch": 780}, "after --pred-start-epoch 780 does not fit in --epochs 800"),
     ({"shared_head_teacher": False}, "share the teacher's head too"),
     ({"global_crops_number": 1, "local_crops_number": 0}, "give at least two views"),
-    ({"out_dim": 0}, "--out-dim 0 must be at least 1"),
+    ({"out_dim": 1}, "--out-dim 1 must be at least 2"),
     ({"head_layers": 0}, "--head-layers 0 must be at least 1"),
     (
         {"arch": "swin_t7", "patch_size": 32, "recompute": "on"},

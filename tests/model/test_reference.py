@@ -28,7 +28,7 @@ CASES = {
     "no_biases": {"qkv_bias": False, "norm_last_layer": True},
     "no_local": {"local_crops_number": 0},
     "three_global": {"global_crops_number": 3, "lambda1": 0.5, "lambda2": 2.0},
-    "one_prototype": {"out_dim": 1},
+    "two_prototypes": {"out_dim": 2},
     "many_prototypes": {"out_dim": 65_536},
     "checkpointed": {"checkpoint_blocks": True},
     "not_recomputed": {"recompute": "off"},

@@ -6,7 +6,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from ibeton.pipeline.doctor import Finding, loader_line, main
+from ibeton.pipeline.doctor import Finding, has_kernels, loader_line, main
 
 
 def report(*, without: str = "", first: str = "") -> tuple[int, str]:
@@ -52,6 +52,41 @@ def test_without_torch_nothing_trains() -> None:
     status, said = report(without="torch")
     assert status == 1
     assert "make setup" in said
+
+
+def test_without_numpy_libturbojpeg_is_not_said_to_be_missing() -> None:
+    status, said = report(without="numpy")
+    assert status == 1
+    line = next(line for line in said.splitlines() if " libturbojpeg " in line)
+    assert "unknown without numpy   -> make setup" in line
+    assert "loader: none, training cannot start" in said
+
+
+def test_a_package_that_training_needs_is_looked_for() -> None:
+    status, said = report(without="safetensors")
+    assert status == 1
+    assert " - safetensors  missing   -> make setup" in said
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_70 sm_90a", 90, True),
+        ("sm_100a", 103, False),
+        ("sm_100f", 103, True),
+        ("sm_80", 86, True),
+        ("sm_86", 80, False),
+        ("sm_80", 90, False),
+        ("sm_80 compute_80", 120, True),
+        ("compute_90a", 100, False),
+        ("compute_90", 80, False),
+        ("", 90, False),
+    ],
+)
+def test_kernels_run_on_later_gpus_as_nvidia_promises(
+    built: str, capability: int, runs: bool
+) -> None:
+    assert has_kernels(built.split(), capability) is runs
 
 
 def test_the_loader_is_told_that_training_will_use() -> None:

@@ -90,7 +90,7 @@ def test_a_switch_takes_no_file_for_its_value() -> None:
     [
         ("--mean 123 117 104", "--mean 0.482 0.459 0.408"),
         ("--teacher-temp 7", "--teacher-temp 7.0 must be above 0 and at most 1"),
-        ("--weight-decay -1", "--weight-decay -1.0 must be in 0 .. 1"),
+        ("--weight-decay -1", "--weight-decay -1.0 must be between 0 and 1"),
         ("--seed 99999999999999999999", "does not fit in 64 bits"),
         ("--adam-beta2 1", "--adam-beta2 1.0 must be between 0 and 1"),
         ("--max-hours inf", "inf is not a finite number"),

@@ -20,6 +20,7 @@ from ibeton.distributed import (
     from_rank_0,
     join_processes,
     meet,
+    union_of_ranks,
 )
 
 ADOPTED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -200,3 +201,17 @@ def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert join_processes("cuda:1") == (torch.device("cuda:1"), 0, 1)
     assert chosen == [torch.device("cuda:1")]
+
+
+def _tells(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    assert union_of_ranks({rank: "own", 7: "both"}) == {0: "own", 1: "own", 7: "both"}
+    (folder / str(rank)).touch()
+    dist.destroy_process_group()
+
+
+def test_what_any_rank_has_is_known_to_all(tmp_path: Path) -> None:
+    assert union_of_ranks({3: "alone"}) == {3: "alone"}
+    mp.spawn(_tells, args=(tmp_path,), nprocs=2)
+    assert (tmp_path / "0").exists()
+    assert (tmp_path / "1").exists()

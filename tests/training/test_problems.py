@@ -121,7 +121,9 @@ def test_nowhere_to_keep_compiled_code_is_a_line(tmp_path: Path) -> None:
 def test_a_damaged_run_does_not_hide_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, text in (("good", '{"state": "finished"}'), ("bad", "{")):
+    (tmp_path / "export").mkdir()  # of a backbone, for Hugging Face: no run
+    (tmp_path / "export" / "config.json").write_text("{}")
+    for name, text in (("good", '{"state": "finished"}'), ("bad", "[1]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text('{"arch": "vit_s", "epochs": 3}')
         (tmp_path / name / "run.json").write_text(text)

@@ -1,8 +1,11 @@
 """A folder belongs to one run, and one process at a time writes to it."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,8 @@ def test_a_folder_is_held_by_one_process_and_belongs_to_one_run(tmp_path: Path) 
 
 
 def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".hf.0123abcd.partial").mkdir()  # an export that is under way
+    (tmp_path / ".export.pth.0123abcd.partial").touch()
     for name in ("best.pt", "log.jsonl", "backbone0001.safetensors"):
         with replacing(tmp_path / name) as partial:
             pass
@@ -40,7 +45,17 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Pat
     partial.touch()
     (tmp_path / ".mine.partial").touch()
     RunFolder(tmp_path, "a", "", {}, {}).close("finished")
-    assert [path.name for path in tmp_path.glob(".*.partial*")] == [".mine.partial"]
+    left = sorted(path.name for path in tmp_path.glob(".*.partial*"))
+    assert left == [".export.pth.0123abcd.partial", ".hf.0123abcd.partial", ".mine.partial"]
+
+
+def test_a_run_starts_while_another_program_looks_at_its_lock(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN))
+        timer.start()
+        RunFolder(tmp_path, "a", "", {}, {}).close("finished")
+        timer.join()
 
 
 def test_the_note_of_the_code_leaves_the_git_index_alone(
@@ -126,3 +141,15 @@ def test_runs_are_listed_with_their_state(
     assert float(rate) > 0
     assert runs.main([str(tmp_path / "whole" / "tensorboard")]) == 2
     assert "holds no runs" in capsys.readouterr().err
+
+
+def test_the_age_of_a_run_does_not_depend_on_the_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.strftime("%Y-%m-%dT%H:%M:%S+0000", time.gmtime(time.time() - 3 * 3600))
+    try:
+        for zone in ("UTC", "Asia/Tokyo", "America/New_York"):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            assert runs._ago(began) == "3 h"
+    finally:
+        monkeypatch.undo()
+        time.tzset()

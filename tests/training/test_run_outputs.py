@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from small_runs import Start, losses
+from small_runs import Start, losses, records
 
 import ibeton
 from ibeton.model.checkpoint import load_checkpoint
@@ -43,10 +43,26 @@ def test_a_run_from_the_configuration_of_another_is_identical(start: Start, tmp_
     assert "--lr 0.003" in first.said()
 
 
-def test_the_teachers_backbone_is_written_with_its_card(start: Start, tmp_path: Path) -> None:
+COUNTING = """
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from ibeton import train
+spread = train.spread
+def look(*arguments):
+    if _get_current_dispatch_mode() is not None:
+        print("counted")
+    return spread(*arguments)
+train.spread = look
+"""
+
+
+def test_the_teachers_backbone_is_written_with_its_card(
+    start: Start, tmp_path: Path, tiny: Path
+) -> None:
     folder = tmp_path / "run"
-    process = start(folder, "--epochs", "2", "--keep-every", "1")
+    evaluation = ["--eval-train", str(tiny), "--eval-val", str(tiny), "--eval-every", "2"]
+    process = start(folder, "--epochs", "2", "--keep-every", "1", *evaluation, fault=COUNTING)
     assert process.wait() == 0, process.said()[-2000:]
+    assert "counted" not in process.said(), "the spread is no part of the step"
     names = sorted(path.name for path in folder.glob("backbone*"))
     kinds = [f"{name}{kind}" for name in ("backbone", "backbone0001", "backbone0002")
              for kind in (".md", ".safetensors")]  # fmt: skip
@@ -62,6 +78,9 @@ def test_the_teachers_backbone_is_written_with_its_card(start: Start, tmp_path: 
     assert "| photos | 64 of tiny" in card
     assert "| `embed_dim` | 32 |" in card
     assert "last loss" in card
+    scores = {r["step"]: r["knn_top1"] for r in records(folder) if "knn_top1" in r}
+    assert f"| k-NN top-1 | {scores[16]:.2f} % (k 20) |" in card
+    assert "k-NN" not in (folder / "backbone0001.md").read_text(), "it was not evaluated"
     again = start(tmp_path / "next", "--stop-after", "1", "--init-from",
                   str(folder / "backbone.safetensors"))  # fmt: skip
     assert again.wait() == 0, again.said()[-2000:]

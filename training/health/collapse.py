@@ -24,9 +24,7 @@ def patience(steps: int, per_epoch: int) -> int:
 def spread(backbone: nn.Module, images: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Spread of the class tokens of `images` [B, 3, S, S], a float32 scalar: the standard deviation
     over images of the L2-normalized tokens, averaged over channels, times sqrt(C). 0 if all tokens
-    are equal, about 1 if their directions are random. 0 for fewer than two images."""
-    if len(images) < 2:
-        return torch.zeros((), device=images.device)
+    are equal, about 1 if their directions are random. It takes two images at least."""
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
         tokens = backbone(images)[:, 0]
     unit = F.normalize(tokens.float(), dim=1)
@@ -37,28 +35,41 @@ class CollapseAlarm:
     """Warns once when a sign of collapse has lasted for `patience` steps. All signs show at the
     start of a run and then disappear.
 
+    `images`: in a part of a batch; those of a part of one image may well share a prototype.
     `last_sound` is the last step before the present signs; inf without signs, or if there were some
     from the start on. Checkpoints saved after it must not push out those before.
     """
 
-    def __init__(self, out_dim: int, lambda1: float, patience: int) -> None:
+    def __init__(self, out_dim: int, lambda1: float, patience: int, images: int) -> None:
         self._uniform, self._lambda1, self._patience = math.log(out_dim), lambda1, patience
+        self._images = images
         self._since: dict[str, int] = {}
         self._warned: set[str] = set()
         self._previous = math.inf  # the last step without a sign
         self.last_sound = math.inf
 
+    def restore(self, state: dict[str, float]) -> None:
+        """Continue from a `state()`."""
+        self._since.clear()
+        self._previous = state.get("previous", math.inf)
+        self.last_sound = state.get("last_sound", math.inf)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"previous": self._previous, "last_sound": self.last_sound}
+
     def add(self, record: dict[str, Any]) -> list[str]:
-        """Warnings for a record with "step", "cls", "teacher_entropy", "prototypes" and "spread".
-        Adds "cls_share" and "entropy_share" to it, as shares of ln(out_dim)."""
+        """Warnings for a record with "step", "cls", "teacher_entropy", "prototypes" and, unless a
+        process has one image, "spread". Adds "cls_share" and "entropy_share" to it, as shares of
+        ln(out_dim)."""
         record["entropy_share"] = record["teacher_entropy"] / self._uniform
         if self._lambda1:
             record["cls_share"] = record["cls"] / self._lambda1 / self._uniform
         signs = {
             _TARGETS: record["entropy_share"] > _NEAR,
-            _SAME: record["prototypes"] < _ONE,
+            _SAME: self._images > 1 and record["prototypes"] < _ONE,
             _GUESS: _NEAR < record.get("cls_share", 0.0) < 2 - _NEAR,
-            _FEATURES: record["spread"] < _ALIKE,
+            _FEATURES: record.get("spread", 1.0) < _ALIKE,
         }
         if not any(signs.values()):
             self._previous, self.last_sound = record["step"], math.inf

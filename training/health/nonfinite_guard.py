@@ -69,7 +69,7 @@ class NonFiniteGuard:
         bad = not (loss_ok and gradient_ok) and not overflow
         self.overflows += overflow
         self.skipped += bad
-        in_streak = self.in_streak
+        first = not (self._spoiled or self._in_a_row or self._overflows_in_a_row)
         self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
         self._in_a_row = self._in_a_row + 1 if bad or (overflow and self._in_a_row) else 0
         record |= {"skipped_steps": self.skipped, "overflows": self.overflows}
@@ -82,7 +82,7 @@ class NonFiniteGuard:
             if not self._unsettled:
                 self.last_good = step
             return ""
-        if not in_streak:
+        if first:
             self.first_bad = step
         what = "overflow" if overflow else "gradient" if loss_ok else "loss"
         record["skipped"], self.last_bad = what, step

@@ -62,7 +62,7 @@ class StopSignals:
         """Whether this process has been asked to stop, or has reached --max-hours."""
         hours = (time.monotonic() - self._begun) / 3600
         if not self.reason and 0 < self._max_hours < hours:
-            self.reason = f"--max-hours {self._max_hours:g} are over"
+            self.reason = f"--max-hours {self._max_hours:g} reached"
         return bool(self.reason)
 
     def requested_on_any_rank(self, device: torch.device) -> bool:

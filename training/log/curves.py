@@ -27,21 +27,27 @@ def plot_curves(folder: Path) -> Path | None:
 
 
 def model_facts(folder: Path, step: int, per_epoch: int) -> dict[str, str]:
-    """What a model card says of a run: steps, epochs, and the last loss and k-NN of its log."""
-    records = [r for r in read_records(folder / "log.jsonl") if r["step"] <= step]
+    """What a model card says of a run after `step` steps: steps, epochs, the last loss in its log,
+    and the k-NN if the network was evaluated at that step."""
     facts = {"trained for": f"{step:,} steps, {step / per_epoch:.4g} epochs"}
-    losses = [r["loss"] for r in records if r.get("loss") is not None]
-    scores = [r for r in records if "knn_top1" in r]
-    if losses:
-        facts["last loss"] = f"{losses[-1]:.4f}"
-    if scores:
-        facts["k-NN top-1"] = f"{scores[-1]['knn_top1']:.2f} % (k {scores[-1]['knn_k']})"
+    for record in read_records(folder / "log.jsonl"):
+        if record["step"] < step and record.get("loss") is not None:
+            facts["last loss"] = f"{record['loss']:.4f}"
+        if record["step"] == step and "knn_top1" in record:
+            facts["k-NN top-1"] = f"{record['knn_top1']:.2f} % (k {record['knn_k']})"
     return facts
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: that of its folder, or its path if two folders have the same name."""
+    names = [folder.name for folder in folders]
+    return names if len({*names}) == len(names) else [str(folder) for folder in folders]
 
 
 def draw_curves(folders: Sequence[Path], path: Path) -> Path | None:
     """Draw the curves of a run, or of two over each other, as a PNG; None if there are none."""
-    runs = {folder.name: read_records(folder / "log.jsonl") for folder in folders}
+    logs = (list(read_records(folder / "log.jsonl")) for folder in folders)
+    runs = dict(zip(run_names(folders), logs, strict=True))
     losses = {name: [r for r in log if r.get("loss") is not None] for name, log in runs.items()}
     scores = {name: [r for r in log if "knn_top1" in r] for name, log in runs.items()}
     if not any(losses.values()):

@@ -29,11 +29,13 @@ class DelayedMetrics:
         stop: bool = False,
     ) -> None:
         """Keep the `record` of a step with its LOGGED `metrics`, averaged over ranks, the lap of
-        `clock` that ends here, the loader's work, and whether this rank wants to `stop`. Call
-        `resolve` for the previous step first."""
+        `clock` that ends here, the loader's work, and whether this rank wants to `stop`. The photos
+        that are "unreadable" in the record are added up over ranks. Call `resolve` for the previous
+        step first."""
         self._names = [name for name in LOGGED if name in metrics]
-        wish = torch.full((), float(stop), device=metrics["loss"].device)
-        values = torch.stack([*(metrics[name].float() for name in self._names), wish])
+        more = float(record.get("unreadable", 0)), float(stop)
+        counts = [torch.full((), value, device=metrics["loss"].device) for value in more]
+        values = torch.stack([*(metrics[name].float() for name in self._names), *counts])
         if self._world_size > 1:
             with stage("comm"):
                 dist.all_reduce(values)
@@ -55,7 +57,9 @@ class DelayedMetrics:
             return None
         if self._copied is not None:
             self._copied.synchronize()
-        *numbers, stop = self._values.tolist()
+        *numbers, unreadable, stop = self._values.tolist()
         record, self._pending = self._pending, None
         record |= dict(zip(self._names, numbers, strict=True))
+        if "unreadable" in record:
+            record["unreadable"] = round(unreadable * self._world_size)
         return record | {"parts": record["parts"].seconds(), "stop": stop > 0}

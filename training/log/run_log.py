@@ -5,12 +5,13 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ibeton.atomic import write_text
+from ibeton.atomic import replacing
 from ibeton.progress import plain_console
 from ibeton.training.log.progress_line import place_fields, progress_line, step_fields
 from ibeton.training.log.trackers import Trackers, numbers
@@ -18,18 +19,26 @@ from ibeton.training.log.trackers import Trackers, numbers
 _UNTIMED = 2  # steps at the start, in which things are compiled and allocated
 _PLAIN_EVERY_S = 30.0  # between progress lines where there is no terminal
 _BAR = 10  # columns of the progress bar
+_TIMES = ("ranks", "stage_ms", "loader_ms")  # in milliseconds, by stage
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl, without a last line that a kill cut short."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a log.jsonl one by one, without a last line that a kill cut short, and without
+    the times of stages, which take most of the memory."""
+    for _, record in _lines(path):
+        yield {name: value for name, value in record.items() if name not in _TIMES}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines of a log.jsonl, and the record of each."""
+    if not path.exists():
+        return
+    with open(path) as file:
+        for line in file:
             try:
-                records.append(json.loads(line))
+                yield line.rstrip("\n") + "\n", json.loads(line)
             except json.JSONDecodeError:
-                break
-    return records
+                return
 
 
 def _in_thread(failed: threading.ExceptHookArgs) -> None:
@@ -51,15 +60,24 @@ def _done(record: dict[str, Any]) -> int:
 class RunLog:
     """Writes records with a "step"; on resume, drops those from that step on.
 
-    The log of a run that was killed and resumed reads like that of an unbroken one.
+    The log of a run that was killed and resumed reads like that of an unbroken one. `last_step`:
+    where this process will end, for the time left, if that is before `total_steps`.
     """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int, per_epoch: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        total_steps: int,
+        per_epoch: int,
+        last_step: int | None = None,
+    ) -> None:
         self.console = plain_console()
         self.trackers = Trackers((), "", folder, {})  # none
         threading.excepthook = _in_thread
         self._path = folder / "log.jsonl"
         self._total, self._per_epoch = total_steps, per_epoch
+        self._last = total_steps if last_step is None else last_step
         self._open(first_step)
         self._last_plain, self._unsaid = -_PLAIN_EVERY_S, ""  # the first step is shown at once
         self._progress = Progress(
@@ -75,8 +93,12 @@ class RunLog:
         """Keep the records up to `first_step`, and append from there."""
         from torch.utils.tensorboard import SummaryWriter  # only here: takes seconds
 
-        kept = [r for r in read_records(self._path) if _done(r) <= first_step]
-        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._scores: dict[int, float] = {}
+        with replacing(self._path) as partial, open(partial, "w") as file:
+            for line, record in _lines(self._path):
+                if _done(record) <= first_step:
+                    file.write(line)
+                    self._note_score(record)
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - lives as long as self
         board = self._path.with_name("tensorboard")
         self._board = SummaryWriter(str(board), purge_step=first_step)
@@ -97,6 +119,7 @@ class RunLog:
         infinity, which JSON lacks, become null."""
         record = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
+        self._note_score(record)
         self.trackers.record(record)
         for name, value in numbers(record):
             self._board.add_scalar(name, value, record["step"])
@@ -126,10 +149,10 @@ class RunLog:
         if timed <= 0:
             self._timed_since = now
             return None
-        return (now - self._timed_since) * (self._total - step) / timed
+        return (now - self._timed_since) * (self._last - step) / timed
 
     def say_progress(self) -> None:
-        """Print the last progress line, where there is no terminal, unless that was done."""
+        """Where there is no terminal, print the last progress line unless it has been printed."""
         if self._unsaid:
             self._last_plain = time.monotonic()
             self.say(self._unsaid)
@@ -138,8 +161,11 @@ class RunLog:
 
     def scores(self) -> dict[int, float]:
         """k-NN top-1 in % by the steps done before the evaluation; 0 is the untrained network."""
-        records = read_records(self._path)
-        return {r["step"]: r["knn_top1"] for r in records if "knn_top1" in r}
+        return self._scores
+
+    def _note_score(self, record: dict[str, Any]) -> None:
+        if "knn_top1" in record:
+            self._scores[record["step"]] = record["knn_top1"]
 
     def close(self) -> None:
         """End the progress line and flush everything."""

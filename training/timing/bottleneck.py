@@ -84,7 +84,8 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
         f" process, while the model alone could take {model:.4g}."
     )
     if room.kind and room.kind.faster:
-        text += f" {room.kind.faster} is faster: it decodes each photo once."
+        better = room.kind.faster[0].upper() + room.kind.faster[1:]
+        text += f" {better} is faster: it decodes each photo only once."
     return Verdict(limit, f"{text} {_advice(limit, window, room)}")
 
 
@@ -131,6 +132,6 @@ def rank_line(ranks: list[dict[str, float]]) -> str:
     if behind < MUCH_WAIT * own:
         return ""
     return (
-        f"rank {rank} is the slowest: {own:.4g} ms per step of its own work; its {stage} takes"
-        f" {behind:.4g} ms more than the mean of the others, which wait for it"
+        f"rank {rank} is the slowest: {own:.4g} ms per step of its own work; its stage '{stage}'"
+        f" takes {behind:.4g} ms longer than the mean of the others, which wait for it"
     )

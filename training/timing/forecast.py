@@ -48,7 +48,7 @@ def cache_line(photos: float, free: float) -> str:
     """Whether `photos` bytes stay in `free` bytes of memory between epochs."""
     head = f"{gib(photos)} of photos, {gib(free)} of memory free: "
     if photos <= free:
-        return f"{head}read from disk once"
+        return f"{head}fits in memory, so photos are read from disk only once"
     return (
         f"{head}does not fit, so every epoch reads from disk; `ibeton convert --max-resolution`"
         " makes photos smaller"

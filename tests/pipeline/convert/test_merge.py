@@ -95,7 +95,7 @@ def test_missing_and_repeated_shards_are_named(shards: list[Path]) -> None:
     refused(shards[:2], r"1 of 3 shards are missing: --shard 3/3; convert and give them too")
     refused(shards[1:2], r"2 of 3 shards are missing: --shard 1/3, 3/3;")
     refused([*shards, shards[0]], r"/1\.beton and .*/1\.beton are both shard 1 of 3")
-    refused([shards[0], shards[0].with_name("no.beton")], r"no\.beton is not a file")
+    refused([shards[0], shards[0].with_name("no.beton")], r"no\.beton does not exist")
 
 
 def test_a_shard_with_a_flipped_byte_is_named_with_the_photos(shards: list[Path]) -> None:

@@ -11,7 +11,7 @@ from ibeton.train import prepare
 from ibeton.training import checkpoints
 from ibeton.training.config import parse
 from ibeton.training.health.collapse import CollapseAlarm, patience
-from ibeton.training.run import save
+from ibeton.training.run import restore, save
 
 STEPS = 120
 LENGTH = ("--epochs", str(STEPS // PER_EPOCH), "--local-crops-number", "0")
@@ -43,7 +43,7 @@ def test_a_run_says_that_it_collapses(
 
 
 def test_checkpoints_from_before_the_signs_stay() -> None:
-    alarm = CollapseAlarm(out_dim=64, lambda1=1.0, patience=30)
+    alarm = CollapseAlarm(out_dim=64, lambda1=1.0, patience=30, images=8)
     healthy = {"cls": 3.0, "teacher_entropy": 2.0, "prototypes": 20.0, "spread": 0.5}
     sound, said = [], []
     for step in range(0, 120, 10):
@@ -53,6 +53,15 @@ def test_checkpoints_from_before_the_signs_stay() -> None:
     assert sound == [math.inf] * 4 + [30] * 5 + [math.inf] * 3
     assert len(said) == 1
     assert said[0].endswith("; checkpoints up to step 30 stay")
+
+
+def test_one_image_per_process_is_no_sign() -> None:
+    alarm = CollapseAlarm(out_dim=64, lambda1=1.0, patience=30, images=1)
+    records = [
+        {"step": step, "cls": 3.0, "teacher_entropy": 2.0, "prototypes": 1.0}
+        for step in range(0, 120, 10)
+    ]
+    assert not [line for record in records for line in alarm.add(record)]
 
 
 @pytest.mark.parametrize("last_sound", [math.inf, 4])
@@ -68,6 +77,10 @@ def test_saves_of_a_collapsed_run_replace_each_other(
         run.step, run.guard.last_good = step, step - 1
         save(run)
         run.guard.last_good = step
+        if step == 6:  # the run is stopped and resumed
+            run.alarm.last_sound = math.inf
+            path = run.folder / checkpoints.NEWEST
+            restore(run, path, checkpoints.load_sound(path))
     kept = sorted(checkpoints.step_of(path) for path in checkpoints.listed(run.folder))
     assert kept == ([6, 8, 10] if last_sound == math.inf else [2, 4, 10])
 

@@ -129,12 +129,23 @@ def test_overflows_of_loss_scaling_are_counted_apart_and_bounded() -> None:
     assert (guard.skipped, guard.overflows) == (1, OVERFLOWS_IN_A_ROW)
 
 
+@pytest.mark.parametrize(("overflows", "bad"), [(OVERFLOWS_IN_A_ROW, 0), (1, IN_A_ROW)])
+def test_a_streak_begins_with_its_first_overflow(overflows: int, bad: int) -> None:
+    guard = NonFiniteGuard(scaled=True, uniform=5.0)
+    for i in range(5):
+        step(guard, i)
+    for i in range(5, 5 + overflows + bad):
+        step(guard, i, loss=1.0 if i < 5 + overflows else NAN, grad_norm=INF)
+    assert guard.should_roll_back()
+    assert guard.first_bad == 5
+    assert guard.diverging_since() is None
+
+
 def test_spread_is_none_for_equal_images_and_much_for_random_tokens() -> None:
     images = torch.randn(16, 3, 16, 16)
     assert spread(Tokens(lambda x: torch.ones(len(x), 64)), images, None) == 0
     wide = spread(Tokens(lambda x: torch.randn(len(x), 64)), images, None)
     assert 0.8 < wide < 1.2
-    assert spread(Tokens(lambda x: torch.randn(len(x), 64)), images[:1], None) == 0
 
 
 class Tokens(torch.nn.Module):
@@ -158,7 +169,7 @@ class Tokens(torch.nn.Module):
     ],
 )
 def test_the_alarm_is_raised_once_for_a_sign_that_lasts(shows: dict[str, float], word: str) -> None:
-    alarm, sound = CollapseAlarm(64, 1.0, patience=20), {"teacher_entropy": 2.0, "cls": 3.0}
+    alarm, sound = CollapseAlarm(64, 1.0, 20, images=8), {"teacher_entropy": 2.0, "cls": 3.0}
     sound |= {"spread": 0.4, "prototypes": 30.0}
     said = []
     for number in range(0, 60, 10):

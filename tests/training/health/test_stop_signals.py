@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(start: Start, tmp_path: Path) -> N
 def test_max_hours_end_a_run_like_a_signal(start: Start, tmp_path: Path) -> None:
     process = start(tmp_path / "run", "--max-hours", "0.0001")
     assert process.wait() == STOPPED
-    assert "--max-hours 0.0001 are over" in process.said() or "before the first" in process.said()
+    assert "--max-hours 0.0001 reached" in process.said() or "before the first" in process.said()
 
 
 def test_sigterm_during_an_evaluation_leaves_it_for_the_next_start(
@@ -150,3 +150,46 @@ def test_sigterm_during_an_evaluation_leaves_it_for_the_next_start(
     scores = [r for r in records(folder) if "knn_top1" in r]
     assert [r["step"] for r in scores] == [0, PER_EPOCH]
     assert {"head_nmi", "head_ari", "head_acc"} <= set(scores[-1])
+
+
+CTRL_C_AT_CLOSE = """
+import os, signal, time
+from ibeton.pipeline import Loader
+from ibeton.training.timing.monitor import StepMonitor
+def press(self):
+    time.sleep(1.1)  # sooner, it would count as the same press
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+def full(self):
+    raise OSError(28, "No space left on device", "trace.json.gz")
+Loader.close, StepMonitor.close = press, full
+"""
+WORKERS_LEFT = """
+import multiprocessing
+from ibeton import train
+kill = train.kill_workers
+def counted():
+    before = len(multiprocessing.active_children())
+    kill()
+    for worker in multiprocessing.active_children():
+        worker.join(60)
+    print("workers", before, len(multiprocessing.active_children()), flush=True)
+train.kill_workers = counted
+"""
+
+
+def test_what_fails_while_a_run_is_closed_keeps_nothing_else_open(
+    start: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    fault = SLOW_STEP.format(seconds=0.4) + CTRL_C_AT_CLOSE + WORKERS_LEFT
+    process = start(folder, "--loader", "pil", "--epochs", "1000", fault=fault)
+    process.until(lambda: '"step": 1,' in process.log())
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == INTERRUPTED, process.said()[-2000:]
+    said = process.said()
+    assert "Traceback" not in said
+    assert "while the run was closed: trace.json.gz: No space left on device" in said
+    assert "workers 1 0" in said
+    assert read_run(folder)["state"] == "stopped"
+    assert not is_held(folder)

@@ -39,6 +39,15 @@ def spoil(parameters, most):
     return clip(parameters, most)
 steps.clip_gradients = spoil
 """
+CUT_NEWEST = """
+import os
+from ibeton import train
+roll_back = train.roll_back
+def cut(run, log):
+    os.truncate(run.folder / "checkpoint.pt", 1000)
+    roll_back(run, log)
+train.roll_back = cut
+"""
 # From step 10 on, whenever it is done, the gradient of one tensor is no number.
 BAD_GRADIENTS = """
 from ibeton import train
@@ -122,6 +131,14 @@ def test_a_passing_trouble_is_undone_by_going_back_to_the_last_checkpoint(
         for name in ("sound", "passing")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_rollback_names_a_damaged_checkpoint_that_it_skips(start: Start, tmp_path: Path) -> None:
+    fault = BAD_GRADIENTS_ONCE.format(first=18, last=18 + IN_A_ROW)
+    process = start(tmp_path / "run", fault=fault + CUT_NEWEST)
+    assert process.wait() == 0, process.said()[-3000:]
+    assert f"skipped: {tmp_path / 'run' / 'checkpoint.pt'}" in process.said()
+    assert "rolling back from step 21 to step 8" in process.said()
 
 
 def test_a_trouble_that_comes_again_ends_the_run_with_a_report(

@@ -51,20 +51,25 @@ def test_a_short_piped_run_prints_its_losses(start: Start, tmp_path) -> None:
     assert process.said().splitlines()[-1].startswith("checkpoint "), "the result comes last"
 
 
+@pytest.mark.parametrize("whole", [True, False])
 def test_the_time_left_leaves_out_the_steps_that_compile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A minute for the first step, then 40 seconds for each; piped, so that each is a line."""
+    """A minute for the first step, then 40 seconds for each; piped, so that each is a line. If not
+    `whole`, the run stops ten steps before its end."""
     now = 100.0
+    last = 50 if whole else 40
     monkeypatch.setattr("ibeton.training.log.run_log.time.monotonic", lambda: now)
-    with closing(RunLog(tmp_path, first_step=10, total_steps=50, per_epoch=10)) as log:
+    with closing(
+        RunLog(tmp_path, first_step=10, total_steps=50, per_epoch=10, last_step=last)
+    ) as log:
         capsys.readouterr()
-        for step in range(11, 51):
+        for step in range(11, last + 1):
             now += 60.0 if step == 11 else 40.0
             log.progress(step, RECORD)
     said = [line for line in capsys.readouterr().out.splitlines() if "step" in line]
-    assert len(said) == 40
+    assert len(said) == last - 10
     assert all("ETA" not in line for line in said[:2])
     left = [line.split("ETA ")[1] for line in said[2:]]
-    assert left[0] == clock(37 * 40)
+    assert left[0] == clock((last - 13) * 40)
     assert left[-2:] == ["0:00:40", "0:00:00"]

@@ -83,7 +83,7 @@ def test_numbers_have_three_digits_and_no_powers_of_ten() -> None:
 
 
 def test_lines_on_cache_and_disk() -> None:
-    assert "64 GiB of memory free: read from disk once" in cache_line(50 * GIB, 64 * GIB)
+    assert "64 GiB of memory free: fits in memory, so" in cache_line(50 * GIB, 64 * GIB)
     assert "every epoch reads from disk" in cache_line(129 * GIB, 64 * GIB)
     assert disk_line(2 * GIB, 9, 20 * GIB).endswith("20 GiB free: fits"), "nine, and one partial"
     assert "will not fit" in disk_line(2 * GIB, 10, 20 * GIB)
@@ -108,7 +108,7 @@ def test_a_run_tells_what_it_will_take(start: Start, tmp_path: Path) -> None:
     assert process.wait() == 0, process.said()[-2000:]
     text = process.said()
     assert "page cache:" in text
-    assert "read from disk once" in text
+    assert "read from disk only once" in text
     disk = next(line for line in text.splitlines() if line.startswith("disk:"))
     assert re.search(r"for 2 checkpoints of [\d.]+ MiB", disk), "two epochs, not 100,000"
     (line,) = (line for line in text.splitlines() if "forecast from the first steps" in line)
