@@ -12,10 +12,13 @@ as_root() {  # run a command as root if no password is needed, else fail
     if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null 2>&1; then sudo -n "$@"; else return 1; fi
 }
 
-apt_install() {  # quietly; fails without root or apt
+apt_install() {  # quietly; sets WHY if it fails
+    WHY="there is no apt-get here"
     command -v apt-get >/dev/null 2>&1 || return 1
+    WHY="installing needs root, and sudo without a password does not work"
     as_root true 2>/dev/null || return 1
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >"$LOG" 2>&1 || true
+    WHY="apt-get failed (see $LOG)"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >>"$LOG" 2>&1 || true
     as_root env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -q --no-install-recommends "$@" >>"$LOG" 2>&1
 }
@@ -29,8 +32,8 @@ packages() {  # install extras of this project with the pinned versions
 install_turbojpeg() {  # what the default loader decodes with
     "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libturbojpeg.so.0")' 2>/dev/null && return 0
     apt_install libturbojpeg0 || {
-        say "no libturbojpeg: installing it needs root. Training will use the slower pil loader."
-        say "to install it: sudo apt-get install libturbojpeg0"
+        say "no libturbojpeg: $WHY. Training will use another loader."
+        say "on Debian or Ubuntu: sudo apt-get install libturbojpeg0"
     }
 }
 
@@ -42,12 +45,12 @@ install_ffcv() {  # what tests and benchmarks compare .beton files with
         "$VENV/bin/python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' && headers=""
         apt_install $SYSTEM_FOR_FFCV $headers || {
-            say "no ffcv: its system packages need root. Training does not need it; some tests are skipped."
-            say "to install it: sudo apt-get install $SYSTEM_FOR_FFCV $headers && make ffcv"
+            say "no ffcv, which needs system packages: $WHY. Training does not need it; some tests are skipped."
+            say "on Debian or Ubuntu: sudo apt-get install $SYSTEM_FOR_FFCV $headers && make ffcv"
             return 0
         }
     fi
-    packages -e '.[ffcv]' >"$LOG" 2>&1 || {
+    packages -e '.[ffcv]' >>"$LOG" 2>&1 || {
         tail -n 5 "$LOG"
         say "no ffcv: its build failed (see $LOG). Training does not need it; some tests are skipped."
         return 0
@@ -61,8 +64,9 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
 }
 mkdir -p "$VENV"
 LOG="$VENV/install.log"
+: >"$LOG"
 if [ ! -x "$VENV/bin/pip" ]; then
-    if ! "$PYTHON" -m venv "$VENV" >"$LOG" 2>&1; then
+    if ! "$PYTHON" -m venv "$VENV" >>"$LOG" 2>&1; then
         apt_install python3-venv && "$PYTHON" -m venv --clear "$VENV" || {
             say "'$PYTHON -m venv' does not work here; install it: sudo apt-get install python3-venv"
             exit 2

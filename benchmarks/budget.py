@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ibeton.benchmarks.harness.budget_launches import CATEGORIES, Launches, Settings, step_launches
 from ibeton.benchmarks.harness.budget_rates import DEVICES, Device, by_category
-from ibeton.benchmarks.harness.measure import figures, make_parser
+from ibeton.benchmarks.harness.measure import figures, integer, make_parser
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import RECOMPUTE
@@ -59,11 +59,15 @@ def show(title: str, rows: dict[str, dict[str, float]], images: int, console: Co
 def main() -> None:
     parser = make_parser(__doc__, rounds=0)
     parser.add_argument("--arch", default="vit_s")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=integer(1), default=64)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp16")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="off")
     parser.add_argument("--device", choices=tuple(DEVICES), default="h100")
     args = parser.parse_args()
+    if args.precision == "fp32" or (args.precision == "bf16" and args.device == "v100"):
+        parser.error(
+            f"--precision {args.precision}: predictions are for fp16, or bf16 on newer GPUs"
+        )
     console, device, images = plain_console(width=80), DEVICES[args.device], args.batch_size
     results: dict[str, Any] = {}
     for name, kernels in (("without kernels", False), ("with kernels", True)):

@@ -12,10 +12,12 @@ limits of their own, most important first, so one that fails or is cut costs no 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibeton.benchmarks.harness.measure import in_words, machine, quartiles, ratios
+from ibeton.command import run_command
 from ibeton.progress import plain_console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,27 +129,39 @@ def parts(out: Path, rehearse: bool) -> list[Part]:
 def run(part: Part, out: Path, limit: float, console: Console) -> str:
     """Run it; what it prints goes to the screen and to a file. Returns "" or what went wrong."""
     console.rule(part.name)
+    if part.json:
+        Path(part.json).unlink(missing_ok=True)  # of an earlier call
     interpreter = {"TRITON_INTERPRET": "1"} if part.interpreted else {}
     start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *part.arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **interpreter},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, *part.arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **interpreter},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-        text, problem = done.stdout, f"exit status {done.returncode}" if done.returncode else ""
-    except subprocess.TimeoutExpired as error:
-        text = error.stdout.decode(errors="replace") if error.stdout else ""
+        text, _ = process.communicate(timeout=limit)
+        problem = f"exit status {process.returncode}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        end_session(process)
+        text, _ = process.communicate()
         problem = f"not done in {limit:.0f} s"
+    finally:
+        end_session(process)
     (out / f"{part.name}.txt").write_text(text)
     console.print(text[-6000:], markup=False, highlight=False, soft_wrap=True)
     console.print(f"{part.name}: {problem or 'done'}, {time.monotonic() - start:.0f} s")
     return problem
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """Kill the process and its children, so that none runs beside the next part."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def step_claims(figures: dict[str, Any]) -> Iterator[Claim]:
@@ -224,7 +239,9 @@ def claims(outcomes: dict[str, str], all_parts: list[Part]) -> list[Claim]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the figures")
-    parser.add_argument("--minutes", type=float, default=8, help="nothing runs longer than that")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="time limit of the whole call, in minutes"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at the smallest size")
     args = parser.parse_args()
     if not args.rehearse and not torch.cuda.is_available():
@@ -265,4 +282,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, writes=False))

@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import figures, in_words, machine, make_parser
-from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step, now
+from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step, now, on_gpu, use
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig, training_step
+from ibeton.model.config import ARCHITECTURES
 from ibeton.model.cuda_graph import GraphedStep
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
@@ -58,17 +59,27 @@ class Case(NamedTuple):
 def case_of(name: str) -> Case:
     """ "vit_s:fp16:64" -> the case. "small" is a ViT of 192 x 9 on 2 x 32 + 4 x 16 pixels, "tiny"
     a still smaller one, for rehearsals. Raises ValueError for a name of another form."""
-    arch, precision, images = name.split(":")
+    arch, _, rest = name.partition(":")
+    precision, _, count = rest.partition(":")
+    archs = (*ARCHITECTURES, "small", "tiny")
+    if arch not in archs or not count.isdecimal():
+        raise ValueError(
+            f"{name}: expected MODEL:PRECISION:IMAGES, such as vit_s:fp16:64, with a model of"
+            f" {', '.join(archs)}"
+        )
     if precision not in DTYPES:
         raise ValueError(f"{name}: expected a precision of {', '.join(DTYPES)}")
-    if arch not in ("small", "tiny"):
-        return Case(name, ModelConfig(arch=arch), precision, int(images), 96)
+    images = int(count)
+    if images < 1:
+        raise ValueError(f"{name}: expected at least 1 image")
+    if arch in ARCHITECTURES:
+        return Case(name, ModelConfig(arch=arch), precision, images, 96)
     sizes = {"embed_dim": 192, "depth": 9, "num_heads": 3, "out_dim": 8192}
     if arch == "tiny":
         sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "out_dim": 64, "hidden_dim": 32}
     small: dict[str, Any] = {"arch": "vit_t", "patch_size": 4, "image_size": 32, **sizes}
     config = ModelConfig(**small, local_crops_number=4)
-    return Case(name, config, precision, int(images), 16)
+    return Case(name, config, precision, images, 16)
 
 
 def step_of(side: str, case: Case, device: str) -> Callable[[], object]:
@@ -94,11 +105,11 @@ def measure(side: str, case: Case, device: str) -> dict[str, float]:
     first = timed(step, 1, device)
     seconds = timed(step, max(1, min(50, int(TIMED_S / first))), device)
     hosts = []
-    for _ in range(5 if device == "cuda" else 1):  # with an empty queue, which never makes it wait
+    for _ in range(5 if on_gpu(device) else 1):  # with an empty queue, which never makes it wait
         start = now(device)
         step()
         hosts.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    memory = torch.cuda.max_memory_allocated() if on_gpu(device) else 0
     result = {"seconds": seconds, "host": statistics.median(hosts), "memory": memory}
     return result | {"launches": launches(step, device)}
 
@@ -113,7 +124,7 @@ def timed(step: Callable[[], object], count: int, device: str) -> float:
 
 def launches(step: Callable[[], object], device: str) -> int:
     """What the host launches in a step: kernels, graphs, copies. 0 on a CPU."""
-    if device != "cuda":
+    if not on_gpu(device):
         return 0
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as trace:
@@ -125,20 +136,33 @@ def launches(step: Callable[[], object], device: str) -> int:
 def compare(case: Case, device: str, sides: tuple[str, ...]) -> dict[str, Any]:
     """All sides of a case; a side that runs out of memory is left out, with the reason."""
     results: dict[str, Any] = {"images": case.images}
-    with flop_counter() as counter:
-        step_of("eager", case, device)()
-    results["flops"] = float(counter.get_total_flops())
-    results["peak_flops"] = matrix_rate(torch.device(device), DTYPES[case.precision])
+    free_memory(device)
+    try:
+        with flop_counter() as counter:
+            step_of("eager", case, device)()
+        results["flops"] = float(counter.get_total_flops())
+        results["peak_flops"] = matrix_rate(torch.device(device), DTYPES[case.precision])
+    except torch.OutOfMemoryError as error:
+        return results | dict.fromkeys(sides, out_of_memory(error))
     for side in sides:
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        free_memory(device)
         try:
             results[side] = measure(side, case, device)
         except torch.OutOfMemoryError as error:
-            results[side] = {"problem": str(error).splitlines()[0]}
+            results[side] = out_of_memory(error)
     return results
+
+
+def free_memory(device: str) -> None:
+    """Free what the last step has left."""
+    gc.collect()
+    if on_gpu(device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> dict[str, str]:
+    return {"problem": str(error).splitlines()[0]}
 
 
 def show(name: str, case: dict[str, Any], sides: tuple[str, ...], console: Console) -> None:
@@ -171,12 +195,17 @@ def main() -> None:
     try:
         cases = [case_of(name) for name in args.cases]
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--cases {error}")
+    use(args.device)
     console, results = plain_console(width=110), {}
     about, start = machine("torch", "triton", device=args.device), time.monotonic()
-    bf16 = args.device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = not on_gpu(args.device) or torch.cuda.is_bf16_supported(including_emulation=False)
     for case in cases:
-        if time.monotonic() - start > args.seconds or (case.precision == "bf16" and not bf16):
+        if time.monotonic() - start > args.seconds:
+            console.print(f"{case.name}: skipped, {args.seconds:g} s are over")
+            continue
+        if case.precision == "bf16" and not bf16:
+            console.print(f"{case.name}: skipped, this GPU does not support bf16")
             continue
         sides = ("plain", "eager", "graph") if case.name in PLAIN_CASES else ("eager", "graph")
         results[case.name] = compare(case, args.device, sides)

@@ -30,7 +30,7 @@ from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.benchmarks.harness.measure import figures, ratios, spread
-from ibeton.benchmarks.harness.model_step import new_step, now
+from ibeton.benchmarks.harness.model_step import new_step, now, on_gpu, use
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.model.config import ARCHITECTURES
@@ -267,7 +267,7 @@ def seconds(function: Callable[[], object], device: str) -> float:
 def prepared(function: Callable[[], object], device: str) -> Callable[[], float]:
     """What runs it and returns the seconds that it took. On CUDA it becomes a CUDA graph, so that
     the host does not slow it down."""
-    if device != "cuda":
+    if not on_gpu(device):
         return partial(seconds, function, device)
     recorder, draws = CudaRecorder(), HostInputs()
     with recorder.warm_up(), draws.recording():
@@ -320,10 +320,10 @@ def show_resources(arch: str, dtype: torch.dtype | None, console: Console) -> No
 
 
 def main() -> None:
-    parser = harness.make_parser(__doc__, rounds=9, least=1)
+    parser, images = harness.make_parser(__doc__, rounds=9, least=1), harness.integer(1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--images", type=int, default=8, help="of 2 + 10 views of ViT-S/16")
+    parser.add_argument("--images", type=images, default=8, help="of 2 + 10 views of ViT-S/16")
     parser.add_argument(
         "--compile", choices=tuple(ARCHITECTURES), help="list what its kernels take, and end"
     )
@@ -332,13 +332,14 @@ def main() -> None:
     if args.compile:
         show_resources(args.compile, dtype, console)
         return
+    use(args.device)
     x = {"device": args.device, "dtype": dtype or torch.float32}
     sizes = Sizes(args.images)
     if interpreted():
         adapt_interpreter()
         sizes = SMALLEST
     cases = loss_cases(sizes, x) + linear_cases(sizes, x)
-    if args.device == "cuda" or interpreted():
+    if on_gpu(args.device) or interpreted():
         cases += fused_cases(sizes, x)
     headings = ("fused", "reference", "reference / fused", "of copy", "kept")
     title = f"forward and backward, ms, {args.precision} on {args.device}"

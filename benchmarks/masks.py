@@ -36,7 +36,9 @@ def measure(config: MaskConfig, side: int, batch: int, rounds: int) -> dict[str,
         return np.array([[draw_mask_reference(config, grid, d) for d in row] for row in draws])
 
     if not np.array_equal(compiled(0)[:, :few], reference(0)):
-        raise SystemExit("the two samplers drew different masks; run tests/pipeline/test_masks.py")
+        raise SystemExit(
+            "the two samplers drew different masks; run tests/pipeline/sampling/test_masks.py"
+        )
     sides = {
         "compiled": lambda: sum(compiled(next(epochs))[..., 0, 0].size for _ in range(REPEATS)),
         "reference": lambda: reference(next(epochs))[..., 0, 0].size,

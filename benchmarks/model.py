@@ -21,7 +21,15 @@ from rich.console import Console
 
 from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, ratios, spread
-from ibeton.benchmarks.harness.model_step import PARTS, Baseline, Batch, Side, Times
+from ibeton.benchmarks.harness.model_step import (
+    PARTS,
+    Baseline,
+    Batch,
+    Side,
+    Times,
+    on_gpu,
+    use,
+)
 from ibeton.command import run_or_exit
 from ibeton.model import ModelConfig
 from ibeton.progress import plain_console
@@ -48,7 +56,7 @@ def peak_memory(name: str, args: argparse.Namespace) -> int:
     side.step(batch)
     side.optimizer.zero_grad(set_to_none=True)
     gc.collect()
-    if side.device == "cuda":
+    if on_gpu(side.device):
         torch.cuda.reset_peak_memory_stats()
         idle = torch.cuda.memory_allocated()
         side.step(batch)
@@ -122,21 +130,24 @@ def compare(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = harness.make_parser(__doc__)
+    parser, count = harness.make_parser(__doc__), harness.integer(1)
     parser.add_argument("--arch", default="vit_s")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--local-crops-number", type=int, default=10)
-    parser.add_argument("--out-dim", type=int, default=8192)
+    parser.add_argument("--batch-size", type=count, default=8)
+    parser.add_argument("--local-crops-number", type=harness.integer(0), default=10)
+    parser.add_argument("--out-dim", type=count, default=8192)
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--checkpoint-blocks", action="store_true", help="ours: less memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU (0: torch's choice)")
+    parser.add_argument(
+        "--threads", type=harness.integer(0), default=0, help="on a CPU (0: torch's choice)"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
+    use(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     console = plain_console(width=110)

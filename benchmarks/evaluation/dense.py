@@ -8,7 +8,6 @@ python benchmarks/evaluation/dense.py --measure --checkpoint C --data camvid    
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibeton.benchmarks.harness.budget_rates import DEVICES
-from ibeton.benchmarks.harness.measure import counting_kept, in_words, machine
+from ibeton.benchmarks.harness.measure import counting_kept, in_words, integer, machine
 from ibeton.benchmarks.harness.model_step import now
+from ibeton.command import run_or_exit
 from ibeton.evaluation.dense.detector import Detector
 from ibeton.evaluation.dense.segmenter import Segmenter
 from ibeton.evaluation.segment import main as segment
-from ibeton.model.config import ModelConfig
+from ibeton.model.config import ARCHITECTURES, SWINS, ModelConfig
 from ibeton.model.ibot import build_backbone
 from ibeton.progress import plain_console
 
@@ -140,17 +140,22 @@ def learned(checkpoint: str, data: str, steps: int) -> dict[str, float]:
     return found
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--measure", action="store_true", help="run steps on a GPU")
-    parser.add_argument("--archs", nargs="+", default=["vit_s", "vit_b"])
+    archs = (*ARCHITECTURES, *SWINS)
+    parser.add_argument("--archs", nargs="+", choices=archs, default=["vit_s", "vit_b"])
     parser.add_argument("--images", type=int, default=2, help="images per GPU")
     parser.add_argument("--checkpoint", help="of a backbone, to compare with an untrained one")
     parser.add_argument("--data", help="folder for evaluation.segment")
-    parser.add_argument("--steps", type=int, default=1000, help="of each run of the comparison")
+    parser.add_argument(
+        "--steps", type=integer(1), default=1000, help="of each run of the comparison"
+    )
     args = parser.parse_args()
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure: no CUDA device is usable here")
+    if (args.checkpoint is None) != (args.data is None):
+        parser.error("--checkpoint and --data go together: give both or neither")
     if args.images < 2:
         parser.error(f"--images {args.images}: UperNet normalizes over the batch; give at least 2")
     console, images = plain_console(width=100), args.images
@@ -166,11 +171,10 @@ def main() -> int:
     for name, values in rows.items():
         table.add_row(name, *(v if isinstance(v, str) else f"{v:.2f}" for v in values.values()))
     console.print(table)
-    if args.checkpoint and args.data:
+    if args.checkpoint:
         console.print(learned(args.checkpoint, args.data, args.steps))
     console.print(in_words(machine("torch", "torchvision", "transformers")))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_or_exit(main)

@@ -20,6 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ibeton.options import check_output_file
 from ibeton.workers import end_with_parent
 
 Result = TypeVar("Result")
@@ -45,8 +46,18 @@ def make_parser(doc: str | None, rounds: int = 5, least: int = 2) -> argparse.Ar
     if rounds:
         kind = integer(least)
         parser.add_argument("--rounds", type=kind, default=rounds, help="rounds of each side")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=json_file, help="write all figures to this file")
     return parser
+
+
+def json_file(text: str) -> Path:
+    """An argument's type: a JSON file that can be written. One that is there is replaced."""
+    path = Path(text).expanduser()
+    try:
+        check_output_file("--json", path, ".json", begins=b"{")
+    except (ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--json ")) from None
+    return path
 
 
 def processor() -> str:
@@ -63,10 +74,10 @@ def machine(*packages: str, device: str = "cpu") -> dict[str, Any]:
     """Processor (of a CUDA device: the GPU), cores, load and the versions of Python and of
     `packages`."""
     name = processor()
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch  # only here: takes seconds
 
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
     versions = {}
     for package in packages:
         try:
@@ -97,7 +108,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many digits at least, without exponents."""
+    """At least `digits` significant digits, never in exponent notation."""
     return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 

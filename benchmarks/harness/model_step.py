@@ -21,10 +21,21 @@ Times = dict[str, float]
 LossOutput = tuple[dict[str, Tensor], Tensor]  # terms, batch means
 
 
+def on_gpu(device: str) -> bool:
+    """Whether "cuda", "cuda:1", "cpu" and so on is a GPU."""
+    return torch.device(device).type == "cuda"
+
+
+def use(device: str) -> None:
+    """Make a GPU the current one, as Triton and CUDA graphs expect."""
+    if on_gpu(device) and ":" in device:
+        torch.cuda.set_device(device)
+
+
 def now(device: str) -> float:
     """Seconds, once the device has done its work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if on_gpu(device):
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -49,7 +60,7 @@ def new_step(config: ModelConfig, device: str, dtype: torch.dtype | None) -> Ste
     """What takes steps of a new model of ours, in `dtype` (None: no autocast)."""
     torch.manual_seed(0)
     ibot = build(config).to(device)
-    scaler = torch.amp.GradScaler(device) if dtype is torch.float16 else None
+    scaler = torch.amp.GradScaler(torch.device(device).type) if dtype is torch.float16 else None
     return Step(ibot, build_optimizer(ibot.student), scaler, autocast_dtype=dtype)
 
 
@@ -60,7 +71,8 @@ class Side:
         torch.manual_seed(0)
         self.ibot: IBOT = build(config).to(device)
         self.device, self.dtype = device, dtype
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
+        self.kind = torch.device(device).type  # "cuda" of "cuda:1"
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=dtype is torch.float16)
         self.optimizer = self.make_optimizer()
         set_rates(self.optimizer, 1e-4, 0.04)
 
@@ -87,7 +99,7 @@ class Side:
     def step(self, batch: Batch) -> Times:
         clock = Clock(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(self.kind, self.dtype, enabled=self.dtype is not None):
             with torch.no_grad():
                 teacher = self.teacher(batch)
             clock.ends("teacher")

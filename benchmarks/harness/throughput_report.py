@@ -189,9 +189,12 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
     console.print(f"before: {first}\nafter:  {second}", soft_wrap=True)
     changed = []
     for unit, series in before.items():
-        table = figures(unit, "before", "after", "ratio", "")
-        for name, old in series.items():
-            if (new := after[unit].get(name)) is None:
+        table = figures(unit, "before", "after", "ratio")
+        for name in {**series, **after[unit]}:
+            old, new = series.get(name), after[unit].get(name)
+            if old is None or new is None:
+                only = "only after" if old is None else "only before"
+                table.add_row(name, *(_narrow(v) if v else "" for v in (old, new)), only)
                 continue
             told = min(len(old), len(new)) >= _ROUNDS_TO_TELL
             apart = told and (min(new) > max(old) or max(new) < min(old))
@@ -199,7 +202,8 @@ def compare(first: Path, second: Path, console: Console) -> list[str]:
                 changed.append(f"{name}, {unit}")
             middle = quartiles(old)[0]
             ratio = f"{quartiles(new)[0] / middle:.3f}" if middle else ""
-            table.add_row(name, _narrow(old), _narrow(new), ratio, "changed" if apart else "")
+            verdict = f"changed {ratio}" if apart else ratio
+            table.add_row(name, _narrow(old), _narrow(new), verdict)
         console.print(table)
     console.print(
         f"Beyond noise: {', '.join(changed) or 'nothing'}. That is said where all rounds before lie"

@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from paths import ROOT
+from rich.console import Console
 
-from ibeton.benchmarks.gpu import CLAIMS, TO_MEASURE, Part, claims, parts
+from ibeton.benchmarks import graph
+from ibeton.benchmarks.gpu import CLAIMS, TO_MEASURE, Part, claims, parts, run
 from ibeton.benchmarks.graph import CASES, case_of
+from ibeton.benchmarks.harness.model_step import now
 
 GRAPH = {"seconds": 0.032, "host": 0.002, "launches": 12, "memory": 1}
 EAGER = {"seconds": 0.040, "host": 0.020, "launches": 480, "memory": 1}
@@ -62,6 +67,74 @@ def test_cases_cover_models_precisions_and_batches() -> None:
     assert small.batch("cpu").local_crops.shape == (4, 256, 3, 16, 16)
     with pytest.raises(ValueError, match="expected a precision of fp32, bf16, fp16"):
         case_of("vit_s:fp8:64")
+
+
+def test_figures_of_an_earlier_call_do_not_count(tmp_path: Path) -> None:
+    old = tmp_path / "steps.json"
+    old.write_text(json.dumps(STEPS))
+    part = Part("steps", ["-c", "raise SystemExit(3)"], 60, str(old))
+    problem = run(part, tmp_path, 60, Console(quiet=True))
+    assert problem == "exit status 3"
+    assert claims({"steps": problem}, [part]) == CLAIMS
+
+
+def runs(process: int) -> bool:
+    """Whether it runs, and is not only waiting for its parent to notice its end."""
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_part_out_of_time_ends_with_its_children(tmp_path: Path) -> None:
+    child = f"""
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(os.getpid()))
+print("begun", flush=True)
+time.sleep(600)"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    begun = time.monotonic()
+    problem = run(Part("steps", ["-c", parent], 5), tmp_path, 5, Console(quiet=True))
+    assert problem == "not done in 5 s"
+    assert time.monotonic() - begun < 60
+    assert (tmp_path / "steps.txt").read_text() == "begun\n"
+    child_id = int((tmp_path / "child").read_text())
+    while time.monotonic() - begun < 60 and runs(child_id):  # it takes a moment to die
+        time.sleep(0.1)
+    assert not runs(child_id)
+
+
+def test_a_case_without_memory_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step_of(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+
+    monkeypatch.setattr(graph, "step_of", step_of)
+    found = graph.compare(case_of("tiny:fp32:1"), "cpu", ("eager", "graph"))
+    problem = {"problem": "CUDA out of memory."}
+    assert found == {"images": 1, "eager": problem, "graph": problem}
+    graph.show("tiny:fp32:1", found, ("eager", "graph"), Console(quiet=True))
+
+
+def test_a_case_that_is_skipped_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "graph --cases tiny:fp32:1 --device cpu --seconds 0"
+    monkeypatch.setattr("sys.argv", line.split())
+    graph.main()
+    assert "tiny:fp32:1: skipped, 0 s are over" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["graph", "--cases", "tiny:bf16:1", "--device", "cpu"])
+    monkeypatch.setattr(graph, "on_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    graph.main()
+    assert "tiny:bf16:1: skipped, this GPU does not support bf16" in capsys.readouterr().out
+
+
+def test_the_second_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    now("cuda:1")
+    now("cpu")
+    assert waited == ["cuda:1"]
 
 
 @pytest.mark.slow

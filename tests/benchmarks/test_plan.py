@@ -1,12 +1,16 @@
 """ibeton plan: its arithmetic, and what was measured and published."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ibeton.benchmarks.harness.budget_launches import Settings, step_launches
+from ibeton.benchmarks.harness.budget_rates import DEVICES, predicted_seconds
 from ibeton.benchmarks.plan import FASTER, ROOM, SLOWER, arguments, main, planned
+from ibeton.training.config import parse
 
 
 def plan(line: str) -> dict[str, Any]:
@@ -98,6 +102,26 @@ def test_the_command_shows_a_range_and_where_it_comes_from(
     assert max(map(len, said.split("Memory of a GPU")[0].splitlines())) <= 80
     found = json.loads((tmp_path / "new" / "plan.json").read_text())
     assert found["images_per_s"][0] < found["images_per_s"][1]
+
+
+def test_the_percentages_of_the_published_trainer_agree_with_its_range(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = "--published --arch vit_t --depth 2 --gpu v100"
+    found = plan(line)
+    slow, fast = found["model_images_per_s"]
+    assert main(line.split()) == 0
+    said = re.search(
+        r"takes ([0-9.]+) times .* Slow: (\d+)% .* Fast: (\d+)%", capsys.readouterr().out
+    )
+    assert said
+    factor, most, least = map(float, said.groups())
+    assert fast / slow == pytest.approx(most / least, rel=0.01)
+    step = step_launches(
+        Settings(parse([*line.split()[1:5], "--data", "x"]).model, 64, kernels=False)
+    )
+    seconds = predicted_seconds(step, DEVICES["v100"])
+    assert 64 / slow == pytest.approx(most / 100 * factor * seconds, rel=0.01)
 
 
 @pytest.mark.parametrize(

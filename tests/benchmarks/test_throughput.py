@@ -207,6 +207,24 @@ def test_compare_names_what_changed_beyond_noise(
     assert not table[stages].strip()
 
 
+def test_compare_shows_stages_of_one_report_only(
+    report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = result(report)
+    wide = [101_234.5, 98_765.4, 0.0123, 98_000.0]
+    paths = tmp_path / "before.json", tmp_path / "after.json"
+    for path, name, factor in zip(paths, ("gone", "new"), (1, 40), strict=True):
+        changed = [factor * ms for ms in (1.0, 1.2, 1.1, 1.3)]
+        steps = {**measured["step_ms"], "ema": changed, name: wide}
+        path.write_text(json.dumps({**measured, "step_ms": steps}))
+    assert main(["--compare", *map(str, paths)]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert next(x for x in lines if x.startswith(" gone ")).endswith(" only before")
+    assert next(x for x in lines if x.startswith(" new ")).endswith(" only after")
+    assert next(x for x in lines if x.startswith(" ema ")).endswith(" changed 40.000")
+    assert all(len(line) <= 80 for line in lines[2:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
