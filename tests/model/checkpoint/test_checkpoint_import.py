@@ -463,7 +463,7 @@ def test_the_command_says_what_it_did_and_refuses_to_write_over(tmp_path, capsys
         (["import", tmp_path / "theirs.pth", tmp_path / "back.pt"], "back.pt exists"),
         (["import", tmp_path / "back.pt", tmp_path / "new.pt"], "ibeton already"),
         (["import", tmp_path / "nowhere.pth", tmp_path / "new.pt"], "does not exist"),
-        (["export", tmp_path / "theirs.pth", tmp_path / "x", "--to", "ibot"], "checkpoint import"),
+        (["export", tmp_path / "theirs.pth", tmp_path / "x", "--to", "ibot"], "by ibeton import"),
         (["inspect", tmp_path / "nowhere.safetensors"], "does not exist"),
     ):
         with pytest.raises(SystemExit) as stopped:

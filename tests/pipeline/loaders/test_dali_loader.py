@@ -34,6 +34,7 @@ pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed: make se
 from ibeton.pipeline.loaders import dali as dali_loader
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
 from ibeton.pipeline.store import UnreadableData
+from ibeton.pipeline.store.joined import open_all
 
 SMALL = PipelineConfig(
     loader="dali",
@@ -64,7 +65,7 @@ class PilHere:
     """What the pil loader does, in this process instead of workers, whose start takes seconds."""
 
     def __init__(self, config: PipelineConfig) -> None:
-        self._views = pil_loader._Views(config)
+        self._views = pil_loader._Views(config, open_all(config.data))
 
     def stream(self, plans: Iterator[BatchPlan]) -> Generator[tuple[BatchPlan, Crops], None, None]:
         for plan in plans:
