@@ -29,12 +29,16 @@ def within(value: float, pair: list[float]) -> bool:
 @pytest.mark.slow
 def test_the_measured_steps_lie_in_the_range() -> None:
     """2,017 and 2,199 images/s of one H100, ViT-S, fp16, batch 64 and 256; 420 of the published
-    trainer's loop at 64; 8.4 GiB at the peak."""
+    trainer's loop at 64; 8.4 and 16.2 GiB at the peak."""
     base = plan("--gpu h100 --cores-per-gpu 16 --batch-size 64 --recompute off")
     assert within(2017, base["model_images_per_s"])
     assert within(2199, plan("--gpu h100 --batch-size 256")["model_images_per_s"])
-    assert within(420, plan("--gpu h100 --published")["model_images_per_s"])
-    assert base["weights"] + ROOM * base["activations"] == pytest.approx(8.43 * 2**30, rel=0.1)
+    published = plan("--gpu h100 --published")
+    assert within(420, published["model_images_per_s"])
+    for found, peak in ((base, 8.43), (published, 16.2)):
+        assert found["weights"] + ROOM * found["activations"] == pytest.approx(
+            peak * 2**30, rel=0.1
+        )
 
 
 def test_the_published_run_of_ibot_lies_in_the_range() -> None:
