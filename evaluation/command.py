@@ -123,8 +123,9 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
     how.dtype()  # refuses a precision that the device lacks
     if args.json is not None and args.checkpoint.exists():
         check_output_file("--json", args.json, ".json", REPORT)
-    if args.json is None and not os.access(args.checkpoint.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{args.checkpoint.parent} cannot be written: give --json FILE")
+    folder = args.checkpoint.parent
+    if args.json is None and folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written: give --json FILE")
     return how
 
 

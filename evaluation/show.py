@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     check_output_file("--output", args.output, ".png", begins=b"")
     device = checked_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where kernels are launched
+        torch.cuda.set_device(device.index or 0)  # where kernels are launched
     args.device = str(device)
     for name in ("patterns", "neighbors"):
         if getattr(args, name, 1) < 1:

@@ -39,7 +39,9 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     grouped = "RANK" in os.environ
     if device.type == "cuda":
         device = own_gpu(_number(os.environ, "LOCAL_RANK")) if grouped else device
-        torch.cuda.set_device(device)  # where kernels are launched and events are recorded
+        torch.cuda.set_device(
+            device.index or 0
+        )  # for what goes to the current GPU: kernels, events
     if not grouped:
         return device, 0, 1
     rank, world_size = (_number(os.environ, name) for name in ("RANK", "WORLD_SIZE"))

@@ -29,7 +29,7 @@ _KEPT = re.compile(r"checkpoint(\d{4,})\.pt")
 # How the temporary names of a run's files begin
 _OWN = re.compile(
     r"\.(checkpoint(-\d+|\d{4,})?\.pt|best\.pt|backbone(\d{4,})?\.safetensors|config\.json"
-    r"|run\.json|log\.jsonl|curves\.png|trace\.json\.gz|trouble-rank\d+\.json)\."
+    r"|(run|finetune|scores)\.json|log\.jsonl|curves\.png|trace\.json\.gz|trouble-rank\d+\.json)\."
 )
 
 

@@ -186,8 +186,8 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
             raise ValueError(str(batch))
         losses = run.train_step(batch)
         if run.step % config.log_steps == 0 or run.step == last:
-            record = over_ranks({**losses, "skips": run.skips}, run.place.world_size)
-            check_finite(run, record["loss"], record.pop("skips"))
+            record = over_ranks(losses, run.place.world_size)
+            check_finite(run, record["loss"])
             per_s = (run.step - first) * config.batch_size / (time.monotonic() - started)
             record |= {"lr": run.rate(run.step - 1), "images_per_s": per_s}
             if log is not None:
@@ -203,12 +203,14 @@ def train(run: Training, log: RunLog | None, stops: StopSignals) -> bool:
     return True
 
 
-def check_finite(run: Training, loss: float, skips: float) -> None:
+def check_finite(run: Training, loss: float) -> None:
     """Raise RunError if the run learns nothing any more: by a `loss` that is not finite, with loss
-    scaling after some steps in a row (mean of the ranks' `skips`), or by gradients that are not
-    finite at any loss scale."""
-    scaled = run.scaler.is_enabled()
-    if skips * run.place.world_size >= IN_A_ROW or not (scaled or np.isfinite(loss)):
+    scaling on some rank in some steps in a row, or by gradients that are not finite at any loss
+    scale. All ranks must call it."""
+    scaled, skips = run.scaler.is_enabled(), run.skips.clone()
+    if run.place.world_size > 1:
+        dist.all_reduce(skips, dist.ReduceOp.MAX)
+    if skips >= IN_A_ROW or not (scaled or np.isfinite(loss)):
         raise RunError(f"the loss is {loss} at step {run.step}: lower --lr, or --precision fp32")
     if scaled and run.scaler.get_scale() < LEAST_SCALE:
         raise RunError(

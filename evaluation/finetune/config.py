@@ -116,7 +116,7 @@ class FinetuneConfig:
     seed: int = option(0, "seed of order, views, mixing, and the classifier's weights")
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
     precision: str = option("auto", "auto is fp16 on a GPU and fp32 on a CPU", PRECISIONS)
-    workers: int = option(0, "threads that decode and augment (0: one per core)")
+    workers: int = option(0, "threads that decode and augment (0: one per core of the process)")
     checkpoint_blocks: bool = option(False, "compute blocks again in the backward: less memory")
     eval_every: int = option(1, "epochs between scores on --val")
     eval_batch_size: int = option(128, "images per forward pass when scoring")

@@ -107,8 +107,8 @@ def open_labeled(train: str, val: str) -> LabeledSets:
         labels = labels_by_name(val, judged, classes)
         if absent := [name for name in classes if name not in set(judged.classes)]:
             raise ValueError(
-                f"{val} lacks {len(absent)} classes of the training set ({some(absent)}); give two"
-                " sets of the same classes"
+                f"{val} lacks classes of the training set: {some(absent)} ({len(absent)} in all);"
+                " give two sets of the same classes"
             )
         judged = SomePhotos(judged, np.arange(len(judged)), labels, classes)
     return LabeledSets(learned, judged, classes)

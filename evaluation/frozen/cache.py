@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ibeton.distributed import from_rank_0, rank_and_size
 from ibeton.evaluation.frozen.features import (
     Extraction,
     Features,
+    check_any,
     check_read,
     collect,
     feature_batches,
@@ -128,8 +130,10 @@ def _extract_to(
     def begin() -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):  # by a run that was killed
-            if max(path.stat().st_mtime for path in (left, *left.iterdir())) < time.time() - DAY_S:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):  # of another user, or finished just now
+                last = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+                if last < time.time() - DAY_S:
+                    shutil.rmtree(left)
         return tempfile.mkdtemp(prefix=".partial-", dir=folder)
 
     partial = Path(from_rank_0(begin))
@@ -156,14 +160,15 @@ def _extract_to(
 
 
 def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, world: int) -> Path:
-    """Make one array of the ranks', none if no photo was read, and give the folder its name."""
+    """Make one array of the ranks' and give the folder its name."""
     try:
         indices = [np.load(partial / f"index.{rank}") for rank in range(world)]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is not there: the ranks must share the folder of --cache"
         ) from error
-    for name in names if any(map(len, indices)) else []:
+    check_any(photos, sum(map(len, indices)))
+    for name in names:
         shards = [
             np.load(partial / f"{name}.{rank}", mmap_mode="r")[: len(kept)]
             for rank, kept in enumerate(indices)

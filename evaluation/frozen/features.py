@@ -259,10 +259,15 @@ def collect(
     return {name: array[:read] for name, array in arrays.items()}, indices[:read]
 
 
-def check_read(photos: PhotoSet, read: int) -> None:
-    """Count what was left out in the log. Raises ValueError if nothing could be read."""
+def check_any(photos: PhotoSet, read: int) -> None:
+    """Raise ValueError if nothing could be read."""
     if not read:
         raise ValueError(f"none of the {len(photos)} photos of {photos.path} can be read")
+
+
+def check_read(photos: PhotoSet, read: int) -> None:
+    """Count what was left out in the log. Raises ValueError if nothing could be read."""
+    check_any(photos, read)
     if read < len(photos):
         log.warning("%d of %d photos of %s left out", len(photos) - read, len(photos), photos.path)
 

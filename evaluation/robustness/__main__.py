@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 from ibeton.command import run_or_exit
+from ibeton.distributed import leave_group
 from ibeton.evaluation.command import Scores, add_checkpoint_options, extraction_of, settings_of
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.photos import PhotoSet
@@ -166,7 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_curves(report["scores"][args.network], picture, title)
             print(picture)
 
-    return run_or_exit(act)
+    try:
+        return run_or_exit(act)
+    finally:
+        leave_group()
 
 
 if __name__ == "__main__":

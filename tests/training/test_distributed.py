@@ -19,6 +19,7 @@ from ibeton.distributed import (
     first_node,
     from_rank_0,
     join_processes,
+    leave_group,
     meet,
     union_of_ranks,
 )
@@ -154,7 +155,7 @@ def _asks(rank: int, folder: Path) -> None:
         from_rank_0(fails)
     assert from_rank_0(lambda: 7) == 7
     (folder / str(rank)).touch()
-    dist.destroy_process_group()
+    leave_group(together=True)
 
 
 def test_what_rank_0_cannot_do_is_an_error_of_every_rank(tmp_path: Path) -> None:
@@ -193,21 +194,31 @@ def test_what_a_launcher_forgot_is_named(
         join_processes("cpu")
 
 
-def test_the_gpu_that_is_asked_for_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)]
+)
+def test_the_gpu_that_is_asked_for_becomes_the_current_one(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton launches on the current device, whatever the tensors' is."""
-    chosen: list[torch.device] = []
+    chosen: list[int] = []
+
+    def set_device(device: Any) -> None:
+        chosen.append(torch.cuda._utils._get_device_index(device))  # as PyTorch's, or it raises
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert join_processes("cuda:1") == (torch.device("cuda:1"), 0, 1)
-    assert chosen == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    device, rank, world_size = join_processes(name)
+    assert (device.type, rank, world_size) == ("cuda", 0, 1)
+    assert chosen == [index]
 
 
 def _tells(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     assert union_of_ranks({rank: "own", 7: "both"}) == {0: "own", 1: "own", 7: "both"}
     (folder / str(rank)).touch()
-    dist.destroy_process_group()
+    leave_group(together=True)
 
 
 def test_what_any_rank_has_is_known_to_all(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_set_with_other_classes_is_refused(folders, tmp_path):
     shutil.copy(next(folders[0].rglob("*.jpg")), bare)
     for train, val, says in (
         (folders[0], more, "1 classes that the training set lacks .white."),
-        (folders[0], fewer, "lacks 1 classes of the training set .red."),
+        (folders[0], fewer, "lacks classes of the training set: red .1 in all."),
         (folders[0], bare, "without a class"),
         (bare, folders[1], "without a class"),
         (folders[0], tmp_path / "none", "does not exist"),

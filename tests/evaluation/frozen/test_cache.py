@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from photo_folders import COLORS, small_vit, wait_for_another_time, write_photos
 
+from ibeton.distributed import leave_group
 from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, extract
 from ibeton.evaluation.photos import PhotoSet
@@ -176,7 +177,7 @@ def _rank(rank, folder, photos):
     with pytest.raises(ValueError, match="none of the") as refused:
         counted.get("cls", photos=PhotoSet(folder / "damaged", 32))
     np.savez(folder / f"{rank}.npz", refused=str(refused.value), **seen)
-    dist.destroy_process_group()
+    leave_group(together=True)
 
 
 def test_two_processes_share_the_work_and_give_the_features_of_one(tmp_path):
