@@ -282,4 +282,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal ends the parts
     sys.exit(run_command(main, writes=False))

@@ -31,7 +31,7 @@ def _cache_of_this_source() -> str:
     os.environ["NUMBA_CACHE_DIR"] = temporary  # worker processes use the same
     print(
         f"compiling to {temporary}, as neither {chosen or folder} nor {home} can be written; to"
-        " keep what is compiled, set NUMBA_CACHE_DIR to a folder that can",
+        " keep what is compiled, set NUMBA_CACHE_DIR to a folder that can be written",
         file=sys.stderr,
     )
     return temporary

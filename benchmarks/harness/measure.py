@@ -54,7 +54,8 @@ def json_file(text: str) -> Path:
     """An argument's type: a JSON file that can be written. One that is there is replaced."""
     path = Path(text).expanduser()
     try:
-        check_output_file("--json", path, ".json", begins=b"{")
+        empty = not path.exists() or path.stat().st_size == 0
+        check_output_file("--json", path, ".json", begins=b"" if empty else b"{")
     except (ValueError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--json ")) from None
     return path

@@ -14,25 +14,25 @@ import sys
 import time
 import warnings
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import PIL
 
-from ibeton.command import Failure, run_command
+from ibeton.command import Failure, explain, run_command
 from ibeton.options import Parser, add_options, fill
 from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
 from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
 from ibeton.pipeline.convert.stored import StoredPhoto, Unopened, checksum, store_photos
 from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
 from ibeton.pipeline.store.beton_writer import BetonWriter
-from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source
+from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source, read_bytes
 from ibeton.progress import progress
 from ibeton.workers import cores, in_order, in_threads
 
-_MOST_UNOPENED = 100  # files in a row: then they are not to blame
+_MANY = 100  # files in a row that cannot be read: then the source is looked at
 _CHUNK = 8  # photos per job: enough to hide its cost, few enough for memory
 
 
@@ -101,7 +101,10 @@ def convert(
     ):
         journal.resume(writer)
         done, before = journal.done, journal.done.photos
-        _write(writer, photos, options, journal)
+        try:
+            _write(writer, photos, options, journal)
+        except (FileNotFoundError, PermissionError) as error:  # on the way: no bad input
+            raise Failure(explain(error)) from error
         if not writer.count:
             journal.discard()
             name, reason = done.unreadable[0]
@@ -145,21 +148,34 @@ def _write(
     writer: BetonWriter, photos: list[Photo], options: ConvertOptions, journal: Journal
 ) -> None:
     """Store all readable photos that are still to do."""
-    done, unopened = journal.done, 0
+    done, unopened, good = journal.done, 0, None
     with closing(_stored(photos[done.photos :], options)) as results:
         for photo, stored in results:
             unopened = unopened + 1 if isinstance(stored, Unopened) else 0
-            if unopened == _MOST_UNOPENED:
+            if unopened and unopened % _MANY == 0 and not _is_there(good or photo):
                 raise Failure(
-                    f"{unopened} photos in a row cannot be opened, the last is {photo.name}"
+                    f"{unopened} photos in a row cannot be read, the last is {photo.name}"
                     f" ({stored}): is {photo.path} still there?"
                 )
             if isinstance(stored, str):
                 done.unreadable.append((photo.name, stored))
             else:
                 _append(writer, photo, stored, done)
+                good = photo
             done.photos += 1
-            journal.tick(writer, BLOCK)
+            if not unopened:  # else a source that is gone would be marked as done
+                journal.tick(writer, BLOCK)
+
+
+def _is_there(photo: Photo) -> bool:
+    """Whether the source of a photo can still be read: the photo, or at least its folder."""
+    try:
+        read_bytes(photo)
+    except OSError:
+        with suppress(OSError):
+            return photo.size is None and bool(os.listdir(photo.path))
+        return False
+    return True
 
 
 def _append(writer: BetonWriter, photo: Photo, stored: StoredPhoto, done: Done) -> None:

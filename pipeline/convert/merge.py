@@ -1,6 +1,6 @@
 """Combine the .beton files of `pipeline.convert --shard` into the file that one conversion writes.
 
-    ibeton convert.merge A.beton B.beton ... OUT.beton
+    ibeton merge A.beton B.beton ... OUT.beton
 
 Shards may be given in any order, but all of them. Photos are copied without being decoded, and
 every byte is compared with the checksums of the conversion. OUT.beton and its JSON appear only when
@@ -173,7 +173,7 @@ def _sidecar(shards: list[Shard], photos: int, checksums: list[int]) -> dict[str
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, 1 for a failure on the way."""
     about = (__doc__ or "").split("\n")[0]
-    parser = Parser(prog="ibeton convert.merge", description=about)
+    parser = Parser(prog="ibeton merge", description=about)
     parser.add_argument("shards", nargs="+", help="the files of all shards, in any order")
     parser.add_argument("out", help="the .beton file to write")
     parser.add_argument(

@@ -103,8 +103,8 @@ def listing(photos: list[Photo]) -> str:
 
 
 def stamp(photos: list[Photo]) -> int:
-    """CRC-32 of the sizes and times of the files that hold these photos. Raises OSError if a tar is
-    gone."""
+    """CRC-32 of the sizes and times of the files that hold these photos. Raises OSError if their
+    tar or folder is gone."""
     crc, last = 0, ""
     for photo in photos:
         path = photo.path if photo.offset is not None else os.path.join(photo.path, photo.name)
@@ -115,7 +115,7 @@ def stamp(photos: list[Photo]) -> int:
             stat = os.stat(path)
             crc = zlib.crc32(struct.pack("<qq", stat.st_size, stat.st_mtime_ns), crc)
         except OSError:
-            if photo.offset is not None:
+            if photo.offset is not None or not os.path.exists(photo.path):
                 raise
             crc = zlib.crc32(b"gone", crc)
     return crc

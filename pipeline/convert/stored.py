@@ -15,8 +15,8 @@ from ibeton.pipeline.store.decode import UnreadablePhoto, check_complete, load_p
 from ibeton.pipeline.store.jpeg import whole_jpeg_size
 from ibeton.pipeline.store.sources import Photo, read_bytes
 
-# Why a single file of a folder may not open. Any other error ends the conversion, which resumes.
-_OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+# No fault of a file: the conversion ends, and resumes.
+_OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(slots=True)
@@ -65,12 +65,12 @@ def store_photo(data: bytes, options: ConvertOptions) -> StoredPhoto:
 
 
 class Unopened(str):
-    """Why the file of a photo could not be opened."""
+    """Why the file of a photo could not be read."""
 
 
 def store_photos(job: tuple[list[Photo], ConvertOptions]) -> list[StoredPhoto | str]:
     """Read and store some photos, in a worker process; a string is why one is unreadable. Raises
-    OSError for what is no fault of one photo: a tar that is gone, a disk that fails."""
+    OSError for what is no fault of one photo: a tar that cannot be read, too many open files."""
     photos, options = job
     results: list[StoredPhoto | str] = []
     for photo in photos:
@@ -79,11 +79,11 @@ def store_photos(job: tuple[list[Photo], ConvertOptions]) -> list[StoredPhoto | 
         except UnreadablePhoto as error:
             results.append(str(error))
         except OSError as error:
-            if photo.size is not None or error.errno not in _OF_ONE_FILE:
+            if photo.size is not None or error.errno in _OF_THE_SYSTEM:
                 raise
-            results.append(Unopened(error.strerror))
+            results.append(Unopened(error.strerror or error))
         except MemoryError:
-            raise Failure(f"too little memory for {photo.name}: give fewer --workers") from None
+            raise Failure(f"too little memory for {photo.name}: use fewer --workers") from None
     return results
 
 

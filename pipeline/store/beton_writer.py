@@ -5,6 +5,7 @@ import fcntl
 import glob
 import json
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISREG
@@ -150,9 +151,15 @@ class BetonWriter:
 
 
 def _remove_left(path: Path) -> None:
-    """Remove the unfinished files of `path` whose writers were killed: nobody has locked them."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial"):
+    """Remove the unfinished files of `path` whose writers were killed: nobody has locked them or
+    written to them for an hour."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        number = left.name.split(".")[-2]
+        if left.name != f".{path.name}.{number}.partial" or not number.isdigit():
+            continue
         with suppress(OSError):
+            if time.time() - left.stat().st_mtime < 3600:
+                continue  # of a file system without locks, perhaps
             file = open_unlinked(left, os.O_RDWR)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

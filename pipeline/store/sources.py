@@ -215,7 +215,9 @@ def _photos_of_tar(path: str, skipped: Counter[str]) -> dict[str, tuple[int, int
             if isinstance(extent, str):
                 extent = found.get(extent, extent)
         if isinstance(extent, str):
-            raise ValueError(f"{path}: {name} is a hard link to {extent}, which is no photo in it")
+            raise ValueError(
+                f"{path}: {name} is a hard link to {extent}, which is not a photo in this tar"
+            )
         extents[name] = extent
     # Classes are the folders below one that all photos share (`tar cf train.tar train`), unless
     # that is the only class.

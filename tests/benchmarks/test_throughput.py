@@ -208,8 +208,12 @@ def test_compare_names_what_changed_beyond_noise(
 
 
 def test_compare_shows_stages_of_one_report_only(
-    report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    report: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     measured = result(report)
     wide = [101_234.5, 98_765.4, 0.0123, 98_000.0]
     paths = tmp_path / "before.json", tmp_path / "after.json"

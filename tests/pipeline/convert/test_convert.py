@@ -505,26 +505,74 @@ def test_a_tar_that_goes_away_ends_the_conversion_which_can_resume(
     monkeypatch.setattr(journal, "MARK_EVERY_S", 0.0)
     append = converter._append
 
+    appended: list[Any] = []
+
     def gone(*arguments: Any) -> None:
         append(*arguments)
-        if path.exists():
+        appended.append(arguments)
+        if len(appended) == 20:
             path.rename(tmp_path / "away.tar")
 
     monkeypatch.setattr(converter, "_append", gone)
+    monkeypatch.setattr(journal.Journal, "tick", waiting(journal.Journal.tick))
     options = ConvertOptions(workers=1)
-    with pytest.raises(FileNotFoundError, match=r"photos\.tar"):
+    with pytest.raises(Failure, match=r"photos\.tar: No such file"):
         convert(path, tmp_path / "a.beton", options)
     assert not (tmp_path / "a.beton").exists()
     (tmp_path / "away.tar").rename(path)
     monkeypatch.setattr(converter, "_append", append)
-    assert convert(path, tmp_path / "a.beton", options).photos == 40
+    resumed = convert(path, tmp_path / "a.beton", options)
+    assert (resumed.photos, resumed.before) == (40, 19)
 
 
-def test_many_files_in_a_row_that_cannot_be_opened_end_it_too(tmp_path: Path) -> None:
+def waiting(tick: Any) -> Any:
+    """A mark is on the disk before the next photo."""
+
+    def tick_and_wait(journal: Any, *arguments: Any) -> None:
+        tick(journal, *arguments)
+        if journal._pending:
+            journal._pending.result()
+
+    return tick_and_wait
+
+
+def test_a_folder_that_goes_away_ends_the_conversion_which_can_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = tmp_path / "photos", tmp_path / "away"
+    folder.mkdir()
+    smooth().save(folder / "000.jpg")
+    for i in range(1, 300):
+        os.link(folder / "000.jpg", folder / f"{i:03d}.jpg")
+    monkeypatch.setattr(journal, "MARK_EVERY_S", 0.0)
+    monkeypatch.setattr(journal.Journal, "tick", waiting(journal.Journal.tick))
+    append, appended = converter._append, []
+
+    def gone(*arguments: Any) -> None:
+        append(*arguments)
+        appended.append(arguments)
+        if len(appended) == 20:
+            folder.rename(away)
+
+    monkeypatch.setattr(converter, "_append", gone)
+    options = ConvertOptions(workers=1)
+    with pytest.raises(Failure, match="No such file"):
+        convert(folder, tmp_path / "a.beton", options)
+    away.rename(folder)
+    monkeypatch.setattr(converter, "_append", append)
+    resumed = convert(folder, tmp_path / "a.beton", options)
+    assert (resumed.photos, resumed.before) == (300, 19)
+    assert resumed.done.unreadable == []
+
+
+def test_many_files_in_a_row_that_cannot_be_read_are_listed_if_the_folder_is_there(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
-    smooth().save(folder / "0.jpg")
-    for i in range(150):
-        (folder / f"{i + 1}.jpg").symlink_to(tmp_path / "unmounted" / f"{i}.jpg")
-    with pytest.raises(Failure, match=r"100 photos in a row cannot be opened, .* still there\?"):
-        convert(folder, tmp_path / "a.beton", ConvertOptions(workers=1))
+    for name in ("0.jpg", "9.jpg"):
+        smooth().save(folder / name)
+    for i in range(250):
+        (folder / f"1-{i}.jpg").symlink_to(tmp_path / "annexed" / f"{i}.jpg")
+    report = convert(folder, tmp_path / "a.beton", ConvertOptions(workers=1))
+    assert (report.photos, len(report.done.unreadable)) == (2, 250)

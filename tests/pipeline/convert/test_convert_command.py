@@ -23,8 +23,9 @@ COMMAND = [sys.executable, "-m", "ibeton.pipeline.convert"]
 # takes more than a minute.
 WITHOUT_MARKS = """
 import sys, time
+from ibeton import progress
 from ibeton.pipeline.convert import converter, journal
-journal.MARK_EVERY_S = float("inf")
+journal.MARK_EVERY_S = progress._LINE_EVERY_S = float("inf")
 append, photos = converter._append, []
 def slow(*arguments):
     append(*arguments)

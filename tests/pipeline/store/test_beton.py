@@ -255,13 +255,17 @@ def test_a_writer_that_is_left_early_leaves_nothing(tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_removed_and_that_of_a_living_one_is_not(
     tmp_path: Path,
 ) -> None:
-    left, living = (tmp_path / f".a.beton.{number}.partial" for number in (1, 2))
-    left.touch()
-    with open(living, "w") as file:
+    names = [".a.beton.1.partial", ".a.beton.2.partial", ".a.beton.3.beton.partial"]
+    left, living, other = (tmp_path / name for name in names)
+    fresh = tmp_path / ".a.beton.4.partial"
+    for path in (left, living, other, fresh):
+        path.touch()
+    for path in (left, living, other):
+        os.utime(path, (1, 1))
+    with open(living, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with BetonWriter(tmp_path / "a.beton", 1):
-            assert living.exists()
-            assert not left.exists()
+            assert [p.exists() for p in (left, living, other, fresh)] == [False, True, True, True]
 
 
 def test_two_writers_of_one_file_are_told_of_each_other(tmp_path: Path) -> None:

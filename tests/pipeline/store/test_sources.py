@@ -252,7 +252,7 @@ def test_a_hard_link_to_nothing_is_refused_by_name(tmp_path: Path, target: str) 
         link.type, link.linkname = tarfile.LNKTYPE, target
         tar.addfile(link)
     with pytest.raises(
-        ValueError, match=f"b.jpg is a hard link to {target}, which is no photo in it"
+        ValueError, match=f"b.jpg is a hard link to {target}, which is not a photo in this tar"
     ):
         open_source(path)
 
