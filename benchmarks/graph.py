@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import figures, in_words, machine, make_parser
-from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step, now, on_gpu, use
+from ibeton.benchmarks.harness.model_step import Baseline, Batch, new_step, now, on_gpu
 from ibeton.command import run_or_exit
+from ibeton.distributed import make_current
 from ibeton.model import ModelConfig, training_step
 from ibeton.model.config import ARCHITECTURES
 from ibeton.model.cuda_graph import GraphedStep
@@ -196,7 +197,7 @@ def main() -> None:
         cases = [case_of(name) for name in args.cases]
     except ValueError as error:
         parser.error(f"--cases {error}")
-    use(args.device)
+    make_current(torch.device(args.device))
     console, results = plain_console(width=110), {}
     about, start = machine("torch", "triton", device=args.device), time.monotonic()
     bf16 = not on_gpu(args.device) or torch.cuda.is_bf16_supported(including_emulation=False)

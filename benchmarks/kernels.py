@@ -30,8 +30,9 @@ from ibeton.benchmarks.harness.budget_launches import Settings, record_step
 from ibeton.benchmarks.harness.compiled_kernels import compile_launch, distinct
 from ibeton.benchmarks.harness.interpreter import adapt_interpreter
 from ibeton.benchmarks.harness.measure import figures, ratios, spread
-from ibeton.benchmarks.harness.model_step import new_step, now, on_gpu, use
+from ibeton.benchmarks.harness.model_step import new_step, now, on_gpu
 from ibeton.command import run_or_exit
+from ibeton.distributed import make_current
 from ibeton.model import ModelConfig
 from ibeton.model.config import ARCHITECTURES
 from ibeton.model.cuda_graph import CudaRecorder
@@ -332,7 +333,7 @@ def main() -> None:
     if args.compile:
         show_resources(args.compile, dtype, console)
         return
-    use(args.device)
+    make_current(torch.device(args.device))
     x = {"device": args.device, "dtype": dtype or torch.float32}
     sizes = Sizes(args.images)
     if interpreted():

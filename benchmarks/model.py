@@ -28,9 +28,9 @@ from ibeton.benchmarks.harness.model_step import (
     Side,
     Times,
     on_gpu,
-    use,
 )
 from ibeton.command import run_or_exit
+from ibeton.distributed import make_current
 from ibeton.model import ModelConfig
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
@@ -147,7 +147,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    use(args.device)
+    make_current(torch.device(args.device))
     if args.threads:
         torch.set_num_threads(args.threads)
     console = plain_console(width=110)

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ibeton.command import run_or_exit
-from ibeton.distributed import checked_device
+from ibeton.distributed import checked_device, make_current
 from ibeton.evaluation.frozen.features import Extraction, feature_batches
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.evaluation.photos import PhotoSet
@@ -76,8 +74,7 @@ def run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{args.output} exists; --overwrite replaces it")
     check_output_file("--output", args.output, ".png", begins=b"")
     device = checked_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # where kernels are launched
+    make_current(device)
     args.device = str(device)
     for name in ("patterns", "neighbors"):
         if getattr(args, name, 1) < 1:

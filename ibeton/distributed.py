@@ -39,9 +39,7 @@ def join_processes(name: str) -> tuple[torch.device, int, int]:
     grouped = "RANK" in os.environ
     if device.type == "cuda":
         device = own_gpu(_number(os.environ, "LOCAL_RANK")) if grouped else device
-        torch.cuda.set_device(
-            device.index or 0
-        )  # for what goes to the current GPU: kernels, events
+        make_current(device)
     if not grouped:
         return device, 0, 1
     rank, world_size = (_number(os.environ, name) for name in ("RANK", "WORLD_SIZE"))
@@ -144,6 +142,13 @@ def checked_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"--device {name}: the last GPU here is cuda:{count - 1}")
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the current one: kernels are launched and events recorded there, whatever the
+    tensors' is. Nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
 
 
 def own_gpu(local_rank: int) -> torch.device:

@@ -46,8 +46,8 @@ def stop_with_launcher() -> None:
 def before_torch() -> None:
     """What a program does before it imports torch: `stop_with_launcher`, and let OpenMP's threads
     sleep soon when they wait for each other. By default they spin, 300,000 times with libgomp. If a
-    thread of the loader or another process has their core, nobody gets on meanwhile. What the user
-    has set holds."""
+    loader thread or another process needs the core, neither makes progress. Values set by the user
+    are kept."""
     stop_with_launcher()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)

@@ -26,12 +26,6 @@ def on_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def use(device: str) -> None:
-    """Make a GPU the current one, as Triton and CUDA graphs expect."""
-    if on_gpu(device) and ":" in device:
-        torch.cuda.set_device(device)
-
-
 def now(device: str) -> float:
     """Seconds, once the device has done its work."""
     if on_gpu(device):
