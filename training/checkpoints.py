@@ -12,7 +12,7 @@ the one being written.
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,12 @@ def write(
         partial.unlink(missing_ok=True)
 
 
-def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any], list[str]] | None:
+def newest(folder: Path, up_to: int | None = None) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest sound checkpoint of `folder`, of step `up_to` at most: its path, its content, and
-    a sentence for each that was skipped because it is damaged or not finite. None if there is none.
+    a sentence for each that was skipped because it is damaged or not finite. If there is none, the
+    path is None and the content empty.
 
-    Raises ValueError if all are damaged.
+    Raises ValueError if all are damaged and `up_to` is None.
     """
     damaged: list[str] = []
     for path in listed(folder):
@@ -80,7 +81,7 @@ def newest(folder: Path, up_to: int | None = None) -> tuple[Path, dict[str, Any]
             return path, content, damaged
     if damaged and up_to is None:
         raise ValueError(f"no checkpoint in {folder} can be used; {'; '.join(damaged)}")
-    return None
+    return None, {}, damaged
 
 
 def newest_of_rank_0(
@@ -88,23 +89,19 @@ def newest_of_rank_0(
 ) -> tuple[Path | None, list[str]]:
     """The path of the `newest` checkpoint as rank 0 finds it, or None, and the sentences on damaged
     ones. All ranks must call this."""
-
-    def find() -> tuple[Path | None, list[str]]:
-        path, _, damaged = newest(folder, up_to) or (None, {}, [])
-        return path, damaged
-
-    return from_rank_0(find, device)
+    found: tuple[Path | None, list[str]]
+    found = from_rank_0(lambda: newest(folder, up_to)[::2], device)  # without the content
+    return found
 
 
 def resume_advice(folder: Path) -> str:
     """From which checkpoint of `folder` `--resume auto` would continue, after reading it."""
     try:
-        found = newest(folder)
+        path, content, _ = newest(folder)
     except (ValueError, OSError) as error:
         return str(error)
-    if found is None:
+    if path is None:
         return f"there is no checkpoint in {folder}: nothing was saved"
-    path, content, _ = found
     return f"{path} (step {content['step']}) is sound: --resume auto continues from it"
 
 
@@ -172,24 +169,29 @@ def clean(folder: Path) -> None:
 
 def _step_aside(newest: Path, keep_last: int) -> None:
     """Shift the rolling checkpoints by one: checkpoint.pt to checkpoint-1.pt, and so on."""
-    rolling = _numbered(newest.parent, _ROLLING)
-    for number in sorted(rolling, reverse=True):
-        if number >= keep_last - 1:
-            rolling[number].unlink()
-        else:
-            os.replace(rolling[number], newest.with_name(f"checkpoint-{number + 1}.pt"))
-    _put(newest, newest.with_name("checkpoint-1.pt"))
+
+    def make_room() -> None:
+        rolling = _numbered(newest.parent, _ROLLING)
+        for number in sorted(rolling, reverse=True):
+            if number >= keep_last - 1:
+                rolling[number].unlink()
+            else:
+                os.replace(rolling[number], newest.with_name(f"checkpoint-{number + 1}.pt"))
+
+    _put(newest, newest.with_name("checkpoint-1.pt"), make_room)
 
 
-def _put(source: Path, target: Path) -> None:
-    """Link `target` to `source`, or copy it if the file system has no links. `source` is never
-    missing meanwhile, as another process may be reading it."""
+def _put(source: Path, target: Path, make_room: Callable[[], None] = lambda: None) -> None:
+    """Link `target` to `source`, or copy it if the file system has no links; call `make_room` once
+    nothing can fail for lack of space. `source` is never missing meanwhile, as another process may
+    be reading it."""
     partial = partial_name(target)
     try:
         try:
             os.link(source, partial)
         except OSError:
             shutil.copyfile(source, partial)
+        make_room()
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,6 +1,9 @@
 """A run that diverges never costs the last good checkpoint, and does not end with status 0."""
 
+import errno
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from ibeton.training.health.nonfinite_guard import (
     IN_A_ROW,
     RECOVERED,
     NonFiniteGuard,
+    RunError,
 )
 
 NAN = float("nan")
@@ -71,7 +75,7 @@ def diverge(start: Start, folder: Path, seed: int, kind: str, batch: int, every_
     assert "Traceback" not in process.said(), said
     assert all(finite(path) for path in checkpoints.listed(folder)), said
     found = checkpoints.newest(folder)
-    assert found is not None
+    assert found[0] is not None
     assert found[1]["step"] >= last_good, said
     if kind == "rate":
         assert found[1]["step"] == good, said
@@ -180,6 +184,30 @@ def test_a_checkpoint_with_nan_is_skipped_by_name(tmp_path: Path) -> None:
     checkpoints.write(tmp_path, content(1), keep_last=3)
     checkpoints.write(tmp_path, content(2, NAN), keep_last=3)
     found = checkpoints.newest(tmp_path)
-    assert found is not None
     assert found[1]["step"] == 1
     assert "values that are not finite, in teacher.w" in found[2][0]
+    none, nothing, damaged = checkpoints.newest(tmp_path, up_to=0)  # as a rollback looks
+    assert (none, nothing) == (None, {})
+    assert len(damaged) == 1, "a damaged one is named also where no other is old enough"
+
+
+def test_a_full_disk_without_hard_links_leaves_the_checkpoints_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        checkpoints.write(tmp_path, content(step), keep_last=3)
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no hard links here")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "copyfile", full)
+        with pytest.raises(RunError, match="step 4"):
+            checkpoints.write(tmp_path, content(4), keep_last=3)
+    assert [checkpoints.step_of(path) for path in checkpoints.listed(tmp_path)] == [3, 2, 1]
+    checkpoints.write(tmp_path, content(4), keep_last=3)
+    assert [checkpoints.step_of(path) for path in checkpoints.listed(tmp_path)] == [4, 3, 2]
