@@ -99,7 +99,8 @@ def _step(
     torch.manual_seed(0)
     small = config if config.arch in SWINS else replace(config, depth=2)
     # Without stochastic depth, which of two images would leave too little to compare.
-    whole = replace(small, drop_path=0.0, micro_steps=1, epochs=1, warmup_teacher_temp_epochs=0)
+    whole = replace(small, drop_path=0.0, micro_steps=1, epochs=1)
+    whole = replace(whole, warmup_teacher_temp_epochs=0, pred_start_epoch=0)
     ibot = build(whole).to(device)
     half = dtype is torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=scale) if half else None

@@ -40,6 +40,23 @@ def test_right_kernels_pass_and_stay_on_and_no_number_of_the_caller_is_drawn(dty
     switch_off(False)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(SMALL, pred_start_epoch=50, warmup_teacher_temp_epochs=30, micro_steps=4),
+        replace(
+            ModelConfig(arch="swin_t7", patch_size=32, pred_start_epoch=50),  # as in its recipe
+            **{"embed_dim": 24, "image_size": 64, "hidden_dim": 48, "bottleneck_dim": 16},
+            **{"out_dim": 64, "local_crops_number": 2},
+        ),
+    ],
+    ids=["schedules", "swin"],
+)
+def test_every_recipe_passes(config):
+    sizes = (64, 32) if config.patch_size == 32 else (32, 16)
+    assert kernel_fault(config, sizes, DEVICE, None) == ""
+
+
 def test_a_wrong_kernel_is_found(monkeypatch):
     right = block.attend
 
