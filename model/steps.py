@@ -153,7 +153,8 @@ class Step:
         ibot, dtype = self.ibot, self.autocast_dtype
         self.optimizer.zero_grad(set_to_none=True)
         before = [buffer.clone() for buffer in self._statistics()]
-        device, parts = inputs.global_crops.device.type, len(inputs.places)
+        device, parts = inputs.global_crops.device, len(inputs.places)
+        temps = to_device(inputs.rates[3:], device)  # kernels read them there
         crops = inputs.global_crops.chunk(parts, dim=1)
         local = (
             [None] * parts if inputs.local_crops is None else inputs.local_crops.chunk(parts, dim=1)
@@ -163,10 +164,8 @@ class Step:
         for i in range(parts):
             patches = MaskedPatches(inputs.places[i], inputs.weight[i])
             with nullcontext() if i == parts - 1 else without_reduction(ibot.student_call):
-                with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                    part, means = ibot(
-                        crops[i], local[i], masks[i], epoch, patches, inputs.rates[3:]
-                    )
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    part, means = ibot(crops[i], local[i], masks[i], epoch, patches, temps)
                 with stage("backward"):
                     upstream = _nan_if_not_finite(part["loss"].detach())
                     upstream = upstream if parts == 1 else upstream / parts

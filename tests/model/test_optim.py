@@ -1,10 +1,14 @@
 """Clipping, freezing and optimizers against the published ones."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ibeton.model import ModelConfig, build
+from ibeton.model.kernels.launch import counting
 from ibeton.model.optim import (
     LARS,
     build_optimizer,
@@ -12,6 +16,7 @@ from ibeton.model.optim import (
     clip_gradients,
     parameter_groups,
 )
+from ibeton.model.steps import Step, StepInputs
 
 
 @pytest.fixture
@@ -146,3 +151,27 @@ def test_last_layers_are_frozen_for_the_first_epochs_only():
         without = {name for name, p in module.named_parameters() if p.grad is None}
         last = {n for n, _ in module.named_parameters() if n.startswith("last_layer")}
         assert without == (last if dropped else set())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_kernels_get_only_tensors_of_the_device(name, monkeypatch):
+    """Triton refuses others. The meta device, which computes nothing, stands for a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # unknown there
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    options = {"depth": 1, "out_dim": 64, "epochs": 2, "warmup_teacher_temp_epochs": 1}
+    ibot = build(ModelConfig(arch="vit_t", drop_path=0.0, **options)).to("meta")
+    inputs = StepInputs(
+        torch.empty(2, 2, 3, 224, 224, device="meta"),
+        torch.empty(10, 2, 3, 96, 96, device="meta"),
+        torch.empty(2, 2, 14, 14, dtype=torch.bool, device="meta"),
+        torch.empty(1, 8, dtype=torch.int64, device="meta"),
+        torch.empty(1, 8, dtype=torch.float64, device="meta"),
+        torch.empty(5, dtype=torch.float64),  # the rates stay on the host for SGD and LARS
+    )
+    launches = []
+    with counting(launches.append):
+        Step(ibot, build_optimizer(ibot.student, name), None).compute_gradients(inputs, 1)
+    assert {"_row_kernel", "_class_metrics_kernel"} <= {launch.name for launch in launches}
+    away = {one.name for one in launches for t in one.tensors() if t.device.type != "meta"}
+    assert away == set()
