@@ -29,6 +29,7 @@ from ibeton.model.fused.block import fused_block
 from ibeton.model.fused.embed import fused_embed
 from ibeton.model.kernels.half_weights import product_dtype
 from ibeton.model.kernels.launch import kernels_run_on
+from ibeton.model.kernels.packed_attention import Attended
 from ibeton.model.kernels.residual_norm import Branch, residual_norm
 
 # Activations up to this share of a GPU's memory are kept whole where `recompute` is "auto"
@@ -216,8 +217,11 @@ class VisionTransformer(nn.Module):
         recompute, branch = self._recomputes(x), Branch()
         for i, block in enumerate(self.blocks):
             last = rows if i == len(self.blocks) - 1 else None
+            for_backward: list[Attended] = []
             arguments = (block, x, branch, shapes, *kept[2 * i : 2 * i + 2], last, recompute)
-            x, branch = self._run(fused_block, *arguments)
+            x, branch = self._run(fused_block, *arguments, for_backward)
+            if self.checkpoint_blocks:
+                for_backward.clear()
         return x, branch
 
     def _recomputes(self, x: Tensor) -> bool:

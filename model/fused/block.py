@@ -17,7 +17,7 @@ from ibeton.model.backbones.blocks import Block, Kept, Shapes
 from ibeton.model.kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from ibeton.model.kernels.column_sums import column_sums, partial_sums
 from ibeton.model.kernels.half_weights import in_dtype, product_dtype, weight_gradient
-from ibeton.model.kernels.packed_attention import attend, attention_backward
+from ibeton.model.kernels.packed_attention import Attended, attend, attention_backward
 from ibeton.model.kernels.residual_norm import (
     Branch,
     partial_columns,
@@ -38,6 +38,7 @@ class Call(NamedTuple):
     rows: Tensor | None  # int64 [R], the tokens that enter the MLP; None: all
     recompute: bool  # norms and GELU, in the backward
     needs_grad: bool
+    for_backward: list[Attended]  # what the forward leaves
 
 
 class Weights(NamedTuple):
@@ -68,8 +69,14 @@ def fused_block(
     kept_mlp: Kept | None,  # of the tokens in `rows`
     rows: Tensor | None,
     recompute: bool,
+    for_backward: list[Attended],
 ) -> tuple[Tensor, Branch]:
-    """The stream float32 [R, C] after the block's attention, and its MLP's output."""
+    """The stream float32 [R, C] after the block's attention, and its MLP's output.
+
+    `for_backward`, an empty list, receives what checkpointing cannot drop, as autograd does not
+    save it. A caller that checkpoints empties it after the forward; the block that is computed
+    again fills it again.
+    """
     attention, mlp = block.attn, block.mlp
     weights = Weights(
         before.bias,
@@ -88,6 +95,7 @@ def fused_block(
         rows,
         recompute,
         torch.is_grad_enabled(),
+        for_backward,
     )
     x, out = _Block.apply(call, x, before.out, *weights)
     factor = kept_mlp.factor if kept_mlp is not None else None
@@ -130,7 +138,7 @@ class _Block(torch.autograd.Function):
                 projected if w.gamma_1 is not None else None,
                 *(qkv_weight, proj, fc1, fc2, *parameters),
             )
-            ctx.attended = attended
+            call.for_backward.append(attended)
         ctx.call = call
         ctx.has_before = out_before is not None
         return second.x, out
@@ -144,9 +152,9 @@ class _Block(torch.autograd.Function):
         out_before, projected = next(saved), next(saved)
         qkv_weight, proj, fc1, fc2 = (next(saved) for _ in range(4))
         w = Weights(*saved)
-        if ctx.attended is None:
+        if not call.for_backward:
             raise RuntimeError("the backward of a block runs once: its attention is freed")
-        attended, ctx.attended = ctx.attended, None
+        attended = call.for_backward.pop()
         if call.recompute:
             normed1 = _norm_again(first_x, w.norm1, w.norm1_bias, call)
             normed2 = _norm_again(second_x, w.norm2, w.norm2_bias, call)

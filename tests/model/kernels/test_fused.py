@@ -1,9 +1,14 @@
 """Each Triton kernel against its reference, values and every gradient. On CUDA where there is a
 device, else in Triton's interpreter: `test_interpreted.py` runs this file so."""
 
+import weakref
+
 import pytest
 import torch
 
+from ibeton.model import ModelConfig
+from ibeton.model.backbones.vit import VisionTransformer
+from ibeton.model.fused import block
 from ibeton.model.kernels import packed_attention
 from ibeton.model.kernels.bias_gelu import (
     bias_gelu,
@@ -291,6 +296,35 @@ def test_attention_of_packed_tokens(dtype, shapes, path, monkeypatch):
     ):
         assert mine.isfinite().all()
         assert (mine - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("path", ["kernels", "library"])
+def test_checkpointed_blocks_keep_no_attention_from_the_forward_on(path, monkeypatch):
+    if path == "library":
+        monkeypatch.setattr(packed_attention, "matrix_units", lambda _: False)
+    made, images = [], draw(2, 3, 32, 32)
+
+    def noted(*args):
+        attended = attend(*args)
+        made.append(weakref.ref(attended.out))
+        return attended
+
+    monkeypatch.setattr(block, "attend", noted)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 32, "patch_size": 8}
+        config = ModelConfig(**sizes, checkpoint_blocks=checkpointed)
+        vit = VisionTransformer(config, is_student=False).to(DEVICE)
+        made.clear()
+        loss = vit(images).square().sum()
+        kept = [ref for ref in made if ref() is not None]
+        assert len(kept) == (0 if checkpointed else 3)
+        loss.backward()
+        assert len(made) == (6 if checkpointed else 3)
+        assert not any(ref() is not None for ref in made)
+        gradients.append([p.grad for p in vit.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_copies_of_weights_are_those_of_now_and_gone_afterwards():
