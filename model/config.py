@@ -30,7 +30,8 @@ ACTIVATIONS = ("gelu", "relu")
 RECOMPUTE = ("auto", "on", "off")
 GRAPHS = ("auto", "on", "off")
 KERNELS = ("auto", "off")
-MOST = 1000  # layers, or views: more would not fit in any memory
+MOST = 1000  # layers, or local views: more would not fit in any memory
+MOST_GLOBAL = 15  # views: with more, gradients of logits could overflow in fp16 (FP16_LIFT)
 _AT_LEAST: dict[tuple[str, ...], float] = {
     ("embed_dim", "depth", "num_heads", "local_crops_number"): 0,
     ("warmup_teacher_temp_epochs", "pred_start_epoch", "layer_scale"): 0,
@@ -169,9 +170,10 @@ class ModelConfig:
 
     def _out_of_range(self) -> Iterator[str]:
         yield from too_low(self, _AT_LEAST)
-        for name in ("depth", "head_layers", "global_crops_number", "local_crops_number"):
-            if getattr(self, name) > MOST:
-                yield f"{flag(name)} {getattr(self, name)} must be at most {MOST}"
+        limits = dict.fromkeys(("depth", "head_layers", "local_crops_number"), MOST)
+        for name, most in {**limits, "global_crops_number": MOST_GLOBAL}.items():
+            if getattr(self, name) > most:
+                yield f"{flag(name)} {getattr(self, name)} must be at most {most}"
         for name in ("drop_path", "center_momentum", "center_momentum2"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{flag(name)} {getattr(self, name)} must be in [0, 1)"

@@ -63,6 +63,8 @@ def test_integers_beyond_64_bits_are_refused(capsys: pytest.CaptureFixture[str])
     assert said.count("does not fit in 64 bits") == 2
     with pytest.raises(ValueError, match="--depth 1000000000 must be at most 1000"):
         parse(["--data", "x", "--depth", "1000000000"])
+    with pytest.raises(ValueError, match="--global-crops-number 16 must be at most 15"):
+        parse(["--data", "x", "--global-crops-number", "16"])
 
 
 def test_help_lists_each_option_by_one_spelling_and_names_its_default_once(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from paths import ROOT
 
+from ibeton.model.config import MOST_GLOBAL
 from ibeton.model.kernels.head.cross_entropy import CHUNK, cross_entropy, cross_entropy_reference
 
 # By format: of the loss, and of the gradient's largest value.
@@ -37,6 +38,17 @@ def value_and_gradient(function, arguments, temps=(0.1, 0.07), scale=1.0):
     loss = function(student, *arguments[1:], *temps)
     (scale * loss).backward()
     return loss.detach(), student.grad
+
+
+def test_as_many_views_as_the_config_allows_do_not_overflow_in_fp16():
+    """All views agree on a prototype, and the student on another."""
+    student, teacher = torch.zeros(1, 64).half(), torch.zeros(MOST_GLOBAL, 64).half()
+    student[0, 1], teacher[:, 0] = 60.0, 60.0
+    pairs = torch.arange(MOST_GLOBAL).unsqueeze(0)
+    arguments = student, teacher, torch.zeros(64), pairs, torch.ones(1)
+    _, gradient = value_and_gradient(cross_entropy, arguments)
+    assert gradient.isfinite().all()
+    assert gradient[0, 0].item() == pytest.approx(-MOST_GLOBAL / 0.1, rel=1e-3)
 
 
 def assert_same(arguments, dtype, temps=(0.1, 0.07), scale=1.0):
