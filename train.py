@@ -380,20 +380,25 @@ def run_training(run: Run, folder: RunFolder | None, stops: StopSignals) -> int:
         print("interrupted; --resume auto continues from the last save", file=sys.stderr)
     finally:
         try:
-            close(run, monitor, log, folder, state)
+            close(run, monitor, log, folder, state, together=status in (0, STOPPED))
         except KeyboardInterrupt:
             status = INTERRUPTED
     return status
 
 
 def close(
-    run: Run, monitor: StepMonitor, log: RunLog | None, folder: RunFolder | None, state: str
+    run: Run,
+    monitor: StepMonitor,
+    log: RunLog | None,
+    folder: RunFolder | None,
+    state: str,
+    together: bool,
 ) -> None:
     """Close everything, also if a part cannot be closed or a Ctrl-C comes meanwhile. Kills worker
-    processes that are left: Python would wait for them."""
+    processes that are left: Python would wait for them. `together`: all ranks do the same."""
     with ExitStack() as stack:  # the last one first
         stack.callback(kill_workers)
-        stack.callback(leave_group)
+        stack.callback(leave_group, together)
         stack.callback(run.watchdog.close)
         if folder is not None:
             stack.enter_context(suppress(OSError))  # a full disk, which has been reported

@@ -73,9 +73,9 @@ class NonFiniteGuard:
         self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
         self._in_a_row = self._in_a_row + 1 if bad or (overflow and self._in_a_row) else 0
         record |= {"skipped_steps": self.skipped, "overflows": self.overflows}
+        if step == 0 and not bad:  # it may overflow, with the first scale
+            self.first_loss = loss
         if not bad and not overflow:
-            if step == 0:
-                self.first_loss = loss
             most = _PLAUSIBLE * max(self._uniform, self.first_loss or 0.0)
             plausible = loss <= most and norm > 0
             self._unsettled = max(0, self._unsettled - 1) if plausible else RECOVERED

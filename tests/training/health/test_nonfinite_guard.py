@@ -117,6 +117,14 @@ def test_several_bad_steps_in_a_row_are_trouble_and_single_ones_are_not() -> Non
     assert guard.rolled_back_before(), "soon after"
 
 
+def test_the_first_loss_counts_also_where_its_gradients_overflow() -> None:
+    guard = NonFiniteGuard(scaled=True, uniform=5.0)
+    step(guard, 0, loss=9.0, grad_norm=INF)
+    for i in range(1, 100):
+        step(guard, i, loss=8.5)  # plausible only by the first step
+    assert guard.last_good == 99
+
+
 def test_overflows_of_loss_scaling_are_counted_apart_and_bounded() -> None:
     guard = NonFiniteGuard(scaled=True, uniform=5.0)
     for i in range(OVERFLOWS_IN_A_ROW - 1):
