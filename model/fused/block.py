@@ -158,10 +158,6 @@ class _Block(torch.autograd.Function):
         if call.recompute:
             normed1 = _norm_again(first_x, w.norm1, w.norm1_bias, call)
             normed2 = _norm_again(second_x, w.norm2, w.norm2_bias, call)
-        if out_before is None and ctx.has_before:
-            out_before = first_x.new_empty(first_x.shape, dtype=call.dtype)  # dtype and shape
-        if projected is None:
-            projected = second_x.new_empty(second_x.shape, dtype=call.dtype)
         before = Branch(out_before, w.bias_before, w.scale_before, call.factor_before)
         added = Branch(projected, w.proj_bias, w.gamma_1, call.factor)
         width = first_x.shape[1]
@@ -183,7 +179,7 @@ class _Block(torch.autograd.Function):
         grad_fc1 = weight_gradient(grad_hidden, normed2, w.fc1)
         grad_x, grad_projected = residual_norm_backward(
             *(grad_hidden @ fc1, grad_x.contiguous(), second_x, mean2, rstd2),
-            *(added, w.norm2, norm2_sums),
+            *(added, call.dtype, w.norm2, norm2_sums),
         )
         assert grad_projected is not None
         del grad_hidden, normed2
@@ -198,7 +194,7 @@ class _Block(torch.autograd.Function):
         grad_qkv_weight = weight_gradient(grad_qkv, normed1, w.qkv)
         grad_x, grad_before = residual_norm_backward(
             *(grad_qkv @ qkv_weight, grad_x, first_x, mean1, rstd1),
-            *(before, w.norm1, norm1_sums),
+            *(before, call.dtype if ctx.has_before else None, w.norm1, norm1_sums),
         )
         norm1, qkv_bias, norm2, fc1_bias = column_sums(sums).split(columns)
         norm1, norm2 = norm1.split(width), norm2.split(width)

@@ -83,7 +83,8 @@ def residual_norm_backward(
     x: Tensor,  # float32 [T, C], of `Normed`, as the two below
     mean: Tensor,
     rstd: Tensor,
-    branch: Branch,
+    branch: Branch,  # its `out` only where it has a scale
+    branch_dtype: torch.dtype | None,  # of its `out`; None without a branch
     gamma: Tensor,
     partial: Tensor,  # float32 [P, columns of `partial_columns`], a view; receives the sums
 ) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +92,7 @@ def residual_norm_backward(
     columns of `partial` are those of gamma, beta, bias and scale, C each; bias and scale only if
     the branch has them."""
     grad = torch.empty_like(x)
-    grad_branch = None if branch.out is None else torch.empty_like(branch.out)
+    grad_branch = None if branch_dtype is None else torch.empty_like(x, dtype=branch_dtype)
     launch(
         _residual_norm_backward_kernel,
         (len(partial),),
@@ -101,14 +102,13 @@ def residual_norm_backward(
         mean,
         rstd,
         gamma,
-        None if branch.scale is None else branch.out,
-        *branch[1:],
+        *branch,
         grad,
         grad_branch,
         partial,
         partial.stride(0),
         len(grad),
-        HAS_BRANCH=branch.out is not None,
+        HAS_BRANCH=branch_dtype is not None,
         **row_tile(grad.shape[1]),
     )
     return grad, grad_branch
@@ -262,20 +262,19 @@ class _ResidualNorm(torch.autograd.Function):
         normed = residual_norm_forward(x, Branch(out, bias, scale, factor), gamma, beta, eps, dtype)
         kept = out if scale is not None else None
         ctx.save_for_backward(normed.x, normed.mean, normed.rstd, kept, bias, scale, factor, gamma)
-        ctx.branch_like = None if out is None else out.dtype
+        ctx.branch_dtype = None if out is None else out.dtype
         ctx.set_materialize_grads(False)
         return normed.x if out is not None else x.view_as(x), normed.out
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, kept, bias, scale, factor, gamma = ctx.saved_tensors
-        if kept is None and ctx.branch_like is not None:
-            kept = x.new_empty(x.shape, dtype=ctx.branch_like)
         branch = Branch(kept, bias, scale, factor)
         width = x.shape[1]
         partial = partial_sums(x, partial_columns(branch) * width)
         grad, grad_branch = residual_norm_backward(
-            grad_out.contiguous(), grad_x, x, mean, rstd, branch, gamma, partial
+            *(grad_out.contiguous(), grad_x, x, mean, rstd),
+            *(branch, ctx.branch_dtype, gamma, partial),
         )
         sums = list(column_sums(partial).split(width))
         grad_bias = sums[2] if bias is not None else None
