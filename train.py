@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ibeton.command import missing_extra, protect_output, refusal
+from ibeton.command import amount, missing_extra, protect_output, refusal
 from ibeton.distributed import join_processes, leave_group, union_of_ranks
 from ibeton.model import build, training_step
 from ibeton.model.cuda_graph import GraphedStep, obstacle
@@ -449,10 +449,11 @@ def start_log(run: Run) -> RunLog:
     per_epoch = run.loader.steps_per_epoch
     log = RunLog(run.folder, run.step, run.steps, per_epoch, run.last)
     log.trackers = Trackers(run.config.run.log_to, run.name, run.folder, run.config.resolved())
+    processes = amount(run.world_size, "process", "processes")
     log.say(run.config.summary())
     log.say(
-        f"{len(run.loader.photos):,} photos, {per_epoch} steps per epoch, {run.world_size}"
-        f" process(es) on {run.device}, {run.precision}; loader {run.loader.reason}"
+        f"{len(run.loader.photos):,} photos, {per_epoch} steps per epoch, {processes}"
+        f" on {run.device}, {run.precision}; loader {run.loader.reason}"
     )
     for note in run.notes:
         log.say(note)

@@ -126,7 +126,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_row("images/s", *map(number, result["images_per_s"]))
     table.add_row("  of the model alone", *map(number, result["model_images_per_s"]))
     table.add_row("  of the loader alone", *map(number, result["loader_images_per_s"]))
-    table.add_row(f"{result['epochs']} epochs", *(duration(3600 * h) for h in result["hours"]))
+    longest = max(result["hours"])
+    table.add_row(
+        f"{result['epochs']} epochs", *(duration(3600 * h, 3600 * longest) for h in result["hours"])
+    )
     table.add_row("limited by the", *result["limit"])
     console.print(table)
     weights, activations = result["weights"], result["activations"]
@@ -138,7 +141,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"Page cache for all photos: {gib(result['page_cache'])} per node. A checkpoint:"
         f" {gib(result['checkpoint'])}.",
         "Predicted from the step's launches and rates fitted to one H100; rates of other GPUs are"
-        f" data sheets'. {ends(result)} The exchange between GPUs is not looked at.",
+        f" data sheets'. {ends(result)} Communication between GPUs is not modeled.",
     ):
         console.print(line, soft_wrap=True)
 

@@ -44,6 +44,11 @@ _SHORTAGES = {
 }
 
 
+def amount(count: int, one: str, several: str = "") -> str:
+    """A count with its noun: "1 worker", "3 workers". `several`: a plural other than with -s."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def explain(error: BaseException) -> str:
     """What went wrong, in a sentence, if it is something that a user can cause; "" for a bug."""
     text = str(error)

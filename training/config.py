@@ -96,7 +96,7 @@ class RunConfig:
         "", "labeled photos for k-NN: training set (.beton or folder)", path=True
     )
     eval_val: str = option("", "labeled photos for k-NN: queries (.beton or folder)", path=True)
-    eval_every: int = option(0, "epochs between k-NN evaluations, also before the first (0: none)")
+    eval_every: int = option(0, "evaluate k-NN before training and every so many epochs (0: never)")
     eval_k: int = option(20, "neighbors in those evaluations")
 
     def problems(self) -> Iterator[str]:
@@ -179,9 +179,12 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     """
     base, values = _with_data(preset or {}), _with_data(values)
     refuse(wrong_types({**base, **values}, *_PARTS))
-    name = values.get("recipe") or values.get("arch") or base.get("arch", "vit_s")
-    if name == SMALL and values.get("data"):
-        recipe = small_recipe(values["data"], values.get("device", RunConfig.device))
+    if values.get("arch"):  # another than that of the preset's recipe, perhaps
+        base.pop("recipe", None)
+    name = values.get("recipe") or values.get("arch")
+    name = name or base.get("recipe") or base.get("arch", "vit_s")
+    if name == SMALL and (data := values.get("data") or base.get("data")):
+        recipe = small_recipe(data, {**base, **values}.get("device", RunConfig.device))
     elif name in (*RECIPES, SMALL):
         recipe = RECIPES.get(name, {})
     else:
@@ -232,11 +235,12 @@ def read_preset(path: str) -> dict[str, Any]:
     try:
         values = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"--config {file} is no config.json of a run ({error})") from error
+        where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"--config {file} is not the config.json of a run{where}") from error
     values = {k: v for k, v in values.items() if (k, v) not in _RETIRED.items()}
     if unknown := [name for name in values if name not in _defaults()]:
         raise ValueError(f"--config {file}: unknown setting {', '.join(unknown)}")
-    for name in ("output_dir", "resume", "recipe"):
+    for name in ("output_dir", "resume"):
         values.pop(name, None)
     return values
 

@@ -232,9 +232,13 @@ def export_backbone(run: Run, epoch: int | None) -> None:
     facts = model_facts(run.folder, run.step, run.loader.steps_per_epoch)
     names = ", ".join(Path(path).name for path in run.config.pipeline.data)
     facts["photos"] = f"{len(run.loader.photos):,} of {names}"
+    facts["images per step"] = f"{run.world_size * run.config.pipeline.batch_size:,}"
+    facts["recipe"] = run.config.run.recipe or run.config.model.arch
+    # The card lists what shapes the weights.
+    unlisted = _FREE | {"log_to"} | ({"patch_out_dim"} if run.config.model.shared_head else set())
     path = run.folder / f"{name}.safetensors"
     try:
-        write_backbone(path, run.ibot.teacher.backbone, run.config.resolved(), facts)
+        write_backbone(path, run.ibot.teacher.backbone, run.config.resolved(), facts, unlisted)
     except OSError as error:
         raise RunError(f"{path} could not be written ({error})") from error
 

@@ -6,7 +6,7 @@ reads a checkpoint of this program reads it too.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ SETTINGS = "ibeton_config"  # entry of the header that holds the run's settings 
 
 
 def write_backbone(
-    path: Path, backbone: nn.Module, config: dict[str, Any], facts: Mapping[str, str]
+    path: Path,
+    backbone: nn.Module,
+    config: dict[str, Any],
+    facts: Mapping[str, str],
+    unlisted: Collection[str] = (),
 ) -> None:
     """Write `backbone` to `path` (.safetensors) and its model card to the same name with .md.
 
     `config`: the run's settings. `facts`: rows of the card's first table, such as photos and
-    scores. Both files are written whole or not at all. Raises OSError.
+    scores. `unlisted`: settings that its second table leaves out. Both files are written whole or
+    not at all. Raises OSError.
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
     state.pop("masked_embed", None)
@@ -32,7 +37,7 @@ def write_backbone(
         header = {SETTINGS: json.dumps(config), "image_size": str(config["image_size"])}
         write_safetensors(partial, state, header)
     count = sum(tensor.numel() for tensor in state.values())
-    write_text(path.with_suffix(".md"), card(path.name, config, count, facts))
+    write_text(path.with_suffix(".md"), card(path.name, config, count, facts, unlisted))
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor], header: dict[str, str]) -> None:
@@ -91,14 +96,23 @@ def refuse_other_files(path: Path) -> None:
         raise ValueError(f"{path} is no checkpoint: it is empty")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(f"{path} is a web page, not weights: download the file itself")
+    if path.suffix == ".beton":
+        raise ValueError(f"{path} is a .beton file of photos, not a checkpoint")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
 
 
-def card(file: str, config: dict[str, Any], parameters: int, facts: Mapping[str, str]) -> str:
+def card(
+    file: str,
+    config: dict[str, Any],
+    parameters: int,
+    facts: Mapping[str, str],
+    unlisted: Collection[str],
+) -> str:
     """A model card in Markdown, with the header that Hugging Face reads."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    recipe = "\n".join(f"| `{name}` | {_cell(value)} |" for name, value in sorted(config.items()))
+    listed = sorted(name for name in config if name not in unlisted)
+    recipe = "\n".join(f"| `{name}` | {_cell(config[name])} |" for name in listed)
     return f"""---
 library_name: ibeton
 tags: [self-supervised, iBOT, image-feature-extraction]

@@ -54,8 +54,8 @@ def _vit(path: str | Path, state: State, settings: dict[str, Any]) -> dict[str, 
             return {"arch": arch, **found}
     if not settings.get("num_heads"):
         raise ValueError(
-            f"{path} is a ViT of width {width} and {depth} blocks, which is none of the published:"
-            " say by --num-heads how many attention heads it has"
+            f"{path} is a ViT of width {width} and {depth} blocks, which matches no published"
+            " model: give the number of its attention heads with --num-heads"
         )
     sizes = {"embed_dim": width, "depth": depth, "num_heads": int(settings["num_heads"])}
     nearest = min(ARCHITECTURES, key=lambda arch: abs(ARCHITECTURES[arch][0] - width))

@@ -154,10 +154,7 @@ def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[Loa
         by = "by nvJPEG" if choose_crops(config, dali, device) == "gpu" else "on the CPU"
         return dali, f"dali: each photo is decoded once, {by}; {problem}"
     if _folders(config):
-        return (
-            pil,
-            f"pil, the slowest loader, as the photos are not in a .beton file; {_faster(config)}",
-        )
+        return pil, f"pil, the slowest loader, as {_unconverted(config)}"
     if problem:
         return pil, f"pil, slower than ffcv: {problem}"
     where = choose_crops(config, ffcv, device).upper()
@@ -166,14 +163,20 @@ def choose_loader(config: "PipelineConfig", device: "torch.device") -> tuple[Loa
 
 def _asked_for(config: "PipelineConfig", kind: LoaderKind) -> tuple[LoaderKind, str]:
     if not kind.reads_folders and _folders(config):
-        raise ValueError(f"--loader {kind.name} reads .beton files only; {_faster(config)}")
+        raise ValueError(f"--loader {kind.name} reads .beton files only: {_unconverted(config)}")
     if problem := kind.problem():
         raise ValueError(f"--loader {kind.name}: {problem}")
     return kind, f"{kind.name}, by --loader"
 
 
-def _faster(config: "PipelineConfig") -> str:
-    return f"to make one: ibeton convert {_folders(config)[0]} photos.beton"
+def _unconverted(config: "PipelineConfig") -> str:
+    """Which sources are not in a .beton file, and how to convert them."""
+    folders = _folders(config)
+    others = "" if len(folders) == len(config.data) == 1 else f" of {', '.join(folders)}"
+    return (
+        f"the photos{others} are not in a .beton file; to make one:"
+        f" ibeton convert {folders[0]} photos.beton"
+    )
 
 
 def _folders(config: "PipelineConfig") -> list[str]:

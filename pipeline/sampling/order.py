@@ -6,6 +6,8 @@ with half the batch each see, step by step, what one rank with the whole batch s
 
 import numpy as np
 
+from ibeton.command import amount
+
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation int64 [count] of the sample indices for one epoch."""
@@ -20,8 +22,8 @@ def steps_per_epoch(count: int, batch_size: int, world_size: int) -> int:
     steps = count // (batch_size * world_size)
     if steps == 0:
         raise ValueError(
-            f"--batch-size {batch_size} with {world_size} process(es) needs"
-            f" {batch_size * world_size} photos per step, but the data set has {count}: use"
+            f"--batch-size {batch_size} with {amount(world_size, 'process', 'processes')}"
+            f" needs {batch_size * world_size} photos per step, but the data set has {count}: use"
             + (f" at most {most}" if (most := count // world_size) else " fewer processes")
         )
     return steps

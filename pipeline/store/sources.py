@@ -9,6 +9,7 @@
 A photo's class is the first folder (or class tar) of its name. Listing opens no photo.
 """
 
+import difflib
 import os
 import tarfile
 from collections import Counter
@@ -91,6 +92,14 @@ def read_bytes(photo: Photo) -> bytes:
     return data
 
 
+def _near(path: str) -> str:
+    """A hint at the file or folder beside `path` whose name is most like its own, if any is."""
+    folder, name = os.path.split(path)
+    there = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else []
+    near = difflib.get_close_matches(name, there, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def open_source(path: str | Path) -> Source:
     """List the photos of a folder or a tar (also of tars) without opening them.
 
@@ -101,7 +110,9 @@ def open_source(path: str | Path) -> Source:
     """
     root = os.path.abspath(path)
     if not os.path.exists(root):
-        raise FileNotFoundError(f"{path} does not exist; give a folder of photos or a tar")
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder of photos or a tar{_near(root)}"
+        )
     skipped: Counter[str] = Counter()
     if os.path.isdir(root):
         photos = _in_folder(root, skipped)

@@ -137,6 +137,18 @@ def test_a_saved_configuration_starts_the_same_run_elsewhere(tmp_path: Path) -> 
     assert parse(["--config", str(tmp_path)]).model == first.model, "its folder will do"
 
 
+def test_a_saved_configuration_keeps_its_recipe_unless_another_architecture_is_given(
+    tmp_path: Path,
+) -> None:
+    first = parse(["--data", "x", "--recipe", "vit_b_rand", "--lr", "1e-3"])
+    path = str(saved(first, tmp_path / "config.json"))
+    again = parse(["--config", path, "--output-dir", "runs/b"])
+    assert "recipe vit_b_rand with --output-dir runs/b, --lr 0.001, --data x;" in again.summary()
+    other = parse(["--config", path, "--arch", "vit_s"])
+    assert "recipe vit_s with" in other.summary()
+    assert other.run.output_dir == "runs/vit_s"
+
+
 def test_options_override_a_saved_configuration(tmp_path: Path) -> None:
     first = parse(["--data", "x", "--global-batch-size", "64", "--global-crops-size", "160"])
     path = str(saved(first, tmp_path / "config.json"))
@@ -152,7 +164,10 @@ def test_configurations_that_cannot_be_read_are_refused_by_name(tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         read_preset(str(path))
     path.write_text("[1, 2")
-    with pytest.raises(ValueError, match=r"is no config\.json of a run"):
+    with pytest.raises(ValueError, match=r"is not the config\.json of a run \("):
+        read_preset(str(path))
+    path.write_bytes(b"\x80not text")
+    with pytest.raises(ValueError, match=r"is not the config\.json of a run$"):
         read_preset(str(path))
     path.write_text('{"epochs": 3, "speed": 11}')
     with pytest.raises(ValueError, match="unknown setting speed"):

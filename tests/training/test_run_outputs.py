@@ -78,6 +78,9 @@ def test_the_teachers_backbone_is_written_with_its_card(
     assert "| photos | 64 of tiny" in card
     assert "| `embed_dim` | 32 |" in card
     assert "last loss" in card
+    assert "| images per step | 8 |" in card
+    for unlisted in ("output_dir", "lost_after", "patch_out_dim"):  # they shape no weights
+        assert f"`{unlisted}`" not in card
     scores = {r["step"]: r["knn_top1"] for r in records(folder) if "knn_top1" in r}
     assert f"| k-NN top-1 | {scores[16]:.2f} % (k 20) |" in card
     assert "k-NN" not in (folder / "backbone0001.md").read_text(), "it was not evaluated"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ibeton.command import amount
 from ibeton.pipeline.loaders import LoaderKind
 from ibeton.training.timing.speed import MUCH_WAIT, WAITING, Window, slowest
 
@@ -68,8 +69,8 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
             )
         return Verdict(
             "idle",
-            f"{head}no stage of the loader limits, its {room.workers} worker(s) are busy"
-            f" {busy['workers']:.0%} of the time: {why}",
+            f"{head}no stage of the loader limits ({amount(room.workers, 'worker')}"
+            f" busy {busy['workers']:.0%} of the time): {why}",
         )
     limit = fullest
     if fullest == "workers":
@@ -79,9 +80,10 @@ def _loader_verdict(window: Window, room: LoaderResources, share: float) -> Verd
     model = window.images / (window.seconds - window.waiting)
     ms = 1000 * work_done.per_photo
     text = (
-        f"{head}{limit} limits: {ms:.3g} ms per photo on each of {work_done.workers} worker(s),"
-        f" busy {busy[fullest]:.0%} of the time; {window.images_per_s:.4g} images/s per"
-        f" process, while the model alone could take {model:.4g}."
+        f"{head}{limit} limits: {ms:.3g} ms per photo on each of"
+        f" {amount(work_done.workers, 'worker')}, busy {busy[fullest]:.0%} of the time;"
+        f" {window.images_per_s:.4g} images/s per process, while the model alone could take"
+        f" {model:.4g}."
     )
     if room.kind and room.kind.faster:
         better = room.kind.faster[0].upper() + room.kind.faster[1:]

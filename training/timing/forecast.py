@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ibeton.command import amount
 from ibeton.model import IBOT
 from ibeton.pipeline.store.decode import UnreadablePhoto
 from ibeton.training import checkpoints
@@ -79,7 +80,8 @@ def checkpoint_bytes(ibot: IBOT, optimizer: str) -> float:
 def disk_line(checkpoint: float, to_come: int, free: float) -> str:
     """Whether `to_come` checkpoints and the one being written fit."""
     need = checkpoint * (to_come + 1)
-    what = f"{to_come} checkpoint{'s' * (to_come != 1)} of {gib(checkpoint)}"
+    stay = f"{amount(to_come, 'checkpoint')} to keep and " if to_come else ""
+    what = f"{stay}one being written, {gib(checkpoint)} each"
     fits = "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
     return f"{gib(need)} for {what}, {gib(free)} free: {fits}"
 
@@ -105,10 +107,10 @@ def memory_words(device: torch.device) -> str:
         return f"{gib(peak_memory(device))} at the peak"
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+def duration(seconds: float, beside: float = 0.0) -> str:
+    """Seconds in the unit that suits them, or the longer time `beside` which they are shown."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= (2 if unit == "days" else 1) * length:
+        if max(seconds, beside) >= (2 if unit == "days" else 1) * length:
             return f"{number(seconds / length)} {unit}"
     return f"{max(1, round(seconds))} s"
 

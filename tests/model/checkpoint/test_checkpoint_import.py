@@ -373,6 +373,12 @@ def test_files_that_are_no_weights_are_called_what_they_are(content, said, suffi
     assert "weights_only" not in str(refused.value)
 
 
+def test_photos_are_no_checkpoint(tmp_path):
+    (tmp_path / "photos.beton").write_bytes(b"photos")
+    with pytest.raises(ValueError, match=r"photos\.beton is a \.beton file of photos"):
+        read_foreign(tmp_path / "photos.beton")
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     state = tiny_backbone()
     state["blocks.0.mlp.fc1.bias"] = torch.full_like(state["blocks.0.mlp.fc1.bias"], torch.nan)

@@ -315,6 +315,17 @@ def test_ffcv_says_how_to_convert_a_folder(photo_folder: Path) -> None:
         build_loader(replace(SMALL, data=str(photo_folder), loader="ffcv"))
 
 
+def test_sources_that_make_the_loader_slow_are_named() -> None:
+    several = replace(SMALL, data=("a.beton", "b", "c.tar"))
+    _, reason = choose_loader(several, torch.device("cpu"))
+    assert reason == (
+        "pil, the slowest loader, as the photos of b, c.tar are not in a .beton file; to make one:"
+        " ibeton convert b photos.beton"
+    )
+    with pytest.raises(ValueError, match=r"--loader ffcv reads \.beton files only: the photos are"):
+        choose_loader(replace(SMALL, data=("b",), loader="ffcv"), torch.device("cpu"))
+
+
 def test_views_are_cut_where_that_is_asked_for(beton: Path) -> None:
     here, gpu = torch.device("cpu"), torch.device("cuda")
     auto, on_gpu, on_cpu = (

@@ -167,8 +167,11 @@ def test_the_last_of_two_members_with_one_name_counts(tmp_path: Path) -> None:
 
 
 def test_what_is_no_source_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder .* tar$"):
         open_source(tmp_path / "nowhere")
+    put(tmp_path, "photos.beton")
+    with pytest.raises(FileNotFoundError, match=r"a tar \(did you mean photos\.beton\?\)"):
+        open_source(tmp_path / "photos.betn")
     with pytest.raises(ValueError, match="holds no photos"):
         open_source(put(tmp_path / "empty", ".hidden.jpg", "readme.txt"))
     with pytest.raises(ValueError, match=r"a\.txt is neither a folder nor a whole, uncompressed"):

@@ -163,7 +163,7 @@ def test_one_worker_where_there_could_be_two_is_found(
     assert max(loader_ms, key=lambda name: loader_ms[name]) == "decode"
     said = " ".join(capsys.readouterr().out.split())
     assert "decode limits" in said
-    assert "per photo on each of 1 worker(s), busy" in said
+    assert "per photo on each of 1 worker, busy" in said
     assert "Give --workers 2, as many as there are cores" in said
 
 

@@ -87,6 +87,13 @@ def test_lines_on_cache_and_disk() -> None:
     assert "every epoch reads from disk" in cache_line(129 * GIB, 64 * GIB)
     assert disk_line(2 * GIB, 9, 20 * GIB).endswith("20 GiB free: fits"), "nine, and one partial"
     assert "will not fit" in disk_line(2 * GIB, 10, 20 * GIB)
+    assert disk_line(2 * GIB, 0, 20 * GIB).startswith("2 GiB for one being written, 2 GiB each")
+
+
+def test_times_beside_each_other_have_one_unit() -> None:
+    hours = 43 * 3600.0
+    assert duration(hours) == "43 h"
+    assert duration(hours, beside=60 * 3600.0) == "1.79 days"
 
 
 def test_a_checkpoint_is_as_large_as_its_tensors() -> None:
@@ -110,7 +117,9 @@ def test_a_run_tells_what_it_will_take(start: Start, tmp_path: Path) -> None:
     assert "page cache:" in text
     assert "read from disk only once" in text
     disk = next(line for line in text.splitlines() if line.startswith("disk:"))
-    assert re.search(r"for 2 checkpoints of [\d.]+ MiB", disk), "two epochs, not 100,000"
+    assert re.search(r"for 2 checkpoints to keep and one being written, [\d.]+ MiB", disk), (
+        "two epochs, not 100,000"
+    )
     (line,) = (line for line in text.splitlines() if "forecast from the first steps" in line)
     assert " left at " in line
     assert len(records(folder)) == 16
