@@ -9,6 +9,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from ibeton.command import missing_extra
 from ibeton.workers import before_torch
@@ -46,7 +47,17 @@ def usage() -> str:
     """The text of `ibeton --help`."""
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items())
-    return f"usage: ibeton COMMAND [OPTIONS]\n\n{lines}\n\n`ibeton COMMAND --help` lists options."
+    return (
+        f"usage: ibeton COMMAND [OPTIONS]\n\n{lines}\n\n`ibeton COMMAND --help` lists options;"
+        " `ibeton --version` tells the versions."
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if name == "--version":
+        print(", ".join(f"{package} {_version(package)}" for package in ("ibeton", "torch")))
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)

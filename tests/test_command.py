@@ -4,12 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT
 
+from ibeton.__main__ import main as ibeton
 from ibeton.command import Failure, explain
 
 # Writes a file, says so in letters that not every encoding has, and is done.
@@ -36,6 +38,11 @@ def ended(target: Path, stdout: object, **environment: str) -> subprocess.Comple
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         check=False,
     )
+
+
+def test_the_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ibeton(["--version"]) == 0
+    assert f"torch {metadata.version('torch')}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
