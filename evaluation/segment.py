@@ -29,6 +29,7 @@ from ibeton.evaluation.dense.segmentation_data import (
 )
 from ibeton.evaluation.dense.segmenter import HEADS, Segmenter
 from ibeton.evaluation.dense.task import Place, Scores, Task, load_trunk, watched
+from ibeton.evaluation.frozen.features import check_finite
 from ibeton.options import option
 
 # head, architecture -> peak learning rate and layer decay; others take ViT-B's (not published)
@@ -89,6 +90,7 @@ class Segmentation(Task):
         short, crop = self.config.short_side, self.config.crop_size
         image = test_view(photo, short, 4 * short).to(device)
         logits = self.model.slide(image, crop, 2 * crop // 3)
+        check_finite(logits)
         said = interpolate(logits[None], list(truth.shape), mode="bilinear")[0].argmax(0)
         return photo, truth, said
 

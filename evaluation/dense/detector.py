@@ -10,6 +10,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ibeton.evaluation.dense.cascade import Cascade, Sampler, Sizes, Truth
 from ibeton.evaluation.dense.pyramid import STRIDES, Pyramid
+from ibeton.evaluation.frozen.features import check_finite
 
 RPN_STRIDES = (*STRIDES, 64)
 ANCHOR = 8  # side of an anchor in strides
@@ -78,6 +79,8 @@ class Detector(nn.Module):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def detect(self, images: Tensor, sizes: Sizes) -> list[dict[str, Tensor]]:
-        """What is found in each image, see `Cascade.detect`; in eval mode."""
+        """What is found in each image, see `Cascade.detect`; in eval mode. Raises ValueError for
+        maps that are not finite."""
         maps, proposals, _ = self._proposals(images, sizes, None)
+        check_finite(*maps)
         return self.cascade.detect(maps, proposals, sizes)

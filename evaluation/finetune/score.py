@@ -6,11 +6,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ibeton.distributed import rank_and_size
-from ibeton.evaluation.frozen.features import Extraction, image_batches
+from ibeton.evaluation.frozen.features import Extraction, check_finite, image_batches
 from ibeton.evaluation.photos import PhotoViews
 from ibeton.training.health.nonfinite_guard import RunError
 
 TOP = 5
+
+
+def logits_of(classifier: nn.Module, images: Tensor, how: Extraction) -> Tensor:
+    """Logits float32 [B, K] for normalized images [B, 3, S, S]. Raises ValueError as
+    `check_finite`."""
+    with torch.inference_mode(), how.autocast():
+        logits = classifier(images).float()
+    check_finite(logits)
+    return logits
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,17 +32,15 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 def score(classifier: nn.Module, views: PhotoViews, how: Extraction) -> dict[str, float]:
     """top1 and top5 in percent over the photos that can be read, and how many cannot. In a process
-    group every rank calls it and scores its share."""
+    group every rank calls it and scores its share. Raises RunError if none can be read, ValueError
+    if logits are not finite."""
     rank, world = rank_and_size()
     own = np.arange(rank, len(views), world)
     counts = torch.zeros(3, dtype=torch.int64, device=how.device)  # first, five, scored
-    with torch.inference_mode():
-        for batch, images in image_batches(views, own, how, [classifier]):
-            labels = torch.from_numpy(views.labels[batch.indices]).to(how.device)
-            with how.autocast():
-                logits = classifier(images)
-            counts[:2] += hits(logits.float(), labels)
-            counts[2] += len(labels)
+    for batch, images in image_batches(views, own, how, [classifier]):
+        labels = torch.from_numpy(views.labels[batch.indices]).to(how.device)
+        counts[:2] += hits(logits_of(classifier, images, how), labels)
+        counts[2] += len(labels)
     if world > 1:
         dist.all_reduce(counts)
     first, five, scored = counts.tolist()

@@ -93,7 +93,7 @@ def tokens_of(
     """Features by name of normalized images [B, 3, S, S]: tensors [B, ...] as the module says.
 
     A backbone that only maps images to tokens [B, 1 + N, C] has all but `blocks` and `parts`.
-    Raises ValueError for parts of a Swin, and for prototypes without a head.
+    Raises ValueError for parts of a Swin, and for prototypes without a head or without a number.
     """
     looking: AbstractContextManager[list[Tensor]] = nullcontext([])
     if "parts" in names:
@@ -119,7 +119,9 @@ def tokens_of(
             attention, packed = seen
             found[name] = most_attended(packed.view_as(tokens)[:, 1:], attention)
         elif name == "prototype" and head is not None:
-            found[name] = head.cls_logits(cls).argmax(dim=1)
+            logits = head.cls_logits(cls)
+            check_finite(logits)  # the numbers of prototypes would not tell
+            found[name] = logits.argmax(dim=1)
         else:
             raise ValueError(
                 f"unknown feature {name}: expected one of {', '.join(NAMES)}; prototype needs a"
@@ -226,17 +228,28 @@ def feature_batches(
 
 
 def _to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    found = {n: (t.float() if t.is_floating_point() else t).cpu() for n, t in tensors.items()}
+    check_finite(*found.values())
     # NumPy's memory: tensors made in inference mode would be barred from training on them.
-    arrays = {
-        name: (t.float() if t.is_floating_point() else t).cpu().numpy()
-        for name, t in tensors.items()
-    }
-    if not all(np.isfinite(array).all() for array in arrays.values()):
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def check_finite(*outputs: Tensor) -> None:
+    """Raise ValueError for outputs of a network that hold NaN or infinity. What is computed from
+    them (the class of the largest logit, the nearest neighbor) may look like a result."""
+    if not all(bool(one.isfinite().all()) for one in outputs):
         raise ValueError(
-            "features hold NaN or infinity; the backbone is broken or has diverged"
+            "outputs of the network hold NaN or infinity; it is broken or has diverged"
             " (or try --precision fp32)"
         )
-    return arrays
+
+
+def class_attention(backbone: Any, images: Tensor) -> Tensor:
+    """What the class token of a ViT pays each patch of normalized images [B, 3, S, S] in the last
+    block, by head: float32 [B, H, N]. Raises ValueError as `check_finite`."""
+    attention = backbone.get_last_selfattention(images)[:, :, 0, 1:].float()
+    check_finite(attention)
+    return attention
 
 
 Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Protocol, Scores, Task
-from ibeton.evaluation.frozen.features import Extraction, Features, extract
+from ibeton.evaluation.frozen.features import Extraction, Features, check_finite, extract
 from ibeton.evaluation.photos import PhotoSet
 
 KS = (10, 20, 100, 200)
@@ -44,8 +44,7 @@ def find_neighbors(
             f"features are {list(train.shape)} and {list(test.shape)}; "
             "give [n, C] and [m, C], of one width and n at least 1"
         )
-    if not (torch.isfinite(train).all() and torch.isfinite(test).all()):
-        raise ValueError("features hold NaN or infinity; the backbone is broken or has diverged")
+    check_finite(train, test)
     test = test.to(device)
     best = torch.empty(len(test), 0, dtype=torch.int64, device=device)  # keys [m, k]
     for first in range(0, len(train), TRAIN_CHUNK):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import evaluating, normalized
+from ibeton.evaluation.frozen.features import check_finite, evaluating, normalized
 from ibeton.evaluation.matching.views import cut_two, draw_two, in_photo, in_view, middles
 from ibeton.evaluation.tasks import FrozenTask, Subject
 from ibeton.pipeline.store.decode import UnreadablePhoto
@@ -90,6 +90,7 @@ def correspondence(args: argparse.Namespace, source: Photos, subject: Subject) -
             places, true = true_places(pair[1], size, patch)
             with evaluating(subject.backbone), torch.inference_mode(), subject.how.autocast():
                 tokens = subject.backbone(normalized(pair[0], subject.how.device))[:, 1:]
+            check_finite(tokens)
             first, second = F.normalize(tokens.float(), dim=2)
             found = (first[places] @ second.T).argmax(dim=1).cpu().numpy()
             total += len(places)

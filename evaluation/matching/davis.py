@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import MEAN, evaluating
+from ibeton.evaluation.frozen.features import MEAN, check_finite, evaluating
 from ibeton.evaluation.matching.propagation import Propagation, propagate, to_mask
 from ibeton.evaluation.matching.video_metrics import mean_scores, object_scores
 from ibeton.evaluation.photos import opened, opened_rgb, planes, text_of
@@ -142,6 +142,7 @@ def _tokens(sequence: Video, subject: Subject, short_side: int) -> Iterator[Tens
         image, _ = read_frame(path, short_side)
         with evaluating(subject.backbone), torch.inference_mode(), subject.how.autocast():
             tokens = subject.backbone(image.unsqueeze(0).to(subject.how.device))
+        check_finite(tokens)
         yield tokens[0, 1:].float()
 
 

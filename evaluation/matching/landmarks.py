@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import evaluating, normalized
+from ibeton.evaluation.frozen.features import check_finite, evaluating, normalized
 from ibeton.evaluation.matching.precision import average_precision, precision_at, ranks_without_junk
 from ibeton.evaluation.photos import opened_rgb, planes
 from ibeton.evaluation.plain_pickle import read_pickle
@@ -123,6 +123,7 @@ def multiscale_feature(image: Tensor, subject: Subject) -> Tensor:
                     f" {patch} at scale {scale:.2f}"
                 )
             total = total + subject.backbone(scaled[:, :, :height, :width])[0, 0].float()
+    check_finite(total)
     return F.normalize(total, dim=0)
 
 

@@ -1,11 +1,11 @@
 """Where the class token looks: the last block's self-attention, head by head (iBOT, figure 5)."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ibeton.evaluation.frozen import features
 from ibeton.evaluation.frozen.features import evaluating, normalized
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures import canvas
@@ -15,15 +15,14 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     """Normalized images [B, 3, S, S] -> attention of the class token to each patch, float32 [B, H,
     h, w] on the CPU. Heads sum to less than 1: the class token attends to itself too.
 
-    Raises ValueError for a Swin, which has no class token.
+    Raises ValueError for a Swin, which has no class token, and for one that is not finite.
     """
     if not hasattr(backbone, "cls_token"):
         raise ValueError("attention of the class token is a ViT's: a Swin has none")
-    vit: Any = backbone
-    with evaluating(vit), torch.inference_mode():
-        attention = vit.get_last_selfattention(images)[:, :, 0, 1:]
-    rows = images.shape[2] // vit.patch_size
-    return attention.unflatten(2, (rows, -1)).float().cpu()
+    with evaluating(backbone), torch.inference_mode():
+        attention = features.class_attention(backbone, images)
+    rows = images.shape[2] // backbone.patch_size
+    return attention.unflatten(2, (rows, -1)).cpu()
 
 
 def draw_attention(

@@ -10,7 +10,7 @@ from matplotlib.patches import ConnectionPatch
 from PIL import Image
 from torch import Tensor, nn
 
-from ibeton.evaluation.frozen.features import evaluating, normalized
+from ibeton.evaluation.frozen.features import check_finite, evaluating, normalized
 from ibeton.evaluation.matching.views import are_right, cut_two, draw_two, middles, mutual_nearest
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures import canvas
@@ -69,6 +69,7 @@ def draw_correspondence(
     for row, pair in enumerate(pairs):
         with evaluating(backbone), torch.inference_mode():
             tokens = backbone(normalized(pair.images, device))[:, 1:].float().cpu()  # [2, N, C]
+        check_finite(tokens)
         size = pair.images.shape[3]
         columns = size // patch
         first, second, _ = mutual_nearest(*tokens)

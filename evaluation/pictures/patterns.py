@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ibeton.evaluation.frozen.features import check_finite
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.pictures.canvas import new_figure, save, show, to_look_at, views_of
 from ibeton.model.head import IBOTHead
@@ -61,6 +62,7 @@ def assign(
             tokens = torch.from_numpy(found["patches"]).to(device)
             bottleneck = head.bottleneck(tokens)
             _, logits = head.prototypes(bottleneck[:, :1], bottleneck)  # [b, N, K]
+            check_finite(logits)
             best = (logits - center.to(device)).topk(2, dim=-1)  # [b, N, 2]
         count = tokens.shape[1]
         photos, places = np.repeat(indices, count), np.tile(np.arange(count), len(indices))

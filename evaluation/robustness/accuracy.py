@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
+from ibeton.evaluation.finetune.score import logits_of
 from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
 from ibeton.evaluation.photos import PhotoSet, View, bilinear_view, center_view, some
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
@@ -48,7 +49,7 @@ def top1(
 ) -> float:
     """Top-1 in percent. `candidates`: choose among these classes alone. `mapped` int64 [K]: hold
     this number of the chosen class against the label. Unreadable photos are named and left out.
-    Raises ValueError if none can be read."""
+    Raises ValueError if none can be read, or if logits are not finite."""
     columns = None if candidates is None else torch.tensor(candidates)
     right = read = 0
     with (
@@ -56,9 +57,7 @@ def top1(
         closing(image_batches(photos, np.arange(len(photos)), how, [model])) as batches,
     ):
         for batch, images in batches:
-            with torch.inference_mode(), how.autocast():
-                logits = model(images)
-            chosen = choose(logits, columns).cpu().numpy()
+            chosen = choose(logits_of(model, images, how), columns).cpu().numpy()
             chosen = chosen if mapped is None else mapped[chosen]
             right += int((chosen == photos.labels[batch.indices]).sum())
             read += len(batch.indices)

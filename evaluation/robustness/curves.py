@@ -4,14 +4,19 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
+from ibeton.evaluation.finetune.score import logits_of
+from ibeton.evaluation.frozen.features import (
+    Extraction,
+    check_read,
+    class_attention,
+    image_batches,
+)
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.robustness import damage
 from ibeton.evaluation.robustness.damage import GRIDS, RATIOS
@@ -27,8 +32,7 @@ class Saliency:
 
     def attention(self, images: Tensor) -> Tensor:
         """Normalized images [B, 3, S, S] -> what the class token pays each patch, float [B, N]."""
-        backbone: Any = self.backbone
-        heads = backbone.get_last_selfattention(images)[:, :, 0, 1:].float()
+        heads = class_attention(self.backbone, images)
         return heads.mean(dim=1) if self.head is None else heads[:, self.head]
 
 
@@ -56,7 +60,8 @@ def measure(
     seed: int = 0,
 ) -> Tally:
     """Classify each photo as it is and damaged in all ways, which a decoded photo goes through
-    together. Unreadable photos are named and left out. Raises ValueError if none can be read."""
+    together. Unreadable photos are named and left out. Raises ValueError if none can be read, or if
+    logits or attention are not finite."""
     tally = Tally()
     modules = [model] if saliency is None else [model, saliency.backbone]
     with (
@@ -69,7 +74,7 @@ def measure(
                 attention = None if saliency is None else saliency.attention(images)
                 numbers = batch.indices.tolist()
                 for name, x, drops in damaged(images, numbers, patch_size, attention, seed):
-                    tally.add(name, model(x).argmax(dim=1) == labels, drops)
+                    tally.add(name, logits_of(model, x, how).argmax(dim=1) == labels, drops)
             tally.read += len(batch.indices)
             advance(len(batch.indices) + len(batch.unreadable))
     check_read(photos, tally.read)

@@ -11,7 +11,8 @@ from ibeton.evaluation.dense import segmenter, trainer
 from ibeton.evaluation.dense.photos import palette
 from ibeton.evaluation.dense.segmentation_data import IGNORED
 from ibeton.evaluation.dense.segmenter import Dropout, Segmenter, pixel_loss, starts
-from ibeton.evaluation.segment import main
+from ibeton.evaluation.dense.task import Place
+from ibeton.evaluation.segment import Segmentation, SegmentConfig, main
 from ibeton.model.checkpoint import load_backbone, load_checkpoint
 
 SMALL = "--batch-size 4 --crop-size 32 --short-side 32 --warmup-steps 2 --workers 0 --device cpu"
@@ -107,6 +108,15 @@ def test_a_loss_that_stays_nan_ends_the_run_under_loss_scaling_too(
     assert segment(checkpoint, scenes, tmp_path / "always", *options) == 1
     assert len(losses(tmp_path / "always")) < 8
     assert "the loss is nan at step" in capsys.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_refused(checkpoint, scenes, tmp_path):
+    paths = {"checkpoint": str(checkpoint), "data": str(scenes), "output_dir": str(tmp_path)}
+    task = Segmentation(SegmentConfig(**paths, head="linear", crop_size=64, short_side=64))
+    task.model.pyramid.backbone.norm.weight.data[0] = torch.nan
+    task.model.eval()
+    with torch.inference_mode(), pytest.raises(ValueError, match="NaN or infinity"):
+        task.evaluate(Place(torch.device("cpu"), 0, 1))
 
 
 @pytest.mark.parametrize(
