@@ -7,8 +7,10 @@ of view, precision and kind of device, and of the code that computes them. A fol
 its name only when it is whole. Arrays are memory-mapped, so sets larger than the memory work.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -56,7 +58,7 @@ def cached_features(
 
     Where torch.distributed is initialized every rank calls it, and computes its share; the folder
     must be one that all of them see. `config` says what the weights do not (heads, windows).
-    Raises ValueError if no photo can be read or a cached array is damaged.
+    Raises ValueError if no photo can be read, a cached array is damaged or the disk is full.
     """
     key = features_key(backbone, config, photos, how, head)
     entry = from_rank_0(lambda: _find(folder / key, names))
@@ -116,6 +118,31 @@ def _load(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({error}); remove {path.parent}") from error
 
 
+def _new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """An array in a new file whose space is reserved: of a file with holes, a full disk would kill
+    the process with SIGBUS at some later write. Raises ValueError if there is too little space."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        _reserve(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path.parents[2]}: {path.stem} of the photos takes"
+            f" {math.prod(shape) * dtype.itemsize:,} bytes ({error.strerror}): make room, or give"
+            " --cache another folder"
+        ) from error
+    return array
+
+
+def _reserve(path: Path) -> None:
+    """Reserve the space of a file with holes, on a file system that can."""
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
 def _extract_to(
     folder: Path,
     backbone: nn.Module,
@@ -141,8 +168,7 @@ def _extract_to(
         share = np.array_split(np.arange(len(photos)), world)[rank]
 
         def allocate(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-            path = partial / f"{name}.{rank}"
-            return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            return _new_array(partial / f"{name}.{rank}", shape, dtype)
 
         batches = feature_batches(backbone, photos, names, share, how, head)
         arrays, indices = collect(batches, len(share), allocate)
@@ -178,8 +204,7 @@ def _finish(partial: Path, entry: Path, names: list[str], photos: PhotoSet, worl
             os.replace(partial / f"{name}.0", partial / f"{name}.npy")
         else:
             shape = (sum(map(len, shards)), *shards[0].shape[1:])
-            path, kind = partial / f"{name}.npy", shards[0].dtype
-            whole = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            whole = _new_array(partial / f"{name}.npy", shape, shards[0].dtype)
             np.concatenate(shards, out=whole)
             whole.flush()
     np.save(partial / "index.npy", np.concatenate(indices))

@@ -1,5 +1,6 @@
 """Cached features: found again only by what they came from, whole or not there at all."""
 
+import errno
 import os
 import time
 
@@ -11,7 +12,8 @@ import torch.multiprocessing as mp
 from photo_folders import COLORS, small_vit, wait_for_another_time, write_photos
 
 from ibeton.distributed import leave_group
-from ibeton.evaluation.frozen.cache import cached_features
+from ibeton.evaluation.frozen import knn
+from ibeton.evaluation.frozen.cache import _new_array, cached_features
 from ibeton.evaluation.frozen.features import Extraction, extract
 from ibeton.evaluation.photos import PhotoSet
 
@@ -116,6 +118,40 @@ def test_an_extraction_that_breaks_off_leaves_nothing_behind(counted, monkeypatc
     hook.remove()
     assert [p for p in counted.folder.rglob("*") if p.is_file()] == []
     assert counted.computes("cls")
+
+
+def full_disk(descriptor, offset, size):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_sentence_with_status_2_and_leaves_nothing(
+    checkpoint, folders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    given = ("--checkpoint", checkpoint, "--train", folders[0], "--val", folders[1])
+    with pytest.raises(SystemExit) as stopped:
+        knn.main([str(a) for a in (*given, "--cache", tmp_path, "--device", "cpu")])
+    assert stopped.value.code == 2
+    size = 24 * 32 * 4  # of class tokens
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{tmp_path}: cls of the photos takes {size:,} bytes (No space left on device)" in said
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert list(tmp_path.rglob(".partial-*")) == []
+
+
+def test_a_file_system_that_reserves_no_space_is_used_all_the_same(counted, monkeypatch):
+    def unsupported(descriptor, offset, size):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    assert len(counted.get("cls")) == 9
+
+
+def test_the_space_of_an_array_is_reserved_before_it_is_written(tmp_path):
+    path = tmp_path / "features" / "key" / ".partial" / "cls.0"
+    path.parent.mkdir(parents=True)
+    array = _new_array(path, (1024, 1024), np.dtype(np.float32))
+    assert path.stat().st_blocks * 512 >= array.nbytes
 
 
 def test_an_unfinished_entry_is_not_taken_for_a_whole_one(counted):
