@@ -173,18 +173,20 @@ def results(photos: CocoPhotos, index: int, found: dict[str, Tensor]) -> list[di
 
 
 def average_precisions(photos: CocoPhotos, records: list[dict[str, Any]]) -> dict[str, float]:
-    """ "box_ap", "box_ap50", "mask_ap" and so on in percent, NaN where the set has no object of a
-    size."""
+    """ "box_ap", "box_ap50", "mask_ap" and so on in percent, without those of a size that no object
+    of the set has."""
     from faster_coco_eval import COCOeval_faster
 
     scores: dict[str, float] = {}
     for iou_type, kind in KINDS.items():
+        if iou_type == "segm":  # with a box, the size of a detection would be the box's
+            records = [{k: v for k, v in one.items() if k != "bbox"} for one in records]
         evaluation = COCOeval_faster(photos.set, photos.set.loadRes(records), iou_type)
         evaluation.params.imgIds = photos.ids
         evaluation.run()
         values = 100 * np.asarray(evaluation.stats[: len(NAMES)])
-        values = np.where(values < 0, np.nan, values)  # -1 stands for none
-        scores |= {f"{kind}_{n}": float(v) for n, v in zip(NAMES, values, strict=True)}
+        named = zip(NAMES, values, strict=True)
+        scores |= {f"{kind}_{n}": float(v) for n, v in named if v >= 0}  # below: no object
     return scores
 
 

@@ -53,6 +53,31 @@ def test_boxes_half_as_large_score_by_their_overlap_alone(coco):
     assert scores["mask_ap"] == pytest.approx(100)
 
 
+def test_a_mask_is_as_large_as_its_pixels_and_not_as_its_box(coco):
+    """A thin mask in a large box where there is nothing: a small mistake, and no small box."""
+    photos, records = CocoPhotos(coco, "val"), []
+    for index in range(len(photos)):
+        truth = photos.truth(index)
+        diagonal = torch.zeros_like(truth["masks"][:1])
+        diagonal[0, :40, :40] = torch.eye(40)
+        found = {
+            "boxes": torch.cat([torch.tensor([[0.0, 0, 40, 40]]), truth["boxes"]]),
+            "labels": torch.cat([truth["labels"][:1], truth["labels"]]),
+            "masks": torch.cat([diagonal, truth["masks"]]),
+            "scores": torch.tensor([1.0] + [0.5] * len(truth["labels"])),
+        }
+        records += results(photos, index, found)
+    scores = average_precisions(photos, records)
+    assert scores["box_ap_small"] == pytest.approx(100)
+    assert scores["mask_ap_small"] < 90
+
+
+def test_sizes_that_no_object_has_are_no_scores(coco):
+    scores = average_precisions(CocoPhotos(coco, "val"), [])
+    sizes = {"ap", "ap50", "ap75", "ap_small"}
+    assert set(scores) == {f"{kind}_{size}" for kind in ("box", "mask") for size in sizes}
+
+
 def enclosing(mask):
     rows, columns = mask.nonzero().T
     return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
