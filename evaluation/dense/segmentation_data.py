@@ -97,10 +97,13 @@ def class_names(root: str | Path) -> list[str]:
         raise FileNotFoundError(
             f"--data {root}: neither {listed.name}, a list of class names, nor ADE20K's {info.name}"
         )
+    file = listed if listed.is_file() else info
     if not isinstance(names, list) or not 1 <= len(names) < IGNORED:
-        file = listed if listed.is_file() else info
         raise ValueError(f"{file} must hold a list of 1 to {IGNORED - 1} class names")
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{file} holds {twice[0]} twice: give each class its own name")
+    return names
 
 
 # The published one adds to brightness where ColorJitter multiplies; 18 of OpenCV's 180 hues: 0.1.

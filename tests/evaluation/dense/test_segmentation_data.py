@@ -74,6 +74,9 @@ def test_a_bad_photo_a_bad_list_of_names_and_a_missing_folder_are_named(broken):
     (broken / "classes.json").write_text(json.dumps({"a": 1}))
     with pytest.raises(ValueError, match=r"classes\.json must hold a list"):
         LabeledPhotos(broken, "train")
+    (broken / "classes.json").write_text(json.dumps(["ground", "sky", "ground"]))
+    with pytest.raises(ValueError, match=r"classes\.json holds ground twice"):
+        LabeledPhotos(broken, "train")
     (broken / "classes.json").unlink()
     (broken / "objectInfo150.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"objectInfo150\.txt must hold a list"):
