@@ -40,7 +40,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, per
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, config.epochs * per_epoch - warmup),
-        lr_min=config.min_lr,
+        lr_min=min(config.min_lr, config.peak_lr()),
         warmup_t=warmup,
         warmup_lr_init=min(config.warmup_lr, config.peak_lr()),
         warmup_prefix=True,

@@ -96,6 +96,20 @@ def test_the_rate_warms_up_from_its_start_and_falls_to_its_end_on_a_cosine():
     assert 1e-6 < rates[99] < 3e-6
 
 
+def test_the_rate_of_a_small_batch_never_rises_above_its_peak():
+    """The recipes' end, 1e-5, is not scaled with the batch; the peak is."""
+    classifier = Classifier(small_vit(1), 3)
+    few = {"labels": "0.1", "batch_size": 64, "mix_images": 64, "layer_decay": 1.0, "epochs": 10}
+    config = from_values({"checkpoint": "c.pt", "train": "a", "val": "b", **few}, "vit_s")
+    schedule = build_schedule(optimizer := build_optimizer(classifier, config), config, 1)
+    rates = []
+    for step in range(10):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert config.peak_lr() < config.min_lr
+    assert max(rates) == pytest.approx(config.peak_lr())
+
+
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_logits_come_from_the_class_token_of_the_whole_network(hidden):
     torch.manual_seed(0)
