@@ -16,7 +16,7 @@ from ibeton.evaluation.command import Protocol, Scores, Task
 
 STRENGTHS = (0.01, 0.1, 1.0)
 HELD_OUT = 0.2
-_CHUNK = 65_536  # photos at a time
+_LOGITS = 1 << 26  # at a time, photos x classes: 256 MiB
 _STEPS, _TOLERANCE = 200, 1e-5  # of L-BFGS: most steps, largest gradient at the end
 
 
@@ -33,11 +33,13 @@ def fit_logistic(
         [weight], max_iter=_STEPS, tolerance_grad=_TOLERANCE, line_search_fn="strong_wolfe"
     )
 
+    step = _step(num_classes)
+
     def loss() -> Tensor:
         optimizer.zero_grad()
         total = strength / 2 * weight.square().sum()
         total.backward()
-        for part, own in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        for part, own in zip(features.split(step), labels.split(step), strict=True):
             logits = part.to(device) @ weight
             share = F.cross_entropy(logits, own.to(device), reduction="sum") / len(labels)
             share.backward()
@@ -48,11 +50,17 @@ def fit_logistic(
     return weight.detach()
 
 
+def _step(classes: int) -> int:
+    """Photos at a time."""
+    return max(1, _LOGITS // classes)
+
+
 def top1(weight: Tensor, features: Tensor, labels: Tensor) -> float:
     """Accuracy in percent of weights [C, K] on features [m, C]."""
+    step = _step(weight.shape[1])
     right = sum(
         int(((part.to(weight.device) @ weight).argmax(1).cpu() == own).sum())
-        for part, own in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
+        for part, own in zip(features.split(step), labels.split(step), strict=True)
     )
     return 100 * right / len(labels)
 

@@ -1,5 +1,7 @@
 """Logistic regression against scikit-learn, and what is held out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -19,7 +21,7 @@ def random_set(photos, classes, seed):
 
 @pytest.mark.parametrize("strength", [0.0001, 0.01, 1.0])
 def test_it_is_scikit_learns_multinomial_regression(strength, monkeypatch):
-    monkeypatch.setattr(logistic, "_CHUNK", 70)
+    monkeypatch.setattr(logistic, "_LOGITS", 4 * 70)
     features, labels = random_set(240, 4, 1)
     weight = fit_logistic(features, labels, 4, strength)
     expected = LogisticRegression(
@@ -40,6 +42,20 @@ def test_a_class_that_is_not_in_the_training_set_is_allowed_and_never_said():
     weight = fit_logistic(features, labels, 5, 0.1)
     assert weight.shape == (10, 5)
     assert set((features @ weight).argmax(1).tolist()) <= {0, 1, 2}
+
+
+def test_logits_of_many_classes_are_few_photos_at_a_time(monkeypatch):
+    """The memory is bounded by photos x classes."""
+    sizes = []
+
+    def cross_entropy(logits, labels, reduction):
+        sizes.append(logits.numel())
+        return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+
+    monkeypatch.setattr(logistic, "_LOGITS", 60)
+    monkeypatch.setattr(logistic, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    fit_logistic(*random_set(40, 3, 3), 20, 0.1)
+    assert max(sizes) == 60
 
 
 def test_a_fifth_of_each_class_is_held_out_and_never_all_of_it():
