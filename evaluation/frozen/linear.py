@@ -86,15 +86,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=float, nargs="+", default=RATES, help="learning rates for a batch of 256"
     )
+
+
+def add_own_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--augmented",
         action="store_true",
-        help="new random crops and flips every epoch, as published (a forward pass per epoch)",
+        help="linear: new random crops and flips every epoch, as published (a forward pass per"
+        " epoch)",
     )
-
-
-def add_head_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--save-head", type=Path, help="file to keep the linear layer in")
+    parser.add_argument("--save-head", type=Path, help="linear: file to keep the layer in")
 
 
 def check_head_option(args: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def linear_scores(task: Task, rows: Tensor | None = None) -> Scores:
     """Top-1 in percent: the best of all rates and epochs; that rate, its epoch, and the best at the
     last epoch. `rows` int64: train on these photos of the training set alone."""
     names, settings = feature_names(task.config), settings_of(task.args)
-    if task.args.augmented and rows is None:
+    if rows is None and task.args.augmented:
         batches = augmented(task.backbone, task.train_photos, names, task.how, settings)
     else:
         features, labels = joined(task.train.arrays, names), task.train.labels
@@ -164,7 +165,7 @@ PROTOCOL = Protocol(
     feature_names,
     linear_scores,
     ("top1",),
-    (add_options, add_head_option),
+    (add_options, add_own_options),
     (settings_of, check_head_option),
 )
 main = PROTOCOL.main

@@ -117,6 +117,8 @@ def test_all_of_a_swin_leaves_out_parts_and_says_so(swin_checkpoint, folders, ca
         (linear, ["--lr", "-1"], "--lr"),
         (parts, ["--sgd-batch", "0"], "--sgd-batch"),
         (semi, ["--k", "0"], "--k"),
+        (semi, ["--augmented"], "--augmented"),  # of linear alone
+        (parts, ["--augmented"], "--augmented"),
         (semi, ["--temperature", "0"], "--temperature"),
         (cluster, ["--network", "both"], "--network"),
     ],
