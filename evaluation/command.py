@@ -236,13 +236,14 @@ def show_and_write(
 
 
 def table(columns: Columns) -> Table:
-    """One row per score, one column per network."""
+    """One row per score of the first network, one column per network."""
     out = Table("protocol", "score", *(Column(name, justify="right") for name in columns))
     first = next(iter(columns.values()))
     for protocol, scores in first.items():
         for score in scores:
-            values = [score_text(score, of[protocol][score]) for of in columns.values()]
-            out.add_row(protocol, score, *values)
+            values = [of[protocol].get(score) for of in columns.values()]
+            texts = ["" if value is None else score_text(score, value) for value in values]
+            out.add_row(protocol, score, *texts)
         out.add_section()
     return out
 

@@ -197,7 +197,7 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
     """Top-1 and top-5 in percent for each k, by the photos of `train` (all of the training set's);
     before them the best top-1 of all k. A k above the number of photos is that number.
 
-    With --pixels those of centered raw pixels, too.
+    With --pixels those of centered raw pixels too, which no network changes: once.
     """
     train = train or task.train
     ks = sorted({min(k, len(train.labels)) for k in task.args.k})
@@ -205,7 +205,7 @@ def knn_scores(task: Task, train: Features | None = None) -> Scores:
     by_k = classify_features(train, task.val, ks, *how)
     best = max(top1 for top1, _ in by_k.values())
     scores = {"best_top1": best, **_named("", by_k)}
-    if task.args.pixels and train is task.train:
+    if task.args.pixels and train is task.train and task.network == task.args.network:
         size = min(PIXELS, task.train_photos.size)
         pixels = centered_pixels(task.args.train, task.args.val, size, task.how)
         scores |= _named("pixels_", classify_features(*pixels, ks, *how))
