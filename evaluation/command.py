@@ -25,8 +25,9 @@ from ibeton.evaluation.frozen.cache import cached_features
 from ibeton.evaluation.frozen.features import Extraction, Features
 from ibeton.evaluation.networks import load_with_head, untrained, view_size
 from ibeton.evaluation.photos import PhotoSet, check_classes, note_if_same
+from ibeton.evaluation.trainable import precision_on
 from ibeton.model.head import IBOTHead
-from ibeton.options import Parser, check_output_file
+from ibeton.options import Parser, check_output_file, flag
 from ibeton.progress import plain_console
 from ibeton.training.config import PRECISIONS
 
@@ -36,6 +37,8 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 _COUNTS = ("labels", "clusters", "epoch")
 _SETTINGS = ("lr", "strength")
 REPORT = b'{\n "checkpoint": '  # how a file of scores begins
+# Options that do not change what is measured, beside the number of networks
+_FREE = {"json", "cache", "workers", "batch_size", "device", "save_head", "untrained"}
 
 
 @dataclass
@@ -119,8 +122,9 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
     batch_size = getattr(args, "batch_size", 1)  # what takes images one by one has no such option
     if batch_size < 1 or args.workers < 0:
         raise ValueError("--batch-size must be at least 1 and --workers at least 0")
+    # Refuses a precision that the device lacks; kept, so that the JSON says what auto was
+    args.precision, _ = precision_on(device, args.precision)
     how = Extraction(device, batch_size, args.workers, args.precision)
-    how.dtype()  # refuses a precision that the device lacks
     if args.json is not None and args.checkpoint.exists():
         check_output_file("--json", args.json, ".json", REPORT)
     folder = args.checkpoint.parent
@@ -129,10 +133,11 @@ def extraction_of(args: argparse.Namespace) -> Extraction:
     return how
 
 
-def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, Any]:
+def run(args: argparse.Namespace, protocols: Sequence[Protocol], path: Path) -> dict[str, Any]:
     """Run what the command line asks for; "scores" holds {network: {protocol: scores}},
     which are there on rank 0 alone. Of several protocols, one that does not fit the network is
-    left out, and "left_out" says why. Raises ValueError or OSError with a sentence for the user."""
+    left out, and "left_out" says why. `path`: where the scores go without --json. Raises ValueError
+    or OSError with a sentence for the user."""
     how = extraction_of(args)
     for check in dict.fromkeys(one for protocol in protocols for one in protocol.checks):
         check(args)
@@ -140,7 +145,10 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     networks: dict[str, tuple[nn.Module, IBOTHead | None]] = {args.network: (backbone, head)}
     if args.untrained:
         networks["untrained"] = untrained(config)
-    size = view_size(args.image_size, config)
+    size = args.image_size = view_size(args.image_size, config)
+    given = settings_of(args, config, [name for name in vars(args) if name not in _FREE])
+    if args.json is None:
+        check_same_settings(path, given)
     train = PhotoSet(args.train, size)
     val = PhotoSet(args.val, size, train.classes)
     classes = max(train.num_classes, val.num_classes)
@@ -165,8 +173,7 @@ def run(args: argparse.Namespace, protocols: Sequence[Protocol]) -> dict[str, An
     if rank_and_size()[0] == 0:
         for task in tasks:
             scores[task.network] = {protocol.name: protocol.scores(task) for protocol in fitting}
-    given = settings_of(args, config, ("train", "val"))
-    return {**given, "image_size": size, "left_out": left_out, "scores": scores}
+    return {**given, "left_out": left_out, "scores": scores}
 
 
 def settings_of(
@@ -176,6 +183,24 @@ def settings_of(
     given = {name: getattr(args, name) for name in ("checkpoint", "network", "precision", *names)}
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     return {**plain, "arch": config["arch"]}
+
+
+def check_same_settings(path: Path, given: dict[str, Any]) -> None:
+    """Raise FileExistsError if there are scores at `path` of other settings or data than `given`.
+    Scores of the checkpoint as it was before may be replaced."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        before = {}
+    before = before if isinstance(before, dict) else {}
+    now = json.loads(json.dumps(given | {"checkpoint": before.get("checkpoint")}))
+    if other := [flag(name) for name, value in now.items() if before.get(name) != value]:
+        raise FileExistsError(
+            f"{path} holds scores with other settings ({', '.join(other)}) and is not replaced:"
+            " remove it, or give --json FILE"
+        )
 
 
 def _needs(
@@ -199,16 +224,15 @@ def command(
 ) -> int:
     """The whole command: 0 when done, exit status 2 with one sentence for bad input."""
     args = make_parser(protocols, name, about).parse_args(argv)
+    beside = args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
 
     def act() -> None:
-        if args.json is None:
-            args.json = args.checkpoint.with_name(f"{args.checkpoint.stem}.{name}.json")
-        report = run(args, protocols)
+        report = run(args, protocols, beside)
         if report["scores"]:
             fitting = [one for one in protocols if one.name not in report["left_out"]]
             headlines = [(one.name, score) for one in fitting for score in one.headlines]
             title = f"{name}: {report['val']} by {report['train']}"
-            show_and_write(report, args.json, title, headlines)
+            show_and_write(report, args.json or beside, title, headlines)
 
     try:
         return run_or_exit(act)

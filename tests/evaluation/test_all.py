@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -86,6 +87,43 @@ def test_scores_stand_beside_the_checkpoint_unless_told_otherwise(checkpoint, fo
     path = checkpoint.with_name("checkpoint.retrieval.json")
     assert json.loads(path.read_text())["checkpoint"] == str(checkpoint)
     assert list((checkpoint.parent / "features").iterdir())
+
+
+def test_a_file_of_scores_says_how_they_were_measured(checkpoint, folders, tmp_path):
+    own = ("--cache", tmp_path, "--json", tmp_path / "s.json", "--sgd-batch", "7", "--lr", "0.5")
+    assert semi.main(arguments(checkpoint, folders, *own, *FAST)) == 0
+    report = json.loads((tmp_path / "s.json").read_text())
+    sets = {"train": str(folders[0]), "val": str(folders[1]), "image_size": 32}
+    how = {"epochs": 3, "sgd_batch": 7, "lr": [0.5], "k": [5], "temperature": 0.07}
+    seeds = {"subset_seed": 0, "pixels": False}
+    network = {"checkpoint": str(checkpoint), "network": "teacher", "arch": "vit_s"}
+    resolved = {"precision": "fp32", "left_out": {}}  # auto, on a CPU
+    del report["scores"]
+    assert report == {**sets, **how, **seeds, **network, **resolved}
+
+
+def test_scores_of_other_settings_or_data_are_not_replaced(checkpoint, folders, tmp_path, capsys):
+    copy = tmp_path / "copy.pt"
+    shutil.copy(checkpoint, copy)
+    scores = tmp_path / "copy.knn.json"
+    given = [*arguments(copy, folders, "--device", "cpu"), "--k"]
+    assert knn.main([*given, "5"]) == 0
+    scores.write_text(scores.read_text().replace('"best_top1"', '"older"'))
+    assert knn.main([*given, "5"]) == 0
+    kept = scores.read_text()
+    assert '"best_top1"' in kept, "those of the same settings are replaced"
+    swapped = [*arguments(copy, folders[::-1], "--device", "cpu"), "--k", "5"]
+    for other, says in (([*given, "3"], "(--k)"), (swapped, "(--train, --val)")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            knn.main(other)
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err.strip()
+        assert says in said
+        assert "give --json FILE" in said
+        assert len(said.splitlines()) == 1
+    assert scores.read_text() == kept
+    assert knn.main([*given, "3", "--json", str(tmp_path / "three.json")]) == 0
 
 
 @pytest.fixture(scope="module")
