@@ -8,8 +8,8 @@ torchrun --nproc_per_node 8 -m evaluation.finetune ...        the same on eight 
 
 import dataclasses
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ibeton.distributed import join_processes, leave_group, union_of_ranks
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder
+from ibeton.evaluation.finetune.score import Diverged
 from ibeton.evaluation.finetune.train import build_monitor, report, train
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.progress import announce
@@ -28,11 +29,13 @@ from ibeton.training.log.run_log import RunLog
 from ibeton.training.problems import check_output_dir, explain
 from ibeton.training.run_folder import RunFolder
 
+FAILED = 1  # exit status of a run that failed on the way
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the run is done, 85 when it was asked to stop and has saved, 1 when it failed on the
     way, 2 when it could not begin, 130 at a second Ctrl-C."""
-    here = None
+    here, status = None, 2
     with StopSignals() as stops:
         try:
             values = parse(None if argv is None else list(argv))
@@ -47,42 +50,44 @@ def main(argv: Sequence[str] | None = None) -> int:
                 watchdog = Watchdog(rank, world_size, config.lost_after, config.stall_after)
                 here = Processes(device, rank, world_size, watchdog)
             if config.sweep:
-                return _sweep(config, content, here, stops)
-            return _run(config, content, here, stops)[0]
+                status = _sweep(config, content, here, stops)
+            else:
+                status, _ = _run(config, content, here, stops)
         except Exception as error:
             message = refusal(error)
             if not message:
                 raise
             print(f"error: {message}", file=sys.stderr)
-            return 2
         except StopRequested:
             print("stopped before the first step: nothing to save", file=sys.stderr)
-            return STOPPED
+            status = STOPPED
         finally:
             if here is not None:
                 here.watchdog.close()
-            leave_group()
+            leave_group(together=status in (0, STOPPED))
+    return status
 
 
 def _run(
     config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
-) -> tuple[int, FinetuneRun]:
-    """Prepare and train: the exit status, and the run."""
+) -> tuple[int, dict[str, Any]]:
+    """Prepare and train: the exit status and the report, empty where nothing was scored."""
     if here.rank == 0:
         check_output_dir(Path(config.output_dir))
     with here.watchdog.report_errors(), stops.interruptible():
         run = FinetuneRun(config, content, here)
     with here.watchdog.report_errors():
         folder = lock_run_folder(run) if here.rank == 0 else None
-    return _train(run, folder, stops), run
+    status = _train(run, folder, stops)
+    return status, report(run) if run.scores else {}
 
 
 def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> int:
     """Train, and leave everything in order. The exit status, as in `main`."""
-    log, state, status = None, "failed", 1
+    log, state, status = None, "failed", FAILED
     monitor = build_monitor(run)
     try:
-        with run.here.watchdog.report_errors():
+        with _reported(run.here.watchdog):
             log = _start_log(run) if folder is not None else None
             if train(run, log, monitor, stops):
                 state, status = "finished", 0
@@ -98,7 +103,7 @@ def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> in
         message = explain(error)
         if not message:
             raise
-        state = f"failed: {message.splitlines()[0]}"
+        state, status = f"failed: {message.splitlines()[0]}", FAILED
         print(f"error: {message}", file=sys.stderr)
         if run.here.rank == 0:
             print(resume_advice(run.folder), file=sys.stderr)
@@ -113,6 +118,19 @@ def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> in
             if folder is not None:
                 folder.close(state)
     return status
+
+
+@contextmanager
+def _reported(watchdog: Watchdog) -> Iterator[None]:
+    """As `report_errors`, but no other rank has to end where all have diverged: a sweep goes on."""
+    diverged: Diverged | None = None
+    with watchdog.report_errors():
+        try:
+            yield
+        except Diverged as error:
+            diverged = error
+    if diverged is not None:
+        raise diverged
 
 
 def _start_log(run: FinetuneRun) -> RunLog:
@@ -151,27 +169,38 @@ def _sweep(
     config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
 ) -> int:
     """A run for each learning rate, in folders of their own; the best by its last epoch, chosen on
-    the validation set as published, is reported."""
+    the validation set as published, is reported. A rate that fails, as one that is too high, is
+    noted; 1 where all do."""
     folder = Path(config.output_dir)
     reports: dict[float, dict[str, Any]] = {}
-    top1: dict[float, float] = {}
     for rate in config.sweep:
         own = dataclasses.replace(
             config, lr=rate, sweep=(), output_dir=str(folder / f"lr-{rate:g}")
         )
-        status, run = _run(own, content, here, stops)
-        if status or not run.scores:
+        status, found = _run(own, content, here, stops)
+        if status == FAILED:
+            continue
+        if status or not found:
             return status
-        reports[rate], top1[rate] = report(run), run.scores[-1]["top1"]
+        reports[rate] = found
     if here.rank:
-        return 0
-    best = max(config.sweep, key=lambda rate: top1[rate])
-    tried = {f"{rate:g}": value for rate, value in top1.items()}
-    write_json({**reports[best], "sweep": tried}, folder / "finetune.json")
+        return 0 if reports else FAILED
+    top1 = {rate: _top1(found) for rate, found in reports.items()}
+    best = max(top1, key=top1.__getitem__, default=None)
+    if best is not None:
+        tried = {f"{rate:g}": top1.get(rate) for rate in config.sweep}
+        write_json({**reports[best], "sweep": tried}, folder / "finetune.json")
     print("| learning rate | top-1 |\n| --- | --- |")
     for rate in config.sweep:
-        print(f"| {rate:g} | {top1[rate]:.2f}{' (best)' if rate == best else ''} |")
-    return 0
+        text = f"{top1[rate]:.2f}" if rate in top1 else "failed"
+        print(f"| {rate:g} | {text}{' (best)' if rate == best else ''} |")
+    return 0 if reports else FAILED
+
+
+def _top1(found: dict[str, Any]) -> float:
+    """The score of the last epoch in a report."""
+    ((scores,),) = (tasks.values() for tasks in found["scores"].values())
+    return float(scores["top1"])
 
 
 if __name__ == "__main__":

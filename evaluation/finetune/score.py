@@ -1,4 +1,6 @@
-"""Accuracy of a classifier on a labeled set, by all processes together."""
+"""Accuracy of classifiers on a labeled set, by all processes together."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -6,20 +8,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ibeton.distributed import rank_and_size
-from ibeton.evaluation.frozen.features import Extraction, check_finite, image_batches
+from ibeton.evaluation.frozen.features import Extraction, image_batches
 from ibeton.evaluation.photos import PhotoViews
 from ibeton.training.health.nonfinite_guard import RunError
 
 TOP = 5
 
 
-def logits_of(classifier: nn.Module, images: Tensor, how: Extraction) -> Tensor:
-    """Logits float32 [B, K] for normalized images [B, 3, S, S]. Raises ValueError as
-    `check_finite`."""
-    with torch.inference_mode(), how.autocast():
-        logits = classifier(images).float()
-    check_finite(logits)
-    return logits
+class Diverged(RunError):
+    """A run has diverged, and all ranks know: each of them raises it."""
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -30,21 +27,36 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([right[:, :1].sum(), right.sum()])
 
 
-def score(classifier: nn.Module, views: PhotoViews, how: Extraction) -> dict[str, float]:
-    """top1 and top5 in percent over the photos that can be read, and how many cannot. In a process
-    group every rank calls it and scores its share. Raises RunError if none can be read, ValueError
-    if logits are not finite."""
+def score(
+    classifiers: Sequence[nn.Module], views: PhotoViews, how: Extraction
+) -> list[dict[str, float]]:
+    """Of each classifier top1 and top5 in percent over the photos that can be read, and how many
+    cannot; photos are decoded once. In a process group every rank calls it and scores its share.
+    Raises RunError if none can be read, Diverged if logits are not finite."""
     rank, world = rank_and_size()
     own = np.arange(rank, len(views), world)
-    counts = torch.zeros(3, dtype=torch.int64, device=how.device)  # first, five, scored
-    for batch, images in image_batches(views, own, how, [classifier]):
+    counts = torch.zeros(len(classifiers), 2, dtype=torch.int64, device=how.device)  # first, five
+    seen = torch.zeros(2, dtype=torch.int64, device=how.device)  # photos, logits without a number
+    for batch, images in image_batches(views, own, how, classifiers):
         labels = torch.from_numpy(views.labels[batch.indices]).to(how.device)
-        counts[:2] += hits(logits_of(classifier, images, how), labels)
-        counts[2] += len(labels)
+        for classifier, count in zip(classifiers, counts, strict=True):
+            with torch.inference_mode(), how.autocast():
+                logits = classifier(images).float()
+            count += hits(logits, labels)
+            seen[1] += (~logits.isfinite()).sum()
+        seen[0] += len(labels)
     if world > 1:
         dist.all_reduce(counts)
-    first, five, scored = counts.tolist()
+        dist.all_reduce(seen)
+    scored, without = seen.tolist()
+    if without:
+        raise Diverged(
+            "the classifier's outputs hold NaN or infinity: lower --lr, or give --precision fp32"
+        )
     if not scored:
         raise RunError("none of the validation photos can be read")
     unreadable = len(views) - scored
-    return {"top1": 100 * first / scored, "top5": 100 * five / scored, "unreadable": unreadable}
+    return [
+        {"top1": 100 * first / scored, "top5": 100 * five / scored, "unreadable": unreadable}
+        for first, five in counts.tolist()
+    ]

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ibeton.distributed import without_reduction
 from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.finetune.run import FinetuneRun, save
-from ibeton.evaluation.finetune.score import score
+from ibeton.evaluation.finetune.score import Diverged, score
 from ibeton.evaluation.finetune.steps import soft_cross_entropy
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.trainable import seed_all
 from ibeton.stages import stage
-from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
 from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.log.run_log import RunLog
@@ -36,13 +35,13 @@ def build_monitor(run: FinetuneRun) -> StepMonitor:
 
 def train(run: FinetuneRun, log: RunLog | None, monitor: StepMonitor, stops: StopSignals) -> bool:
     """All steps up to the end, or to --stop-after, with a score every --eval-every epochs and at
-    the end. False where it was asked to stop before."""
+    the end. False where it was asked to stop before. Raises Diverged."""
     last = min(run.steps, run.config.stop_after or run.steps)
     per_epoch, delayed = run.loader.steps_per_epoch, DelayedMetrics(run.here.world_size)
     while run.step < last and not stops.requested_on_any_rank(run.here.device):
         _train_epoch(run, log, monitor, stops, delayed, last)
         if run.guard.should_roll_back():
-            raise RunError(
+            raise Diverged(
                 f"step {run.guard.last_bad} and those before it had loss or gradients that are not"
                 " finite: lower --lr, set --clip-grad, or give --precision fp32"
             )
@@ -180,11 +179,11 @@ def _score(run: FinetuneRun, log: RunLog | None) -> bool:
     """Score the classifier, and the average of its weights; whether it is the best so far."""
     config, epoch = run.config, run.step // run.loader.steps_per_epoch
     how = Extraction(run.here.device, config.eval_batch_size, config.workers, run.precision)
+    average = [] if run.average is None else [run.average.module]
     with run.here.watchdog.no_timeout("evaluation"):
-        scores = score(run.classifier, run.views, how)
-        if run.average is not None:
-            averaged = score(run.average.module, run.views, how)
-            scores |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
+        scores, *averaged = score([run.classifier, *average], run.views, how)
+    for one in averaged:
+        scores |= {f"ema_{name}": one[name] for name in ("top1", "top5")}
     before = run.best()
     run.scores.append({"epoch": epoch, **scores})
     if log is not None:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.finetune.score import logits_of
-from ibeton.evaluation.frozen.features import Extraction, check_read, image_batches
+from ibeton.evaluation.frozen.features import (
+    Extraction,
+    check_finite,
+    check_read,
+    image_batches,
+)
 from ibeton.evaluation.photos import PhotoSet, View, bilinear_view, center_view, some
 from ibeton.evaluation.robustness.classifier import imagenet_variant, imagenet_wnids
 from ibeton.progress import progress
@@ -64,6 +68,15 @@ def top1(
             advance(len(batch.indices) + len(batch.unreadable))
     check_read(photos, read)
     return 100 * right / read
+
+
+def logits_of(model: nn.Module, images: Tensor, how: Extraction) -> Tensor:
+    """Logits float32 [B, K] of normalized images [B, 3, S, S]. Raises ValueError as
+    `check_finite`."""
+    with torch.inference_mode(), how.autocast():
+        logits = model(images).float()
+    check_finite(logits)
+    return logits
 
 
 def choose(logits: Tensor, columns: Tensor | None) -> Tensor:

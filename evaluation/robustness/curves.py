@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ibeton.evaluation.command import Scores
-from ibeton.evaluation.finetune.score import logits_of
 from ibeton.evaluation.frozen.features import (
     Extraction,
     check_read,
@@ -19,6 +18,7 @@ from ibeton.evaluation.frozen.features import (
 )
 from ibeton.evaluation.photos import PhotoSet
 from ibeton.evaluation.robustness import damage
+from ibeton.evaluation.robustness.accuracy import logits_of
 from ibeton.evaluation.robustness.damage import GRIDS, RATIOS
 from ibeton.progress import progress
 

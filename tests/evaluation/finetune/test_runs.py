@@ -7,17 +7,20 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from photo_folders import COLORS, write_photos
+from photo_folders import COLORS, new_classifier, write_photos
 from run_processes import two_ranks
 from small_runs import HOLD
 
+from ibeton.evaluation.finetune import run
 from ibeton.evaluation.finetune.__main__ import main
-from ibeton.evaluation.finetune.classifier import load_classifier
+from ibeton.evaluation.finetune.classifier import build_classifier, load_classifier
 from ibeton.evaluation.finetune.score import hits, score
 from ibeton.evaluation.finetune.sets import open_labeled
 from ibeton.evaluation.frozen.features import Extraction
@@ -61,7 +64,7 @@ def test_it_learns_and_leaves_a_classifier_that_scores_what_it_says(given, tmp_p
     assert classes == sorted(COLORS)
     sets = open_labeled(settings["train"], settings["val"])
     views = PhotoViews(sets.val, settings["image_size"], bilinear_view)
-    again = score(classifier, views, Extraction(batch_size=4))
+    (again,) = score([classifier], views, Extraction(batch_size=4))
     assert again["top1"] == found["top1"]
     best = load_checkpoint(tmp_path / "run" / "best.pt")
     assert best["scores"][-1]["epoch"] == found["best_epoch"]
@@ -158,6 +161,71 @@ def test_a_sweep_runs_each_rate_and_reports_the_best(given, tmp_path, capsys):
     assert "(best)" in capsys.readouterr().out
     for rate, top1 in tried.items():
         assert scores(folder / f"lr-{rate}")["top1"] == top1
+
+
+def test_a_rate_that_diverges_is_noted_and_the_next_one_tried(given, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    assert main(given(folder, "--epochs", "4", "--sweep", "1e9", "3e-3")) == 0
+    report = json.loads((folder / "finetune.json").read_text())
+    assert report["sweep"] == {"1e+09": None, "0.003": scores(folder)["top1"]}
+    said = capsys.readouterr()
+    assert "| 1e+09 | failed |\n| 0.003 | " in said.out
+    assert "lower --lr" in said.err
+    assert main(given(tmp_path / "none", "--sweep", "1e9", "1e8")) == 1
+    assert "| 1e+09 | failed |\n| 1e+08 | failed |" in capsys.readouterr().out
+    assert not (tmp_path / "none" / "finetune.json").exists()
+
+
+def test_two_processes_go_on_to_the_next_rate_too(start, tmp_path):
+    folder = tmp_path / "sweep"
+    options = ("--sweep", "1e9", "3e-3")
+    for process in [start(folder, *options, environment=rank) for rank in two_ranks()]:
+        assert process.wait() == 0, process.said()[-3000:]
+    assert json.loads((folder / "finetune.json").read_text())["sweep"]["1e+09"] is None
+
+
+def test_a_sweep_holds_one_run_at_a_time(given, tmp_path, monkeypatch):
+    """Two at a time may not fit the GPU."""
+    held: list[weakref.ref] = []
+    before = []
+
+    def counted(*arguments):
+        before.append(sum(one() is not None for one in held))
+        classifier = build_classifier(*arguments)
+        held.append(weakref.ref(classifier))
+        return classifier
+
+    monkeypatch.setattr(run, "build_classifier", counted)
+    options = ("--epochs", "1", "--warmup-epochs", "0", "--ema", "0.9", "--sweep", "1e-3", "2e-3")
+    assert main(given(tmp_path / "sweep", *options)) == 0
+    assert before == [0, 0]
+
+
+def test_weights_and_their_average_see_photos_that_are_decoded_once(folders, checkpoint):
+    sets = open_labeled(*folders)
+    read = []
+
+    def view(image, size):
+        read.append(1)
+        return bilinear_view(image, size)
+
+    classifiers = [new_classifier(checkpoint, 3, seed=seed) for seed in (0, 1)]
+    views, how = PhotoViews(sets.val, 32, view), Extraction(batch_size=4)
+    both = score(classifiers, views, how)
+    assert len(read) == len(views)
+    assert both == [*score(classifiers[:1], views, how), *score(classifiers[1:], views, how)]
+
+
+def test_ranks_that_end_well_leave_their_group_together(given, tmp_path, monkeypatch):
+    """As gloo may fail in a rank whose last collective is under way, see `leave_group`."""
+    together = []
+    command = sys.modules[main.__module__]
+    monkeypatch.setattr(command, "leave_group", lambda **how: together.append(how))
+    short = ("--epochs", "1", "--warmup-epochs", "0")
+    assert main(given(tmp_path / "run", *short)) == 0
+    assert main(given(tmp_path / "stopped", *short, "--max-hours", "1e-9")) == 85
+    assert main(given(tmp_path / "refused", "--lr", "0")) == 2
+    assert together == [{"together": True}, {"together": True}, {"together": False}]
 
 
 def test_few_labels_and_the_projection_layer_take_part(given, tmp_path):
