@@ -75,7 +75,8 @@ def find(paths: Sequence[Path]) -> tuple[list[Backbone], list[Path]]:
             pictures += sorted(path.glob("*.png")) + sorted(path.glob("pictures/*.png"))
         for file, report in found:
             name, arch = str(report["checkpoint"]), str(report.get("arch", "unknown"))
-            backbone = backbones.setdefault(name, Backbone(name, arch))
+            backbone = backbones.setdefault(os.path.abspath(name), Backbone(name, arch))
+            backbone.checkpoint = min(backbone.checkpoint, name, key=len)
             if backbone.arch == "unknown":  # a dense run of an earlier version does not say it
                 backbone.arch = arch
             backbone.left_out |= report.get("left_out", {})
@@ -107,13 +108,13 @@ def _dense(content: dict[str, Any]) -> dict[str, Any]:
     task = "detect" if "box_ap" in scores else "segment"
     if task == "segment" and settings.get("head", "upernet") != "upernet":
         task = f"segment_{settings['head']}"
-    network = str(settings.get("network", "teacher"))
+    network = "untrained" if settings.get("untrained") else settings.get("network", "teacher")
     return content | settings | {"left_out": {}, "scores": {network: {task: scores}}}
 
 
 def _scores(report: dict[str, Any], path: Path) -> list[Score]:
     return [
-        Score(protocol, name, network, float(value), path)
+        Score(protocol, name, network, value, path)
         for network, protocols in report["scores"].items()
         for protocol, scores in protocols.items()
         for name, value in scores.items()
@@ -121,9 +122,12 @@ def _scores(report: dict[str, Any], path: Path) -> list[Score]:
     ]
 
 
-def content(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+def content(
+    backbones: Sequence[Backbone], pictures: Sequence[Path], whole: bool = True
+) -> Iterator[tuple[str, Any]]:
     """The page in order: "h1", "h2", "h3" and "p" with their text, "table" with its rows, headings
-    first, and "picture" with its path."""
+    first, and "picture" with its path. Without `whole` no scores but those with a published
+    figure."""
     yield "h1", "Evaluation"
     yield "p", _EXPLANATION
     for backbone in backbones:
@@ -131,11 +135,14 @@ def content(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> Iterator
         known, every = [_HEADINGS], [_ALL]
         for s in backbone.scores:
             beside = published(s.protocol, s.name, backbone.arch)
-            every.append((s.protocol, s.name, s.network, f"{s.value:.4g}", beside))
+            text = f"{s.value:,}" if isinstance(s.value, int) else f"{s.value:.4g}"
+            every.append((s.protocol, s.name, s.network, text, beside))
             if figure := FIGURES.get((s.protocol, s.name)):
                 known.append((figure[0], s.network, f"{s.value:.2f}", beside, str(s.path)))
         if len(known) > 1:
             yield "table", known
+        if not whole:
+            continue
         yield "h3", "All scores"
         yield "table", every
         for name, why in backbone.left_out.items():
@@ -146,11 +153,11 @@ def content(backbones: Sequence[Backbone], pictures: Sequence[Path]) -> Iterator
         yield "picture", path
 
 
-def markdown(backbones: Sequence[Backbone], pictures: Sequence[Path], beside: Path) -> str:
-    """The page in Markdown, with paths of pictures relative to the folder `beside`."""
+def markdown(parts: Iterator[tuple[str, Any]], beside: Path) -> str:
+    """What `content` gives in Markdown, with paths of pictures relative to the folder `beside`."""
     marks = {"h1": "# ", "h2": "## ", "h3": "### ", "p": ""}
     lines: list[str] = []
-    for kind, what in content(backbones, pictures):
+    for kind, what in parts:
         if kind == "table":
             rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in what]
             lines += [f"| {rows[0]} |", "| --- " * len(what[0]) + "|"]
@@ -207,11 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if path.suffix != suffix or path.exists():
                 check_output_file("--output", path, suffix, begins.encode())
         backbones, pictures = find(args.runs)
-        text = markdown(backbones, pictures, args.output.parent)
+        text = markdown(content(backbones, pictures), args.output.parent)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.output, text)
         write_text(page_path, page(backbones, pictures))
-        print(text.split("### All scores")[0].rstrip())
+        print(markdown(content(backbones, [], whole=False), args.output.parent).rstrip())
         print(f"\n{args.output} and {page_path} written")
         return 0
 

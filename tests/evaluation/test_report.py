@@ -76,8 +76,48 @@ def test_scores_of_segmentation_and_detection_are_read_too(runs, tmp_path):
     folders = [str(tmp_path / folder) for folder in ("s", "d")]
     assert main([*folders, *runs, "--output", str(output)]) == 0  # an old one names no arch
     assert "unknown" not in output.read_text()
-    assert "| ADE20K with UperNet, mIoU | teacher | 44.00 | 50.0 |" in output.read_text()
-    assert "| COCO, box AP | teacher | 40.50 | 51.2 |" in output.read_text()
+    segmented = "segmentation with UperNet, mIoU (published: ADE20K)"  # which these need not be
+    assert f"| {segmented} | teacher | 44.00 | 50.0 |" in output.read_text()
+    assert "| detection, box AP (published: COCO) | teacher | 40.50 | 51.2 |" in output.read_text()
+    settings["untrained"] = True
+    untrained = {"settings": settings, "scores": {"miou": 9.0}}
+    (tmp_path / "s" / "scores.json").write_text(json.dumps(untrained))
+    assert main([*folders, "--output", str(output)]) == 0
+    assert f"| {segmented} | untrained | 9.00 | not published |" in output.read_text()
+
+
+def test_one_checkpoint_has_one_section_however_its_path_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    absolute = str(tmp_path / "runs" / "a" / "checkpoint.pt")
+    for name, path in (
+        ("x", absolute),
+        ("y", "runs/a/checkpoint.pt"),
+        ("z", "./runs/b/../a/checkpoint.pt"),
+    ):
+        write_report(tmp_path / f"{name}.json", {"teacher": {name: {"top1": 1.5}}}, checkpoint=path)
+    assert main(["x.json", "y.json", "z.json"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## vit_b: runs/a/checkpoint.pt"
+    ]
+    assert all(f"| {name} | top1 | teacher | 1.5 |" in text for name in "xyz")
+
+
+def test_the_terminal_shows_the_known_figures_of_every_backbone(runs, tmp_path, capsys):
+    scores = {"teacher": {"knn": {"best_top1": 12.5, "k10_top1": 11.25}}}
+    write_report(tmp_path / "c" / "x.json", scores, checkpoint="other.pt", arch="vit_t")
+    assert main([*runs, str(tmp_path / "c"), "--output", str(tmp_path / "report.md")]) == 0
+    said = capsys.readouterr().out
+    assert "| k-NN, top-1 | teacher | 41.25 |" in said
+    assert "| k-NN, top-1 | teacher | 12.50 |" in said
+    assert "11.25" not in said
+
+
+def test_counts_are_not_rounded(tmp_path):
+    scores = {"teacher": {"finetune": {"photos": 1_281_167, "top1": 55.25}}}
+    write_report(tmp_path / "a.json", scores)
+    assert main([str(tmp_path / "a.json"), "--output", str(tmp_path / "report.md")]) == 0
+    assert "| finetune | photos | teacher | 1,281,167 |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
