@@ -1,6 +1,7 @@
 """Where the class token looks: the last block's self-attention, head by head (iBOT, figure 5)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     """
     if not hasattr(backbone, "cls_token"):
         raise ValueError("attention of the class token is a ViT's: a Swin has none")
-    with evaluating(backbone), torch.inference_mode():
-        attention = features.class_attention(backbone, images)
-    rows = images.shape[2] // backbone.patch_size
+    vit: Any = backbone
+    with evaluating(vit), torch.inference_mode():
+        attention = features.class_attention(vit, images)
+    rows = images.shape[2] // vit.patch_size
     return attention.unflatten(2, (rows, -1)).cpu()
 
 
