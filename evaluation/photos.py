@@ -30,6 +30,8 @@ from ibeton.pipeline.store.photos import open_fast, typical_side
 from ibeton.workers import cores, in_threads
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has
+STORED = 224  # side that the photos of ImageNet-C and of the backgrounds challenge have
+_LONGEST = 8  # longer side over the shorter one that a photo is resized with
 _JOB = 8  # photos that a thread takes at a time
 _PIXELS_A_THREAD = 8_000
 _AHEAD = 2  # batches that are being filled, or ready, beside the one that is asked for
@@ -63,10 +65,12 @@ EVALUATION_VIEWS: dict[str, View] = {"bicubic": evaluation_view, "bilinear": bil
 
 
 def center_view(image: Image.Image, size: int) -> Tensor:
-    """The center of a photo as it is, not resized, uint8 [3, size, size]; black where it ends
-    before (torchvision's CenterCrop)."""
-    left, top = (round((side - size) / 2) for side in image.size)
-    return planes(image.crop((left, top, left + size, top + size)))
+    """The center STORED x STORED pixels of a photo (all of a smaller one) as they are, or resized
+    bilinearly for another `size`: uint8 [3, size, size]."""
+    side = min(STORED, *image.size)
+    left, top = (round((length - side) / 2) for length in image.size)
+    view = image.crop((left, top, left + side, top + side))
+    return planes(view if side == size else view.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def square_view(image: Image.Image, size: int) -> Tensor:

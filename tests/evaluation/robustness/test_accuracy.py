@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ibeton.evaluation.frozen.features import STD, Extraction
-from ibeton.evaluation.photos import PhotoSet
+from ibeton.evaluation.photos import PhotoSet, center_view, planes
 from ibeton.evaluation.robustness.accuracy import (
     ALEXNET,
     background_scores,
@@ -123,7 +123,19 @@ def test_mce_is_of_the_15_and_the_mean_error_of_all():
     assert "mce" not in corruption_scores(errors)
 
 
-def test_corruptions_are_read_by_severity_and_not_resized(tmp_path):
+def test_photos_of_224_pixels_are_seen_whole_by_a_classifier_of_any_size():
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    stored = Image.fromarray(noise)
+    assert torch.equal(center_view(stored, 224), planes(stored))
+    for size in (96, 384):
+        whole = stored.resize((size, size), Image.Resampling.BILINEAR)
+        assert torch.equal(center_view(stored, size), planes(whole))
+    framed = Image.new("RGB", (230, 228))  # the center alone of a larger one
+    framed.paste(stored, (3, 2))
+    assert torch.equal(center_view(framed, 224), planes(stored))
+
+
+def test_corruptions_are_read_by_severity(tmp_path):
     for severity in range(1, 6):
         write(tmp_path / "fog" / str(severity) / "cat", severity)
     sets = read_corruptions(tmp_path, 6, ["bird", "cat"])
