@@ -8,9 +8,21 @@ import torch
 from photo_folders import COLORS, wait_for_another_time, write_photos
 from PIL import Image
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
+from torchvision.transforms.functional import (
+    center_crop,
+    hflip,
+    pil_to_tensor,
+    resize,
+    resized_crop,
+)
 
-from ibeton.evaluation.photos import LINEAR_SCALE, PhotoSet, random_view, view_batches
+from ibeton.evaluation.photos import (
+    LINEAR_SCALE,
+    PhotoSet,
+    evaluation_view,
+    random_view,
+    view_batches,
+)
 from ibeton.pipeline.convert.converter import ConvertOptions, convert
 from ibeton.pipeline.sampling.draws import ViewSpec, draw_views
 
@@ -41,6 +53,31 @@ def test_random_views_change_with_the_epoch_and_with_nothing_else(folders):
     first = views(0, batch_size=5, threads=1)
     assert torch.equal(first, views(0, batch_size=24, threads=4))
     assert not torch.equal(first, views(1, batch_size=24))
+
+
+@pytest.mark.parametrize("size", [(48, 36), (36, 48), (37, 296), (200, 25)])
+def test_evaluation_views_are_torchvisions_up_to_eight_times_as_long_as_wide(size):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    photo = Image.fromarray(noise)
+    resized = resize(photo, 256, InterpolationMode.BICUBIC)
+    assert torch.equal(evaluation_view(photo, 224), pil_to_tensor(center_crop(resized, 224)))
+
+
+@pytest.mark.parametrize("size", [(8, 401), (400, 9)])
+def test_the_middle_of_a_thin_photo_alone_is_resized(size, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    photo, pixels = Image.fromarray(noise), []
+    expected = pil_to_tensor(center_crop(resize(photo, 256, InterpolationMode.BICUBIC), 224))
+    whole = Image.Image.resize
+
+    def counted(image, sides, *how):
+        pixels.append(sides[0] * sides[1])
+        return whole(image, sides, *how)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    view = evaluation_view(photo, 224)
+    assert max(pixels) <= 9 * 256 * 256
+    assert (view.int() - expected.int()).abs().float().mean() < 4
 
 
 @pytest.mark.parametrize("threads", [1, 3])
