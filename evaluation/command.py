@@ -92,8 +92,13 @@ def make_parser(protocols: Sequence[Protocol], name: str, about: str) -> Parser:
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command on a backbone: which network, how to compute, where to write."""
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="checkpoint of train.py, or an imported one")
-    add("--network", choices=("teacher", "student"), default="teacher", help="(default: teacher)")
+    add("--checkpoint", required=True, type=Path, help="of a run, or an imported one")
+    add(
+        "--network",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="which of a checkpoint's networks to evaluate (default: teacher)",
+    )
     add(
         "--workers",
         type=int,
@@ -248,12 +253,14 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 def show_and_write(
     report: dict[str, Any], path: Path, title: str, headlines: Sequence[tuple[str, str]]
 ) -> None:
-    """Print all scores as a table, then the headlines (protocol, score) as Markdown, then what was
-    left out. Then write the report: the scores are seen even if the disk is full."""
+    """Print all scores as a table, then the headlines (protocol, score) as Markdown if they fit,
+    then what was left out. Then write the report: the scores are seen even if the disk is full."""
     console = plain_console(width=None if sys.stdout.isatty() else 100)
     print(title)  # not the table's own title, which would be wrapped to its width
     console.print(table(report["scores"]))
-    print(markdown(report["scores"], headlines))
+    lines = markdown(report["scores"], headlines)
+    if len(lines.partition("\n")[0]) <= console.width:  # `ibeton report` writes all scores
+        print(f"As Markdown:\n{lines}")
     for what, reason in report["left_out"].items():
         print(f"left out: {what}: {reason}")
     write_json(report, path)

@@ -2,7 +2,7 @@
 
 Source: iBOT (arXiv 2111.07832, tables 2, 4, 6 - 8, 11 - 14, 16 and appendices) for ViT-S/16 and
 ViT-B/16 pre-trained on ImageNet-1K, read from the paper; k-NN and linear probing of ViT-B/16 are
-from memory of the public model table.
+from the README of bytedance/ibot (commit 030ffe4).
 """
 
 # (protocol, score) in our JSON -> what it is called, and its value by architecture. One that is not

@@ -23,13 +23,13 @@ from ibeton.options import Parser, check_output_file
 
 _TITLE = "# Evaluation"
 _PAGE = "<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation</title>"
-_HEADINGS = ("task", "network", "measured", "published", "file")
-_ALL = ("protocol", "score", "network", "measured", "published")
+_HEADINGS = ("task", "network", "measured", "published", "photos", "file")
+_ALL = ("protocol", "score", "network", "measured", "published", "photos")
 _EXPLANATION = (
     "Measured figures beside those that the iBOT paper publishes for the same architecture,"
     " pre-trained and evaluated on full data sets (top-1 in percent where nothing else is said)."
     " Figures of other data, or of shorter runs, are not comparable with them. An empty cell means"
-    " that no published figure of this kind is on record."
+    " that we know no published figure of this kind."
 )
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
@@ -46,6 +46,7 @@ class Score:
     name: str
     network: str
     value: float
+    photos: str  # that it was measured on, "" where the file does not say
     path: Path
 
 
@@ -113,8 +114,9 @@ def _dense(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(report: dict[str, Any], path: Path) -> list[Score]:
+    photos = Path(str(report.get("val") or report.get("data") or "")).name
     return [
-        Score(protocol, name, network, value, path)
+        Score(protocol, name, network, value, photos, path)
         for network, protocols in report["scores"].items()
         for protocol, scores in protocols.items()
         for name, value in scores.items()
@@ -136,9 +138,10 @@ def content(
         for s in backbone.scores:
             beside = published(s.protocol, s.name, backbone.arch)
             text = f"{s.value:,}" if isinstance(s.value, int) else f"{s.value:.4g}"
-            every.append((s.protocol, s.name, s.network, text, beside))
+            every.append((s.protocol, s.name, s.network, text, beside, s.photos))
             if figure := FIGURES.get((s.protocol, s.name)):
-                known.append((figure[0], s.network, f"{s.value:.2f}", beside, str(s.path)))
+                cells = (s.network, f"{s.value:.2f}", beside, s.photos, str(s.path))
+                known.append((figure[0], *cells))
         if len(known) > 1:
             yield "table", known
         if not whole:

@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     learned = kinds.add_parser("learned", help="nearest photos before and after training")
     for kind in (attention, patterns, matches, neighbors, learned):
         add = kind.add_argument
-        add("--checkpoint", required=True, help="checkpoint of train.py, or an imported one")
+        add("--checkpoint", required=True, help="of a run, or an imported one")
         add("--data", required=True, help="labeled photos: folder, tar or .beton")
         add("--output", required=True, type=Path, help="PNG file to write")
         add("--overwrite", action="store_true", help="replace an existing --output")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ibeton.command import refusal
+from ibeton.command import amount, refusal
 from ibeton.distributed import join_processes, leave_group
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.dense.config import Settings
@@ -107,8 +107,11 @@ def complete(run: Training, log: RunLog | None, stops: StopSignals) -> tuple[str
     if run.place.rank == 0:
         arch = run.task.backbone_config["arch"]
         content = {"settings": dataclasses.asdict(run.config), "arch": arch, "scores": scores}
-        write_json(content, Path(run.config.output_dir) / "scores.json")
+        folder = Path(run.config.output_dir)
+        write_json(content, folder / "scores.json")
         run.draw()
+        if log is not None:
+            log.say(f"checkpoint {folder / checkpoints.NEWEST}, scores {folder / 'scores.json'}")
     return "finished", 0
 
 
@@ -118,7 +121,7 @@ def describe(run: Training) -> str:
     config = run.config
     return (
         f"{len(run.task.photos):,} photos, {run.task.steps:,} steps of {config.batch_size} images,"
-        f" {run.place.world_size} process(es) on {run.place.device}, {run.dtype or 'fp32'};"
-        f" {trained / 1e6:.1f} M parameters train, lr {config.lr:g}, layer decay"
+        f" {amount(run.place.world_size, 'process', 'processes')} on {run.place.device},"
+        f" {run.dtype or 'fp32'}; {trained:,} parameters train, lr {config.lr:g}, layer decay"
         f" {config.layer_decay:g}"
     )

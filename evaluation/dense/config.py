@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from ibeton.options import Parser, add_options, fill, flag, option, refuse, too_low
 from ibeton.training.config import PRECISIONS
+from ibeton.workers import cores
 
 _AT_LEAST: dict[tuple[str, ...], float] = {
     ("batch_size", "save_steps", "log_steps"): 1,
@@ -33,7 +34,7 @@ class DenseConfig:
     warmup_steps: int = option(1500, "steps of linear warm-up")
     precision: str = option("auto", "auto: fp16 on GPUs, fp32 on CPUs", PRECISIONS)
     device: str = option("auto", "cuda, cuda:N, cpu, or auto")
-    workers: int = option(4, "processes that load images, per training process")
+    workers: int = option(min(4, cores()), "processes that load images, per training process")
     seed: int = option(0, "seed of heads, order and augmentation")
     save_steps: int = option(2000, "steps between checkpoints")
     log_steps: int = option(50, "steps between lines of the log")

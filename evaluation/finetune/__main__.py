@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ibeton.command import refusal
+from ibeton.command import amount, refusal
 from ibeton.distributed import join_processes, leave_group, union_of_ranks
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
@@ -136,11 +136,12 @@ def _reported(watchdog: Watchdog) -> Iterator[None]:
 def _start_log(run: FinetuneRun) -> RunLog:
     log = RunLog(run.folder, run.step, run.steps, run.loader.steps_per_epoch)
     log.say(run.config.summary(run.backbone_config["arch"]))
+    processes = amount(run.here.world_size, "process", "processes")
     start = "fresh weights" if run.config.from_scratch else run.config.checkpoint
     log.say(
         f"{run.backbone_config['arch']} from {start}: {len(run.sets.train):,} photos to train on,"
         f" {len(run.sets.val):,} to evaluate on, {len(run.sets.classes)} classes,"
-        f" {run.loader.steps_per_epoch} steps per epoch, {run.here.world_size} process(es) on"
+        f" {run.loader.steps_per_epoch} steps per epoch, {processes} on"
         f" {run.here.device}, {run.precision}, {run.loader.threads} threads each"
     )
     for note in (*run.sets.train.notes, *run.sets.val.notes, *run.notes):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ibeton.command import amount
 from ibeton.options import Parser, add_options, changes, fill, flag, option, refuse, too_low
 from ibeton.training.config import PRECISIONS
 
@@ -52,9 +53,7 @@ SWEEP = (8e-4, 9e-4, 1e-3, 2e-3)  # the learning rates that the paper tries on I
 class FinetuneConfig:
     """Fine-tuning. Defaults are the published ImageNet-1K recipe of ViT-S/16."""
 
-    checkpoint: str = option(
-        "", "checkpoint of train.py to start from, or an imported one", path=True
-    )
+    checkpoint: str = option("", "checkpoint of a run to start from, or an imported one", path=True)
     network: str = option("teacher", "which of the checkpoint's networks", ("teacher", "student"))
     from_scratch: bool = option(False, "take the checkpoint's architecture with fresh weights")
     recipe: str = option(
@@ -166,8 +165,9 @@ class FinetuneConfig:
         parts = world_size * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
-                f"--batch-size {self.batch_size} cannot be divided among {world_size} process(es)"
-                f" in {self.accumulate} part(s) each: give a multiple of {parts}"
+                f"--batch-size {self.batch_size} cannot be divided among"
+                f" {amount(world_size, 'process', 'processes')}"
+                f" in {amount(self.accumulate, 'part')} each: give a multiple of {parts}"
             )
         part = self.batch_size // parts
         group = min(self.mix_images, part)

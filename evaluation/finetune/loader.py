@@ -100,7 +100,7 @@ class Loader:
         if not self.steps_per_epoch:
             raise ValueError(
                 f"--batch-size {batch_size * world_size} is more than the {len(photos)} photos to"
-                " train on"
+                f" train on: use at most {len(photos)}"
             )
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.threads, self._pinned = threads or cores_a_process(cores()), pinned

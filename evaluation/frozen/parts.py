@@ -28,13 +28,14 @@ def needs(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def part_scores(task: Task) -> Scores:
-    """Top-1 in percent of linear probing on the mean of the k most attended patches, on that of all
-    and on the class token."""
+    """Top-1 in percent of linear probing on the mean of the k most attended patches, for each k up
+    to the number of patches, on that of all and on the class token."""
+    patches = (task.train_photos.size // task.config["patch_size"]) ** 2
 
     def inputs(features: Features) -> dict[str, Tensor]:
-        names = [*(f"k{k}_top1" for k in PARTS), "all_top1"]
-        means = dict(zip(names, features["parts"].unbind(dim=1), strict=True))
-        return {**means, "cls_top1": features["cls"]}
+        *parts, whole = features["parts"].unbind(dim=1)
+        means = {f"k{k}_top1": x for k, x in zip(PARTS, parts, strict=True) if k <= patches}
+        return {**means, "all_top1": whole, "cls_top1": features["cls"]}
 
     settings, val, scores = linear.settings_of(task.args), inputs(task.val), {}
     for name, features in inputs(task.train).items():

@@ -182,10 +182,12 @@ def save_masks(folder: Path, sequence: Video, masks: list[np.ndarray]) -> None:
 
 def read_task(args: argparse.Namespace, config: dict[str, Any]) -> list[Video]:
     patch = config["patch_size"]
-    if args.short_side < LONG_STEP or args.short_side % patch or LONG_STEP % patch:
+    if LONG_STEP % patch:
+        raise ValueError(f"davis needs patches that divide {LONG_STEP} pixels, not of {patch}")
+    if args.short_side < LONG_STEP or args.short_side % patch:
         raise ValueError(
-            f"--short-side {args.short_side} with patches of {patch} pixels: give a multiple of the"
-            f" patch, {LONG_STEP} at least; the patch must divide {LONG_STEP}"
+            f"--short-side {args.short_side}: give a multiple of the patch, {patch} pixels, of at"
+            f" least {LONG_STEP}"
         )
     return read_davis(args.data)
 

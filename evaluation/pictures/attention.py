@@ -30,14 +30,20 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
 def draw_attention(
     backbone: nn.Module, photos: PhotoSet, indices: list[int], device: str, path: Path
 ) -> None:
-    """A row for each photo: the photo, a map for each head, and the mean of the heads."""
+    """A row for each photo: the photo, a map for each head, and the mean of the heads. Each map has
+    its peak above it, as a multiple of equal attention to all tokens."""
     maps = class_attention(backbone, normalized(canvas.views_of(photos, indices), device))
     images = canvas.views_of(canvas.to_look_at(photos), indices)
     figure, axes = canvas.new_figure(len(indices), maps.shape[1] + 2)
     for row, (index, image, heads) in enumerate(zip(indices, images, maps, strict=True)):
         canvas.show(axes[row, 0], image, canvas.class_name(photos, index))
         for column, head in enumerate([*heads, heads.mean(dim=0)], start=1):
-            title = "mean" if column > len(heads) else f"head {column}"
-            canvas.show(axes[row, column], head, title if row == 0 else "", cmap="magma", vmin=0)
-    title = "Self-attention of the class token, last block; each map from 0 to its peak"
+            name = "mean" if column > len(heads) else f"head {column}"
+            peak = f"{float(head.max()) * (head.numel() + 1):.1f} x"
+            title = f"{name}: {peak}" if row == 0 else peak
+            canvas.show(axes[row, column], head, title, cmap="magma", vmin=0)
+    title = (
+        "Attention of the class token in the last block, each map from 0 to its peak (1 x: as if"
+        " all tokens got the same)"
+    )
     canvas.save(figure, path, title)

@@ -4,6 +4,7 @@ In shapes: B images, S their side in pixels, h x w patches of an image.
 """
 
 import copy
+import textwrap
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 GREEN, RED, INK = "#2f855a", "#c53030", "#333333"
 TILE = 1.25  # inches that a small image takes
 DPI = 150
+_LETTERS = 14  # of a title, to an inch
 LOOK = 224  # least side in pixels of a view to look at
 
 
@@ -92,7 +94,8 @@ def frame(axis: Axes, right: bool) -> None:
 
 def save(figure: Figure, path: Path, title: str) -> None:
     """Write a PNG in one step, under its title."""
-    figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
+    lines = textwrap.wrap(title, int(_LETTERS * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), fontsize=10, color=INK, parse_math=False)
     try:
         with replacing(path, suffix=".png") as partial:
             figure.savefig(partial, dpi=DPI)

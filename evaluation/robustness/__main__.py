@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = finish(report, "robustness", args.json, HEADLINES)
         if args.val:
             picture = path.with_suffix(".png")
-            title = f"{args.checkpoint.name}, {args.val}"
+            title = f"{Path(*args.checkpoint.absolute().parts[-2:])}, {Path(args.val).name}"
             draw_curves(report["scores"][args.network], picture, title)
             print(picture)
 

@@ -87,7 +87,9 @@ def read_backbone(path: str | Path) -> dict[str, Any] | None:
 def refuse_other_files(path: Path) -> None:
     """Raise FileNotFoundError, or ValueError for what cannot be a checkpoint by its first bytes."""
     if path.is_dir():
-        raise ValueError(f"checkpoint {path} is a folder: give a file in it")
+        newest = path / "checkpoint.pt"
+        advice = f"give {newest}" if newest.is_file() else "give a file in it"
+        raise ValueError(f"checkpoint {path} is a folder: {advice}")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     with open(path, "rb") as file:

@@ -62,10 +62,8 @@ def test_one_command_runs_all_protocols_and_two_processes_score_the_same(
             assert set(protocol.headlines) <= set(found)
             for score, value in found.items():
                 assert 0 <= value <= 100 or score.endswith("ari")
-    lines = [line for line in said.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| untrained"]
-    assert {line.count("|") for line in lines} == {lines[0].count("|")}
-    assert two_processes(*given("two")).count("| network") == 1
+    assert "| network" not in said, "a line of Markdown for all protocols would fit no terminal"
+    assert two_processes(*given("two")).count(f"{tmp_path / 'val'} by") == 1, "rank 0 alone speaks"
     again = json.loads((tmp_path / "two.json").read_text())["scores"]
     for network, protocols in scores.items():
         for name, values in protocols.items():

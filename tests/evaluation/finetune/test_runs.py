@@ -257,7 +257,7 @@ def unlike(checkpoint: Path, path: Path) -> Path:
     [
         (["--batch-size", "1000"], "--batch-size 1000 is more than the 24 photos"),
         (["--batch-size", "9"], "--mix-images"),
-        (["--accumulate", "3"], "3 part(s)"),
+        (["--accumulate", "3"], "3 parts"),
         (["--image-size", "33"], "--image-size 33"),
         (["--precision", "fp16"], "--precision fp16"),
         (["--lr", "0"], "--lr"),
