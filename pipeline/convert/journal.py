@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ibeton.options import flag
-from ibeton.pipeline.store.beton_writer import BetonWriter, open_unlinked
+from ibeton.pipeline.store.beton_writer import BetonWriter, open_unlinked, write_all
 
 MARK_EVERY_S = 2.0  # the most that a kill costs; a thread flushes the disk as often
 
@@ -190,8 +190,7 @@ class Journal:
         self._keep = True
 
     def _append(self, line: bytes) -> None:
-        os.lseek(self._file, 0, os.SEEK_END)
-        os.write(self._file, line)
+        write_all(self._file, line, os.fstat(self._file).st_size)
         os.fsync(self._file)
 
 

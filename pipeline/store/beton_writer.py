@@ -109,7 +109,7 @@ class BetonWriter:
             self.page_size *= 2
         if self.end % self.page_size + len(data) > self.page_size:
             self.end = _aligned(self.end, self.page_size)
-        self._write(data, self.end)
+        write_all(self.file, data, self.end)
         self._samples[self.count] = ((mode, width, height, self.end), label)
         self._table[self.count] = (self.count, self.end, len(data))
         self.end += len(data)
@@ -118,15 +118,16 @@ class BetonWriter:
     def write_metadata(self, first: int = 0) -> None:
         """Write the metadata of the samples from number `first` on to its place in the file."""
         begin = METADATA_START + first * SAMPLE.itemsize
-        self._write(self._samples[first : self.count].view(np.uint8).data, begin)
+        write_all(self.file, self._samples[first : self.count].view(np.uint8).data, begin)
 
     def seal(self) -> Path:
         """Write tables and header and sync to disk; returns the file's temporary name."""
         table_start = _aligned(self.end, 8)
-        self._write(self._table[: self.count].view(np.uint8).data, table_start)
+        write_all(self.file, self._table[: self.count].view(np.uint8).data, table_start)
         header = (VERSION, len(FIELDS), self.page_size, self.count, table_start)
         fields = [(type_id, name, b"") for type_id, name in FIELDS]
-        self._write(np.array(header, HEADER).tobytes() + np.array(fields, FIELD).tobytes(), 0)
+        begin = np.array(header, HEADER).tobytes() + np.array(fields, FIELD).tobytes()
+        write_all(self.file, begin, 0)
         self.write_metadata()
         os.fsync(self.file)
         return self.partial
@@ -143,11 +144,13 @@ class BetonWriter:
             beside.unlink(missing_ok=True)
             os.replace(self.partial, self.path)
 
-    def _write(self, data: bytes | memoryview, position: int) -> None:
-        rest = memoryview(data)
-        while rest:  # the system takes at most 2 GiB at once, and less on a full disk
-            written = os.pwrite(self.file, rest, position)
-            rest, position = rest[written:], position + written
+
+def write_all(file: int, data: bytes | memoryview, position: int) -> None:
+    """Write all of `data` to the open file, from byte `position` on."""
+    rest = memoryview(data)
+    while rest:  # the system takes at most 2 GiB at once, and less on a full disk
+        written = os.pwrite(file, rest, position)
+        rest, position = rest[written:], position + written
 
 
 def _remove_left(path: Path) -> None:

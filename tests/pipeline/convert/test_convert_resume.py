@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,25 @@ def test_a_power_cut_in_mid_write_costs_the_last_mark_only(
     with open(partial_path(dst), "ab") as file:
         file.write(b"\xa5" * 300_000)
     assert converted(photos, dst, write_mode="raw").before > 0
+    assert contents(tmp_path) == whole
+
+
+def test_a_disk_that_takes_a_part_of_each_write_costs_no_marks(
+    photos: Path,
+    tmp_path: Path,
+    stop: Any,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dst = tmp_path / "a.beton"
+    for name in ("write", "pwrite"):
+        write = getattr(os, name)
+        half = partial(
+            lambda write, file, data, *at: write(file, data[: -(-len(data) // 2)], *at), write
+        )
+        monkeypatch.setattr(os, name, half)
+    stop(photos, dst, 150, KeyboardInterrupt(), write_mode="raw")
+    assert converted(photos, dst, write_mode="raw").before > 20
     assert contents(tmp_path) == whole
 
 
