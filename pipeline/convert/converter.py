@@ -111,6 +111,7 @@ def convert(
             raise ValueError(
                 f"{src}: none of {len(photos):,} photos is readable ({name}: {reason})"
             )
+        journal.settle()
         partial = writer.seal()
         if options.verify:
             workers = options.workers or cores()

@@ -159,8 +159,7 @@ class Journal:
         busy = self._pending and not self._pending.done()
         if busy or now - self._last < MARK_EVERY_S:
             return
-        if self._pending:
-            self._pending.result()
+        self.settle()
         photos, samples, unreadable = self._marked
         done, first = self.done, samples // block
         mark = {
@@ -180,6 +179,12 @@ class Journal:
         self._pending = self._disk.submit(self._flush, os.dup(writer.file), line)
         self._marked = (done.photos, writer.count, len(done.unreadable))
         self._last = now
+
+    def settle(self) -> None:
+        """Wait for the last mark; to be called before the file is sealed. Raises OSError if the disk
+        did not take its data: the kernel tells that once, and a later fsync would succeed."""
+        if self._pending:
+            self._pending.result()
 
     def _flush(self, data: int, line: bytes) -> None:
         try:

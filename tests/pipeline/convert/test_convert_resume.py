@@ -1,5 +1,6 @@
 """A conversion that was killed, interrupted or failed goes on, and writes what it would have."""
 
+import errno
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -224,6 +226,26 @@ def test_a_full_disk_keeps_what_was_done(photos: Path, tmp_path: Path, stop: Any
     stop(photos, dst, 100, OSError(28, "No space left on device"))
     assert marks(tmp_path) > 0
     assert converted(photos, dst).before > 0
+
+
+def test_data_that_the_disk_did_not_take_are_not_published(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only flush in the background fails, and no later mark would tell."""
+    dst, fsync = tmp_path / "a.beton", os.fsync
+
+    def failing(file: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module, "MARK_EVERY_S", 0.0)
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            converted(photos, dst, subset=1)
+    assert not dst.exists()
+    assert converted(photos, dst, subset=1).photos == 1
 
 
 def test_a_power_cut_in_mid_write_costs_the_last_mark_only(
