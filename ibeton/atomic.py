@@ -1,5 +1,6 @@
 """Files appear under their names only when they are complete."""
 
+import errno
 import os
 import re
 import secrets
@@ -44,9 +45,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """fsync the directory, so that renames in it survive a power failure."""
+    """fsync the directory, so that renames in it survive a power failure. Does nothing on a file
+    system that cannot flush directories (CIFS before Linux 5.9)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)

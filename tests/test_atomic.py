@@ -1,11 +1,12 @@
 """A file that is being replaced is complete or untouched."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from ibeton.atomic import replacing, write_text
+from ibeton.atomic import replacing, sync_folder, write_text
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -38,3 +39,19 @@ def test_a_link_under_the_final_name_is_replaced_and_not_followed(tmp_path: Path
     write_text(tmp_path / "scores.json", "scores")
     assert victim.read_text() == "precious"
     assert not (tmp_path / "scores.json").is_symlink()
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(number: int) -> None:
+        def fsync(file: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    fails(errno.EINVAL)
+    sync_folder(tmp_path)
+    fails(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_folder(tmp_path)

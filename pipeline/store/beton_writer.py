@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ibeton.atomic import replacing
+from ibeton.atomic import replacing, sync_folder
 from ibeton.pipeline.store.beton import (
     ALLOCATION,
     FIELD,
@@ -136,13 +136,18 @@ class BetonWriter:
         """Give the sealed file its name, and write the JSON.
 
         The old JSON is removed first and the new one comes last, so none describes another file.
+        All of it is on the disk when this returns.
         """
         beside = sidecar_path(self.path)
         content = {**sidecar, "file_bytes": self.partial.stat().st_size}
         with replacing(beside) as partial:
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=1))
+                file.flush()
+                os.fsync(file.fileno())
             beside.unlink(missing_ok=True)
             os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
 
 
 def write_all(file: int, data: bytes | memoryview, position: int) -> None:

@@ -241,6 +241,33 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a.beton", "a.beton.json"]
 
 
+def test_both_files_are_on_the_disk_before_their_names_and_those_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave an empty JSON, or no name at all."""
+    path = tmp_path / "a.beton"
+    events: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(file: int) -> None:
+        fsync(file)
+        events.append(("flushed", os.readlink(f"/proc/self/fd/{file}")))
+
+    def rename(old: Path, new: Path) -> None:
+        assert ("flushed", str(old)) in events
+        replace(old, new)
+        events.append(("named", str(new)))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    written(path, bytes(300))
+    assert events[-3:] == [
+        ("named", str(path)),
+        ("named", str(sidecar_path(path))),
+        ("flushed", str(tmp_path)),
+    ]
+
+
 def test_a_writer_that_is_left_early_leaves_nothing(tmp_path: Path) -> None:
     with BetonWriter(tmp_path / "a.beton", 1) as writer:
         writer.append(0, RAW, 1, 1, b"rgb")
