@@ -21,12 +21,14 @@ from typing import Any
 
 import PIL
 
+from ibeton.atomic import partial_name
 from ibeton.command import Failure, explain, run_command
 from ibeton.options import Parser, add_options, fill
 from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
 from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
 from ibeton.pipeline.convert.stored import StoredPhoto, Unopened, checksum, store_photos
 from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
+from ibeton.pipeline.store.beton import sidecar_path
 from ibeton.pipeline.store.beton_writer import BetonWriter
 from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source, read_bytes
 from ibeton.progress import progress
@@ -137,6 +139,10 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         raise ValueError(f"{dst} must end in .beton, by which the loaders know the format")
     if not dst.parent.is_dir():
         raise FileNotFoundError(f"the folder {dst.parent} does not exist; make it first")
+    longest = partial_name(sidecar_path(dst)).name  # of the names to come
+    excess = len(os.fsencode(longest)) - os.pathconf(dst.parent, "PC_NAME_MAX")
+    if excess > 0:
+        raise ValueError(f"the name {dst.name} is too long by {excess} byte(s)")
     if dst.is_dir():
         raise ValueError(f"{dst} is a folder; give the name of a file")
     if not os.access(dst.parent, os.W_OK):

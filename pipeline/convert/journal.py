@@ -181,8 +181,8 @@ class Journal:
         self._last = now
 
     def settle(self) -> None:
-        """Wait for the last mark; to be called before the file is sealed. Raises OSError if the disk
-        did not take its data: the kernel tells that once, and a later fsync would succeed."""
+        """Wait for the last mark; to be called before the file is sealed. Raises OSError if the
+        disk did not take its data: the kernel says so once, and a later fsync succeeds."""
         if self._pending:
             self._pending.result()
 

@@ -102,6 +102,18 @@ def test_bad_destinations_are_refused_in_one_sentence(photo_folder: Path, tmp_pa
     assert os.listdir(tmp_path) == ["old.beton"]
 
 
+def test_a_name_that_leaves_no_room_for_temporary_names_is_refused(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    most = os.pathconf(tmp_path, "PC_NAME_MAX") - len(".") - len(".json.01234567.partial")
+    too_long = "e" * (most - 5) + ".beton"
+    said = refused(photo_folder, tmp_path / too_long)
+    assert said == f"error: the name {too_long} is too long by 1 byte(s)\n"
+    assert refused(photo_folder, tmp_path / ("e" * 300 + ".beton"))
+    assert os.listdir(tmp_path) == []
+    assert run(photo_folder, tmp_path / too_long[1:], "--subset", 1).returncode == 0
+
+
 def test_bad_options_are_refused_in_one_sentence(photo_folder: Path, tmp_path: Path) -> None:
     dst = tmp_path / "a.beton"
     assert "--quality 0: expected 1 to 100" in refused(photo_folder, dst, "--quality", 0)
