@@ -56,8 +56,8 @@ class ConversionReport:
         how = ", ".join(f"{count:,} {name}" for name, count in sorted(done.counts.items()))
         rate = (done.photos - self.before) / max(self.seconds, 1e-9)
         lines = [
-            f"{self.path}: {self.photos:,} photos ({how}), {len(self.classes):,} classes,"
-            f" {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
+            f"{self.path}: {self.photos:,} photos ({how or 'none readable'}),"
+            f" {len(self.classes):,} classes, {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
         ]
         if self.before:
             lines.append(f"resumed after {self.before:,} photos of an unfinished conversion")
@@ -78,10 +78,10 @@ def convert(
     """Write the photos of `src` to `dst`, in sorted order unless shuffled, and `dst`.json beside.
 
     The file depends neither on the number of workers nor on interrupts. Raises ValueError,
-    FileNotFoundError or FileExistsError for bad input (also if no photo is readable, or an
-    unfinished `dst` has another source or other options), RuntimeError if a worker dies or
-    `--verify` finds a difference. Progress is kept, and the same call resumes, except after bad
-    input and failed verification.
+    FileNotFoundError or FileExistsError for bad input (also if no photo is readable, except in a
+    shard, or an unfinished `dst` has another source or other options), RuntimeError if a worker
+    dies or `--verify` finds a difference. Progress is kept, and the same call resumes, except after
+    bad input and failed verification.
     """
     options = options or ConvertOptions()
     options.check()
@@ -107,7 +107,7 @@ def convert(
             _write(writer, photos, options, journal)
         except (FileNotFoundError, PermissionError) as error:  # on the way: no bad input
             raise Failure(explain(error)) from error
-        if not writer.count:
+        if not writer.count and not options.shard:  # an empty shard can be merged
             journal.discard()
             name, reason = done.unreadable[0]
             raise ValueError(

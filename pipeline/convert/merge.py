@@ -61,8 +61,8 @@ def merge(paths: list[str | Path], out: str | Path, overwrite: bool = False) -> 
     """Write the photos of the shards `paths` to `out`, and its JSON; returns how many there are.
 
     Raises ValueError, naming the file and the reason, for a file that is not a shard, is damaged,
-    belongs to another conversion, is given twice or missing; FileNotFoundError and FileExistsError
-    as `convert` does. In any case nothing is left behind.
+    belongs to another conversion, is given twice or missing, or if all are empty;
+    FileNotFoundError and FileExistsError as `convert` does. In any case nothing is left behind.
     """
     out = Path(out)
     check_destination(out, overwrite)
@@ -71,6 +71,8 @@ def merge(paths: list[str | Path], out: str | Path, overwrite: bool = False) -> 
     if any(out.exists() and out.samefile(shard.path) for shard in shards):
         raise ValueError(f"{out} is one of the shards; give another name for OUT")
     photos = sum(shard.notes["photos"] for shard in shards)
+    if not photos:
+        raise ValueError(f"none of {len(shards)} shards holds a readable photo")
     # A conversion reserves space for unreadable photos, too.
     most = photos + sum(len(shard.notes["unreadable"]) for shard in shards)
     checksums: list[int] = []

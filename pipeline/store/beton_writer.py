@@ -123,6 +123,7 @@ class BetonWriter:
     def seal(self) -> Path:
         """Write tables and header and sync to disk; returns the file's temporary name."""
         table_start = _aligned(self.end, 8)
+        os.ftruncate(self.file, table_start)  # also where there are no samples
         write_all(self.file, self._table[: self.count].view(np.uint8).data, table_start)
         header = (VERSION, len(FIELDS), self.page_size, self.count, table_start)
         fields = [(type_id, name, b"") for type_id, name in FIELDS]

@@ -82,6 +82,31 @@ def test_a_shuffled_conversion_in_one_shard_and_in_four(photos: Path, tmp_path: 
     assert (tmp_path / "again.beton").read_bytes() == (tmp_path / "whole.beton").read_bytes()
 
 
+def test_a_shard_without_a_readable_photo_is_merged_too(photos: Path, tmp_path: Path) -> None:
+    folder, shards = tmp_path / "photos", [tmp_path / f"{i}.beton" for i in (1, 2, 3)]
+    folder.mkdir()
+    for i in range(6):
+        shutil.copy(photos / "class0" / "000.jpg", folder / f"{i}.jpg")
+    for i in (2, 3):
+        (folder / f"{i}.jpg").write_bytes(b"text")
+    convert(folder, tmp_path / "whole.beton", ConvertOptions(workers=1))
+    for i, path in enumerate(shards, 1):
+        convert(folder, path, ConvertOptions(workers=1, shard=f"{i}/3", verify=True))
+    assert [len(BetonReader(path)) for path in shards] == [2, 0, 2]
+    merge([*shards], tmp_path / "out.beton")
+    for name in ("{}.beton", "{}.beton.json"):
+        merged, whole = (tmp_path / name.format(which) for which in ("out", "whole"))
+        assert merged.read_bytes() == whole.read_bytes()
+
+
+def test_shards_without_any_readable_photo_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"text")
+    report = convert(tmp_path / "photos", tmp_path / "1.beton", ConvertOptions(shard="1/1"))
+    assert "0 photos (none readable)" in report.lines()[0]
+    refused([tmp_path / "1.beton"], "none of 1 shards holds a readable photo")
+
+
 def refused(paths: list[Path], reason: str) -> None:
     """The merge fails with that sentence and leaves nothing behind."""
     folder = paths[0].parent
