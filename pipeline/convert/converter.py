@@ -34,7 +34,6 @@ from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source,
 from ibeton.progress import progress
 from ibeton.workers import cores, in_order, in_threads
 
-_MANY = 100  # files in a row that cannot be read: then the source is looked at
 _CHUNK = 8  # photos per job: enough to hide its cost, few enough for memory
 
 
@@ -57,7 +56,8 @@ class ConversionReport:
         rate = (done.photos - self.before) / max(self.seconds, 1e-9)
         lines = [
             f"{self.path}: {self.photos:,} photos ({how or 'none readable'}),"
-            f" {len(self.classes):,} classes, {size:,.1f} MB, {self.seconds:.1f} s, {rate:.0f} photos/s"
+            f" {len(self.classes):,} classes, {size:,.1f} MB, {self.seconds:.1f} s,"
+            f" {rate:.0f} photos/s"
         ]
         if self.before:
             lines.append(f"resumed after {self.before:,} photos of an unfinished conversion")
@@ -155,34 +155,40 @@ def _write(
     writer: BetonWriter, photos: list[Photo], options: ConvertOptions, journal: Journal
 ) -> None:
     """Store all readable photos that are still to do."""
-    done, unopened, good = journal.done, 0, None
+    done, good = journal.done, None
     with closing(_stored(photos[done.photos :], options)) as results:
         for photo, stored in results:
-            unopened = unopened + 1 if isinstance(stored, Unopened) else 0
-            if unopened and unopened % _MANY == 0 and not _is_there(good or photo):
-                raise Failure(
-                    f"{unopened} photos in a row cannot be read, the last is {photo.name}"
-                    f" ({stored}): is {photo.path} still there?"
-                )
+            if isinstance(stored, Unopened):
+                stored = _once_more(photo, options, good)
             if isinstance(stored, str):
                 done.unreadable.append((photo.name, stored))
             else:
                 _append(writer, photo, stored, done)
                 good = photo
             done.photos += 1
-            if not unopened:  # else a source that is gone would be marked as done
-                journal.tick(writer, BLOCK)
+            journal.tick(writer, BLOCK)
 
 
-def _is_there(photo: Photo) -> bool:
-    """Whether the source of a photo can still be read: the photo, or at least its folder."""
-    try:
-        read_bytes(photo)
-    except OSError:
-        with suppress(OSError):
-            return photo.size is None and bool(os.listdir(photo.path))
-        return False
-    return True
+def _once_more(photo: Photo, options: ConvertOptions, good: Photo | None) -> StoredPhoto | str:
+    """Read a photo again whose file could not be read: its folder may have been away for a moment.
+    Returns what to store, or why it is unreadable. Raises Failure if the folder is still away.
+    `good`: the last photo that could be read."""
+    (stored,) = store_photos(([photo], options))
+    folder = os.path.dirname(os.path.join(photo.path, photo.name))
+    if isinstance(stored, Unopened) and not _is_there(folder, good):
+        raise Failure(f"{photo.name} cannot be read ({stored}): is {folder} still there?")
+    return stored
+
+
+def _is_there(folder: str, good: Photo | None) -> bool:
+    """Whether the file system of a folder answers, and has the photo `good`, or any file, still."""
+    with suppress(OSError):
+        os.statvfs(folder)  # asks the server, while a photo may come from memory
+        if good is not None:
+            return bool(read_bytes(good))
+        with os.scandir(folder) as entries:
+            return any(entries)
+    return False
 
 
 def _append(writer: BetonWriter, photo: Photo, stored: StoredPhoto, done: Done) -> None:

@@ -15,8 +15,12 @@ from ibeton.pipeline.store.decode import UnreadablePhoto, check_complete, load_p
 from ibeton.pipeline.store.jpeg import whole_jpeg_size
 from ibeton.pipeline.store.sources import Photo, read_bytes
 
-# No fault of a file: the conversion ends, and resumes.
-_OF_THE_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# No fault of a file, but of this machine or of a server: the conversion ends, and resumes.
+_OF_THE_SYSTEM = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH),
+)
 
 
 @dataclass(slots=True)
@@ -70,7 +74,8 @@ class Unopened(str):
 
 def store_photos(job: tuple[list[Photo], ConvertOptions]) -> list[StoredPhoto | str]:
     """Read and store some photos, in a worker process; a string is why one is unreadable. Raises
-    OSError for what is no fault of one photo: a tar that cannot be read, too many open files."""
+    OSError for what is no fault of one photo: a tar that cannot be read, too many open files, a
+    server that does not answer."""
     photos, options = job
     results: list[StoredPhoto | str] = []
     for photo in photos:

@@ -1,11 +1,13 @@
 """Conversion as a user meets it: real photos in, a .beton out, and what is said when it fails."""
 
+import errno
 import io
 import json
 import os
 import re
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ibeton.pipeline.convert.converter import (
     verify_existing,
 )
 from ibeton.pipeline.loaders import LOADERS
+from ibeton.pipeline.store import sources
 from ibeton.pipeline.store.beton import JPG, RAW, BetonReader, sidecar_path
 from ibeton.pipeline.store.decode import decode_photo
 from ibeton.pipeline.store.sources import open_source, read_bytes
@@ -563,6 +566,70 @@ def test_a_folder_that_goes_away_ends_the_conversion_which_can_resume(
     resumed = convert(folder, tmp_path / "a.beton", options)
     assert (resumed.photos, resumed.before) == (300, 19)
     assert resumed.done.unreadable == []
+
+
+@pytest.fixture
+def forty(tmp_path: Path) -> tuple[Path, bytes]:
+    """A folder of 40 photos, and the bytes of its .beton."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(40):
+        smooth(60 + i, 40, seed=i).save(folder / f"{i:02d}.jpg")
+    convert(folder, tmp_path / "whole.beton", ConvertOptions(workers=1))
+    return folder, (tmp_path / "whole.beton").read_bytes()
+
+
+def failing_open(number: int, fails: Callable[[str], bool]) -> Callable[..., Any]:
+    """`open`, but with that error for the names that are to fail."""
+
+    def opens(path: str, mode: str) -> Any:
+        if fails(os.path.basename(path)):
+            raise OSError(number, os.strerror(number), path)
+        return open(path, mode)
+
+    return opens
+
+
+def test_photos_that_could_not_be_read_for_a_moment_are_in_their_place(
+    forty: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, whole = forty
+    to_fail = {f"{i:02d}.jpg" for i in range(15, 30)}
+
+    def fails(name: str) -> bool:
+        once = name in to_fail
+        to_fail.discard(name)
+        return once
+
+    monkeypatch.setattr(sources, "open", failing_open(errno.EIO, fails), raising=False)
+    report = convert(folder, tmp_path / "a.beton", ConvertOptions(workers=1))
+    assert not to_fail
+    assert report.done.unreadable == []
+    assert (tmp_path / "a.beton").read_bytes() == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_server_that_goes_away_costs_no_photo(
+    forty: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder, whole = forty
+    away: list[str] = []
+
+    def fails(name: str) -> bool:
+        if name == "20.jpg":
+            away.append(name)
+        return bool(away)
+
+    monkeypatch.setattr(journal, "MARK_EVERY_S", 0.0)
+    monkeypatch.setattr(journal.Journal, "tick", waiting(journal.Journal.tick))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "open", failing_open(number, fails), raising=False)
+        with pytest.raises((Failure, OSError), match=os.strerror(number)):
+            convert(folder, tmp_path / "a.beton", ConvertOptions(workers=1))
+    resumed = convert(folder, tmp_path / "a.beton", ConvertOptions(workers=1))
+    assert resumed.before >= 16  # whole jobs
+    assert resumed.done.unreadable == []
+    assert (tmp_path / "a.beton").read_bytes() == whole
 
 
 def test_many_files_in_a_row_that_cannot_be_read_are_listed_if_the_folder_is_there(
