@@ -10,8 +10,9 @@ from ibeton.command import amount
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation int64 [count] of the sample indices for one epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    """Permutation int64 [count] of the sample indices for one epoch. seed, epoch: below 2^64."""
+    key = np.array([seed, epoch], np.uint64)  # without it, float64 from 2^63 on
+    return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
 
 def steps_per_epoch(count: int, batch_size: int, world_size: int) -> int:
