@@ -13,6 +13,7 @@ import numpy as np
 from ibeton.pipeline.compiled import compiled
 from ibeton.pipeline.sampling.rng import (
     MASK,
+    MOST_VIEWS,
     Uint64,
     randint,
     randint_reference,
@@ -24,7 +25,6 @@ from ibeton.pipeline.sampling.rng import (
 
 SHAPES = ("block", "rand")
 TRIES = 10  # blocks tried in a round, before the mask is left as it is
-MAX_VIEWS = 256  # the view's number is added to the purpose `MASK`
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def draw_masks(
             f"indices have shape {indices.shape} and dtype {indices.dtype}; "
             "give a vector of integers"
         )
-    if not 1 <= views <= MAX_VIEWS:
-        raise ValueError(f"views is {views}; masks are drawn for 1 to {MAX_VIEWS} views")
+    if not 1 <= views <= MOST_VIEWS:
+        raise ValueError(f"views is {views}; masks are drawn for 1 to {MOST_VIEWS} views")
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid is {grid}; give two positive numbers of patches, (h, w)")
     masks = np.zeros((views, len(indices), *grid), dtype=np.bool_)  # [V, B, h, w]
