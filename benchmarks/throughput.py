@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -32,7 +33,7 @@ import torch.distributed as dist
 
 from ibeton import stages
 from ibeton.benchmarks.harness.measure import machine
-from ibeton.benchmarks.harness.throughput_bench import BOTH, LOADER, MODEL, Bench
+from ibeton.benchmarks.harness.throughput_bench import BOTH, LOADER, MODEL, Bench, loader_turn
 from ibeton.benchmarks.harness.throughput_floors import (
     Demand,
     Peaks,
@@ -42,9 +43,13 @@ from ibeton.benchmarks.harness.throughput_floors import (
 )
 from ibeton.benchmarks.harness.throughput_report import compare, print_report, write_html, write_png
 from ibeton.benchmarks.synthetic.dataset import synthetic_beton
+from ibeton.benchmarks.synthetic.photos import CLASSES
 from ibeton.command import run_command
-from ibeton.distributed import leave_group
-from ibeton.options import Parser
+from ibeton.distributed import adopt_slurm, leave_group
+from ibeton.options import Parser, add_options, fill
+from ibeton.pipeline import PipelineConfig
+from ibeton.pipeline.loaders import LOADERS, RECIPE
+from ibeton.pipeline.loaders.kinds import choose_loader
 from ibeton.progress import plain_console
 from ibeton.stages import PARTS, stage
 from ibeton.train import Run, prepare
@@ -58,7 +63,22 @@ DEFAULTS = {
     "cpu": ["--arch", "vit_t", "--batch-size", "2"],
     "cuda": ["--arch", "vit_s", "--batch-size", "64"],
 }
-PHOTOS = {"cpu": 10, "cuda": 320}  # synthetic ones per class, of ten classes
+
+
+def draw_photos(folder: Path, options: list[str], steps: int, baseline: bool) -> str:
+    """A .beton in `folder` of as many drawn photos as the turns of all processes take. `options`:
+    of train.py."""
+    parser = Parser()
+    add_options(parser, PipelineConfig)
+    given = vars(parser.parse_known_args([*options, "--data", "drawn.beton"])[0])
+    config = fill(PipelineConfig, given)
+    config.check()
+    adopt_slurm(os.environ)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = [choose_loader(config, device)[0], *([LOADERS[RECIPE]] if baseline else [])]
+    most = max(sum(loader_turn(config, kind, steps)) for kind in kinds)
+    photos = most * config.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    return synthetic_beton(folder, -(-photos // len(CLASSES)))
 
 
 def measure(arguments: list[str], rounds: int, steps: int, baseline: bool) -> dict[str, Any] | None:
@@ -247,12 +267,11 @@ def main(given: list[str] | None = None) -> int:
             return 0
         check_output_dir(own.report, "--report")  # not after minutes of measuring
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        options = rest
+        options, steps = rest, own.steps or {"cpu": 1, "cuda": 20}[device]
         with tempfile.TemporaryDirectory() as folder:
             if not {"--data", "--config"} & {word.partition("=")[0] for word in rest}:
-                data = synthetic_beton(Path(folder), PHOTOS[device])
-                options = [*DEFAULTS[device], *rest, "--data", data]
-            steps = own.steps or {"cpu": 1, "cuda": 20}[device]
+                options = [*DEFAULTS[device], *rest]
+                options += ["--data", draw_photos(Path(folder), options, steps, own.baseline)]
             result = measure(options, own.rounds, steps, own.baseline)
         if result is None:
             return 0

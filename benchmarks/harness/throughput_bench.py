@@ -10,19 +10,29 @@ import torch
 
 from ibeton import stages
 from ibeton.benchmarks.harness.model_step import Baseline
-from ibeton.pipeline import Batch, Loader, build_loader
-from ibeton.pipeline.loaders import RECIPE
+from ibeton.pipeline import Batch, Loader, PipelineConfig, build_loader
+from ibeton.pipeline.loaders import RECIPE, LoaderKind
 from ibeton.stages import StageClock, stage
 from ibeton.train import Run, train_step
 from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.precision import DTYPES
 from ibeton.training.run import rate_schedule
 from ibeton.training.timing.speed import Window
+from ibeton.workers import cores
 
 LOADER_STEPS = 16  # of a turn of the loader at least: single batches come in bursts
-UNTIMED = 2  # steps at the beginning of a turn, until the loader is in its stride
+UNTIMED = 2  # steps at the beginning of a turn at least, until the loader is in its stride
 LOADER, MODEL, BOTH = "loader", "model", "both"
 PUBLISHED, PLAIN = "published loader", "plain model"
+
+
+def loader_turn(config: PipelineConfig, kind: LoaderKind, steps: int) -> tuple[int, int]:
+    """Steps of a turn of a loader alone that are left out, and that are timed. Each worker process
+    makes a batch by itself, so that as many as there are workers arrive at once: whole bursts are
+    left out and timed."""
+    burst = (config.workers or cores()) if kind.worker_processes else 1
+    timed = max(steps, LOADER_STEPS)
+    return max(UNTIMED, burst), -(-timed // burst) * burst
 
 
 class Bench:
@@ -42,12 +52,13 @@ class Bench:
 
     def loader(self, name: str, loader: Loader) -> None:
         """Batches, of which nothing is made."""
+        untimed, timed = loader_turn(self.run.config.pipeline, loader.kind, self.steps)
         with closing(self._batches(loader)) as batches:
-            for _ in range(UNTIMED):
+            for _ in range(untimed):
                 next(batches)
             window = Window()
             self._start()
-            for _ in range(max(self.steps, LOADER_STEPS)):
+            for _ in range(timed):
                 with stage(stages.WAIT):
                     next(batches)
                 window.add(self.images, self.clock.lap().seconds(), stages.work.take())
@@ -106,11 +117,14 @@ class Bench:
 
     def _batches(self, loader: Loader) -> Generator[Batch, None, None]:
         """The last batches of an epoch, as many as a turn takes."""
-        wanted = UNTIMED + max(self.steps, LOADER_STEPS)
+        wanted = sum(loader_turn(self.run.config.pipeline, loader.kind, self.steps))
         if loader.steps_per_epoch < wanted:
+            fewer = ["fewer --steps"] if self.steps > LOADER_STEPS else []
+            fewer += ["fewer --workers"] if loader.kind.worker_processes else []
             raise ValueError(
                 f"--data has {len(loader.photos)} photos, {loader.steps_per_epoch} steps; a turn"
-                f" takes {wanted}: give more photos, a smaller --batch-size or fewer --steps"
+                f" takes {wanted}: give"
+                f" {' or '.join(['more photos', 'a smaller --batch-size', *fewer])}"
             )
         yield from loader.epoch(0, loader.steps_per_epoch - wanted)
 

@@ -6,18 +6,24 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from small_runs import SMALL_MODEL, Ticks, noise_beton, with_a_slow_rank
 
 from ibeton import stages, train
+from ibeton.benchmarks.harness.throughput_bench import Bench
 from ibeton.benchmarks.harness.throughput_report import print_report, rows
-from ibeton.benchmarks.throughput import main
+from ibeton.benchmarks.throughput import draw_photos, main
 from ibeton.model import IBOT
+from ibeton.pipeline import PipelineConfig
+from ibeton.pipeline.loaders import LOADERS
+from ibeton.pipeline.store.beton import BetonReader
 from ibeton.training.timing.speed import WAITING
 
 SMALL = [*SMALL_MODEL, "--batch-size", "2", "--loader", "pil"]
@@ -41,6 +47,42 @@ def report(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "throughput.json").read_text())
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+def test_as_many_photos_are_drawn_as_the_turns_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = [*SMALL, "--batch-size", str(batch), "--workers", "3"]
+    photos = BetonReader(draw_photos(tmp_path, options, steps=1, baseline=False))
+    assert len(photos) >= 2 * batch * (3 + 18)
+
+
+def test_whole_bursts_of_worker_processes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five workers make a batch each in five seconds, all at once."""
+    ticks, workers = Ticks(), 5
+    monkeypatch.setattr(stages, "time", ticks)
+
+    class Bursts:
+        steps_per_epoch, photos, kind = 100, [], LOADERS["pil"]
+
+        def epoch(self, number: int, first_step: int) -> Iterator[None]:
+            for step in range(first_step, self.steps_per_epoch):
+                ticks.now += 5.0 if (step - first_step) % workers == 0 else 0.0
+                yield None
+
+        def discard_ahead(self) -> None:
+            pass
+
+    bench = Bench.__new__(Bench)  # without a run of a model
+    loader, device = Bursts(), torch.device("cpu")
+    config = SimpleNamespace(pipeline=PipelineConfig(workers=workers))
+    bench.run = SimpleNamespace(loader=loader, device=device, config=config)  # type: ignore[assignment]
+    bench.steps, bench.images, bench.clock, bench.windows = 1, 2, stages.StageClock(device), {}
+    bench.loader("loader", loader)  # type: ignore[arg-type]
+    assert bench.windows["loader"][0].images_per_s == pytest.approx(2.0, rel=1e-3)
 
 
 def test_every_side_has_a_rate_a_round(report: Path) -> None:
@@ -236,6 +278,7 @@ def test_compare_shows_stages_of_one_report_only(
         ("--compare nowhere.json {data}", "nowhere.json does not exist"),
         ("--data nowhere.beton", "nowhere.beton"),
         ("--data {data} --steps 100", "fewer --steps"),
+        ("--data {data} --batch-size 30", "more photos or a smaller --batch-size or fewer --work"),
         ("--data {data} --rounds 0", "--rounds"),
         ("--data {data} --arch vit_z", "--arch"),
         ("--nonsense 1 --data {data}", "--nonsense"),
