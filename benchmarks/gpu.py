@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --out figures --rehearse  # without one: each part at its smallest
 
 Runs the GPU tests, the step of ours as a CUDA graph, eager and plain, the memory against the plain
-step, each kernel, training end to end, and the croppers. Writes what each prints and its JSON into
---out, and ends with a table: what is claimed, and what was measured. Parts are processes with time
-limits of their own, most important first, so one that fails or is cut costs no other.
+step, each kernel, training end to end, decoding by GPU and CPU, and the croppers. Writes what each
+prints and its JSON into --out, and ends with a table: what is claimed, and what was measured. Parts
+are processes with time limits of their own, most important first, so one that fails or is cut costs
+no other.
 """
 
 import argparse

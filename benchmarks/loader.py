@@ -128,13 +128,21 @@ def gpu_decode(args: argparse.Namespace, reader: BetonReader, console: Console) 
         ours = torch.from_numpy(reader.pixels(int(i)).reshape(-1)).int()
         begin = int(photos.offsets[i])
         theirs = photos.pixels[begin : begin + ours.numel()].cpu().int()
-        away.append([float((ours - theirs).abs().float().mean()), int((ours - theirs).abs().max())])
+        away.append((float((ours - theirs).abs().float().mean()), int((ours - theirs).abs().max())))
+    console.print(f"{good} of {tried} photos decoded by nvJPEG{in_words(away)}")
+    return {"images_per_s": rates, "good": good, "tried": tried, "mean_and_most": away}
+
+
+def in_words(away: list[tuple[float, int]]) -> str:
+    """How far pixels are away, from the mean and the largest distance of each photo; empty if there
+    is none."""
+    if not away:
+        return ""
     mean, most = np.mean(away, axis=0)[0], np.max(away, axis=0)[1]
-    console.print(
-        f"{good} of {tried} photos decoded by nvJPEG; its pixels differ from libjpeg-turbo's by"
-        f" {mean:.3f} of 255 in the mean, {most:.0f} at most"
+    return (
+        f"; its pixels differ from libjpeg-turbo's by {mean:.3f} of 255 in the mean, {most:.0f} at"
+        " most"
     )
-    return {"images_per_s": rates, "good": good, "tried": tried, "mean": mean, "most": most}
 
 
 def borders(data: str | Path, console: Console) -> object:

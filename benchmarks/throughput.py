@@ -163,13 +163,7 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
             for name in PARTS
             if any(name in w.parts for w in windows[BOTH])
         },
-        "loader_ms": {
-            name: {
-                "ms": [1000 * bench.images / w.stage_work[name].ceiling for w in windows[LOADER]],
-                "workers": work_done.workers,
-            }
-            for name, work_done in windows[LOADER][0].stage_work.items()
-        },
+        "loader_ms": loader_ms(windows[LOADER], bench.images),
         "middle_round": middle_round(windows[BOTH]),
         "ranks": ranks,
         "floor_ms": {name: 1000 * seconds for name, seconds in lowest.items()},
@@ -177,6 +171,18 @@ def summary(bench: Bench, demand: Demand, peaks: list[Peaks]) -> dict[str, Any]:
         "clock": clock_cost(bench),
         "verdict": sentences(windows, room, lowest, ranks),
     }
+
+
+def loader_ms(windows: list[Window], images: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds per batch of each of the loader's stages, by round, where all of its workers
+    work at once. Some rounds may have no work of a stage."""
+    workers = {name: done.workers for window in windows for name, done in window.stage_work.items()}
+
+    def milliseconds(name: str) -> list[float]:
+        works = (window.stage_work.get(name) for window in windows)
+        return [1000 * images / done.ceiling if done else 0.0 for done in works]
+
+    return {name: {"ms": milliseconds(name), "workers": workers[name]} for name in workers}
 
 
 def clock_cost(bench: Bench) -> dict[str, float]:

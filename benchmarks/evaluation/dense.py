@@ -131,10 +131,10 @@ def learned(checkpoint: str, data: str, steps: int) -> dict[str, float]:
     found = {}
     for name, option in {"pre-trained": "--no-untrained", "untrained": "--untrained"}.items():
         with tempfile.TemporaryDirectory() as folder:
-            out = f"--checkpoint {checkpoint} --data {data} --output-dir {folder}"
+            out = ["--checkpoint", checkpoint, "--data", data, "--output-dir", folder]
             sizes = f"--steps {steps} --crop-size 256 --short-side 256 --warmup-steps {steps // 10}"
             rest = f"--lr 1e-4 --layer-decay 0.9 --pictures 0 --workers 8 {option}"
-            if segment(f"{out} {sizes} {rest}".split()):
+            if segment([*out, *f"{sizes} {rest}".split()]):
                 raise RuntimeError(f"the run of the {name} backbone failed")
             found[name] = json.loads((Path(folder) / "scores.json").read_text())["scores"]["miou"]
     return found

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ibeton.benchmarks.harness import measure as harness
@@ -116,8 +117,7 @@ def main() -> None:
         sides = {OURS: our_side(data, args), TIMM: timm_side(data, args)}
         rates, cpu = harness.on_two_clocks(sides, args.rounds, cpu_seconds)
     console = plain_console(width=100)
-    title = f"training views of {args.image_size} pixels, {args.workers} worker(s)"
-    table = harness.figures("", "views/s", "CPU ms per view", title=title)
+    table = harness.figures("", "views/s", "CPU ms per view", title=title(args))
     for name, values in rates.items():
         table.add_row(name, spread(values), spread(cpu[name]))
     faster, cheaper = ratios(rates, OURS, TIMM), ratios(cpu, TIMM, OURS)
@@ -129,6 +129,11 @@ def main() -> None:
     harness.conclude(console, about, args.rounds, args.json, **found)
 
 
+def title(args: argparse.Namespace) -> str:
+    share = f"; ibeton decodes 1/{args.repeats} of the photos" if args.repeats > 1 else ""
+    return f"training views of {args.image_size} pixels, {args.workers} worker(s){share}"
+
+
 def _links(data: Path, folder: Path, args: argparse.Namespace) -> Path:
     """Class folders of links to as many photos as an epoch has, spread over the whole set."""
     photos = sorted(path for path in data.glob("*/*") if path.is_file())
@@ -137,7 +142,7 @@ def _links(data: Path, folder: Path, args: argparse.Namespace) -> Path:
         raise SystemExit(
             f"error: {data} has {len(photos)} photos, fewer than the {count} of a round"
         )
-    for path in photos[:: len(photos) // count][:count]:
+    for path in (photos[i] for i in np.linspace(0, len(photos) - 1, count).astype(int)):
         link = folder / "photos" / path.parent.name / path.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())

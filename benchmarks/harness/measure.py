@@ -110,7 +110,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def number(value: float, digits: int = 3) -> str:
     """At least `digits` significant digits, never in exponent notation."""
-    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+    if value >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return np.format_float_positional(value, digits, unique=False, fractional=False, trim="-")
 
 
 def spread(values: list[float], digits: int = 3) -> str:
