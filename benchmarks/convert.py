@@ -33,7 +33,9 @@ from ibeton.benchmarks.harness.measure import spread
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
 from ibeton.command import run_or_exit
 from ibeton.pipeline.convert import ConvertOptions, convert
-from ibeton.pipeline.store import BetonReader, Photo, open_source, read_bytes, whole_jpeg_size
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.jpeg import whole_jpeg_size
+from ibeton.pipeline.store.sources import Photo, open_source, read_bytes
 from ibeton.progress import plain_console
 
 OURS, RAW, JPG, COPY = "ibeton, keep", "FFCV, raw (default)", "FFCV, jpg", "copy (floor)"

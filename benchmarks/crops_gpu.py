@@ -37,8 +37,9 @@ from ibeton.pipeline import PipelineConfig
 from ibeton.pipeline.batch import BatchPlan, Decoded, DeviceCrops
 from ibeton.pipeline.loaders.context import context_of
 from ibeton.pipeline.loaders.gpu_stream import GpuCrops
-from ibeton.pipeline.sampling import MaskConfig, draw_batch, draw_masks, spec_table
-from ibeton.pipeline.store import BetonReader
+from ibeton.pipeline.sampling.draws import draw_batch, spec_table
+from ibeton.pipeline.sampling.masks import MaskConfig, draw_masks
+from ibeton.pipeline.store.beton import BetonReader
 from ibeton.progress import plain_console
 from ibeton.training.precision import DTYPES
 

@@ -31,7 +31,9 @@ from ibeton.pipeline.loaders import LOADERS
 from ibeton.pipeline.loaders.context import PhotoSource, context_of
 from ibeton.pipeline.loaders.gpu_decode import GpuDecoding, NvJpeg, nvjpeg_problem
 from ibeton.pipeline.memory import keep_freed_memory
-from ibeton.pipeline.store import BetonReader, Decoder, is_beton
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.photos import is_beton
+from ibeton.pipeline.store.turbojpeg import Decoder
 from ibeton.progress import plain_console
 from ibeton.workers import cores
 

@@ -11,7 +11,7 @@ import numpy as np
 from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import ratios, spread
 from ibeton.command import run_or_exit
-from ibeton.pipeline.sampling import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
+from ibeton.pipeline.sampling.masks import KeyDraws, MaskConfig, draw_mask_reference, draw_masks
 from ibeton.progress import plain_console
 
 VIEWS, REPEATS = 2, 20  # one compiled batch takes a millisecond, too short to time alone

@@ -34,9 +34,9 @@ from ibeton.pipeline.crops.reference import cut_views_reference
 from ibeton.pipeline.loaders import LOADERS, RECIPE
 from ibeton.pipeline.loaders.context import Cutter, PhotoSource, context_of
 from ibeton.pipeline.loaders.kinds import turbojpeg_problem
-from ibeton.pipeline.sampling import ViewSpec, draw_views, stack_shape
-from ibeton.pipeline.store import JPG, BetonReader, is_beton
-from ibeton.pipeline.store.photos import turbo_pixels
+from ibeton.pipeline.sampling.draws import ViewSpec, draw_views, stack_shape
+from ibeton.pipeline.store.beton import JPG, BetonReader
+from ibeton.pipeline.store.photos import is_beton, turbo_pixels
 from ibeton.progress import plain_console
 
 BATCH = 32

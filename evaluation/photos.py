@@ -24,9 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ibeton.pipeline.store import Photos, UnreadablePhoto
-from ibeton.pipeline.store.decode import load_photo, to_rgb
-from ibeton.pipeline.store.photos import open_fast, typical_side
+from ibeton.pipeline.store.decode import UnreadablePhoto, load_photo, to_rgb
+from ibeton.pipeline.store.photos import Photos, open_fast, typical_side
 from ibeton.workers import cores, in_threads
 
 LINEAR_SCALE = (0.08, 1.0)  # share of the photo's area that a crop for linear probing has

@@ -24,7 +24,8 @@ from ibeton.model.cuda_graph import GraphedStep
 from ibeton.model.optim import load_optimizer_state, optimizer_state
 from ibeton.model.schedules import cosine_schedule
 from ibeton.pipeline import Loader
-from ibeton.pipeline.store import Photos, UnreadablePhoto
+from ibeton.pipeline.store.decode import UnreadablePhoto
+from ibeton.pipeline.store.photos import Photos
 from ibeton.training import checkpoints
 from ibeton.training.config import Config
 from ibeton.training.health.collapse import CollapseAlarm, patience

@@ -9,7 +9,8 @@ import torch
 
 from ibeton.model.masking import masked_patches
 from ibeton.pipeline import Batch
-from ibeton.pipeline.store import JPG, BetonReader, Photos
+from ibeton.pipeline.store.beton import JPG, BetonReader
+from ibeton.pipeline.store.photos import Photos
 from ibeton.stages import GRAPHED
 from ibeton.train import Run, train_step
 from ibeton.training.precision import DTYPES

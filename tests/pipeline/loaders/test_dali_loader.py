@@ -33,7 +33,7 @@ from ibeton.pipeline.sampling.draws import ViewSpec
 pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed: make setup")
 from ibeton.pipeline.loaders import dali as dali_loader
 from ibeton.pipeline.loaders.dali_decode import DaliDecoder
-from ibeton.pipeline.store import UnreadableData
+from ibeton.pipeline.store.decode import UnreadableData
 from ibeton.pipeline.store.joined import open_all
 
 SMALL = PipelineConfig(

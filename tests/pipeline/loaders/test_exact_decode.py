@@ -17,7 +17,9 @@ from smooth_photos import smooth_photo
 from ibeton.pipeline import PipelineConfig, build_loader
 from ibeton.pipeline.convert import ConvertOptions, convert, verify_existing
 from ibeton.pipeline.loaders import LOADERS
-from ibeton.pipeline.store import JPG, BetonReader, Decoder, UnreadablePhoto, decode_photo
+from ibeton.pipeline.store.beton import JPG, BetonReader
+from ibeton.pipeline.store.decode import UnreadablePhoto, decode_photo
+from ibeton.pipeline.store.turbojpeg import Decoder
 
 pytestmark = pytest.mark.skipif(
     bool(LOADERS["ffcv"].problem()), reason="libturbojpeg is not installed: make ffcv"

@@ -26,7 +26,8 @@ from ibeton.pipeline.loaders.gpu_decode import (
     row_means,
 )
 from ibeton.pipeline.loaders.replacements import Replacements
-from ibeton.pipeline.store import BetonReader, Decoder
+from ibeton.pipeline.store.beton import BetonReader
+from ibeton.pipeline.store.turbojpeg import Decoder
 
 if problem := LOADERS["ffcv"].problem():
     pytest.skip(problem, allow_module_level=True)
