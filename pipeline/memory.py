@@ -15,7 +15,6 @@ def keep_freed_memory() -> None:
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:
-        tune(
-            _M_MMAP_MAX, 0
-        )  # not M_MMAP_THRESHOLD, of which glibc before 2.35 takes 32 MiB at most
+        # Not M_MMAP_THRESHOLD, of which glibc before 2.35 takes 32 MiB at most.
+        tune(_M_MMAP_MAX, 0)
         tune(_M_TRIM_THRESHOLD, _NEVER)

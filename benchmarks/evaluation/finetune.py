@@ -26,7 +26,7 @@ import torch
 from ibeton.benchmarks.harness import measure as harness
 from ibeton.benchmarks.harness.measure import quartiles, ratios, spread
 from ibeton.benchmarks.synthetic.photos import SyntheticOptions, make_photos
-from ibeton.command import run_or_exit
+from ibeton.command import amount, run_or_exit
 from ibeton.evaluation.finetune.config import FinetuneConfig
 from ibeton.evaluation.finetune.loader import Loader, ViewSettings
 from ibeton.evaluation.finetune.sets import open_labeled
@@ -131,7 +131,7 @@ def main() -> None:
 
 def title(args: argparse.Namespace) -> str:
     share = f"; ibeton decodes 1/{args.repeats} of the photos" if args.repeats > 1 else ""
-    return f"training views of {args.image_size} pixels, {args.workers} worker(s){share}"
+    return f"training views of {args.image_size} pixels, {amount(args.workers, 'worker')}{share}"
 
 
 def _links(data: Path, folder: Path, args: argparse.Namespace) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ibeton.benchmarks.harness.measure import figures, in_words, number, quartiles
+from ibeton.command import amount
 from ibeton.progress import plain_console
 from ibeton.stages import PARTS
 from ibeton.training.timing.speed import WAITING
@@ -73,7 +74,7 @@ def conditions(result: dict[str, Any]) -> list[str]:
         f"The clock: {clock['us_per_stage']:.2g} us per stage, {clock['share_of_step']:.3%} of a"
         " step.",
         f"{run['arch']} in {run['precision']} on {run['device']}, batch {run['batch_size']},"
-        f" {run['loader']} loader with {run['workers']} worker(s), {run['photos']:,} photos;"
+        f" {run['loader']} loader with {amount(run['workers'], 'worker')}, {run['photos']:,} photos;"
         f"{processes} the middle round (quartiles) of {run['rounds']} rounds of {run['steps']}"
         " steps, taken in turns."
         f" Machine's best: {peaks['flops'] / 1e9:.4g} GFLOP/s, {peaks['memory'] / 1e9:.3g} GB/s,"

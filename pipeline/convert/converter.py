@@ -22,7 +22,7 @@ from typing import Any
 import PIL
 
 from ibeton.atomic import partial_name
-from ibeton.command import Failure, explain, run_command
+from ibeton.command import Failure, amount, explain, run_command
 from ibeton.options import Parser, add_options, fill
 from ibeton.pipeline.convert.journal import Done, Journal, left_behind, partial_path
 from ibeton.pipeline.convert.plan import ConvertOptions, chosen, listing, shard, stamp
@@ -142,7 +142,7 @@ def check_destination(dst: Path, overwrite: bool) -> None:
     longest = partial_name(sidecar_path(dst)).name  # of the names to come
     excess = len(os.fsencode(longest)) - os.pathconf(dst.parent, "PC_NAME_MAX")
     if excess > 0:
-        raise ValueError(f"the name {dst.name} is too long by {excess} byte(s)")
+        raise ValueError(f"the name {dst.name} is too long by {amount(excess, 'byte')}")
     if dst.is_dir():
         raise ValueError(f"{dst} is a folder; give the name of a file")
     if not os.access(dst.parent, os.W_OK):

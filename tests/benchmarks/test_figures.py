@@ -60,7 +60,7 @@ def test_paths_with_spaces_reach_the_segmenter(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_title_says_what_repeats_save() -> None:
     args = Namespace(image_size=224, workers=1, repeats=1)
-    assert finetune.title(args) == "training views of 224 pixels, 1 worker(s)"
+    assert finetune.title(args) == "training views of 224 pixels, 1 worker"
     args.repeats = 3
     assert finetune.title(args).endswith("; ibeton decodes 1/3 of the photos")
 

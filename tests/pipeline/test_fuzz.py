@@ -75,7 +75,7 @@ def damaged(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Damaged photos, among a few sound ones, and nothing that is a hundred bad ones in a row."""
+    """Damaged photos, among a few sound ones."""
     root, rng = tmp_path_factory.mktemp("fuzz"), np.random.default_rng(7)
     settings = ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 2})
     sound = []

@@ -108,7 +108,7 @@ def test_a_name_that_leaves_no_room_for_temporary_names_is_refused(
     most = os.pathconf(tmp_path, "PC_NAME_MAX") - len(".") - len(".json.01234567.partial")
     too_long = "e" * (most - 5) + ".beton"
     said = refused(photo_folder, tmp_path / too_long)
-    assert said == f"error: the name {too_long} is too long by 1 byte(s)\n"
+    assert said == f"error: the name {too_long} is too long by 1 byte\n"
     assert refused(photo_folder, tmp_path / ("e" * 300 + ".beton"))
     assert os.listdir(tmp_path) == []
     assert run(photo_folder, tmp_path / too_long[1:], "--subset", 1).returncode == 0
