@@ -74,9 +74,9 @@ def conditions(result: dict[str, Any]) -> list[str]:
         f"The clock: {clock['us_per_stage']:.2g} us per stage, {clock['share_of_step']:.3%} of a"
         " step.",
         f"{run['arch']} in {run['precision']} on {run['device']}, batch {run['batch_size']},"
-        f" {run['loader']} loader with {amount(run['workers'], 'worker')}, {run['photos']:,} photos;"
-        f"{processes} the middle round (quartiles) of {run['rounds']} rounds of {run['steps']}"
-        " steps, taken in turns."
+        f" {run['loader']} loader with {amount(run['workers'], 'worker')},"
+        f" {run['photos']:,} photos;{processes} the middle round (quartiles) of {run['rounds']}"
+        f" rounds of {run['steps']} steps, taken in turns."
         f" Machine's best: {peaks['flops'] / 1e9:.4g} GFLOP/s, {peaks['memory'] / 1e9:.3g} GB/s,"
         f" {peaks['decode']:.4g} JPEGs/s per thread. {in_words(result['machine'])}",
     ]
