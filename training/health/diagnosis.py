@@ -22,6 +22,9 @@ def diagnose(
     pass), "terms" (of the loss), and "alone" (indices of photos that cause it in a batch of one).
     """
     call, ibot.__dict__["student_call"] = ibot.student_call, ibot.student  # off DDP
+    synced = [m for m in ibot.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    for norm in synced:
+        norm.eval()  # by its running statistics: ranks repeat different numbers of steps
     report: dict[str, Any] = {
         "images": batch.indices[_bad_images(batch)].tolist(),
         "weights": [name for name, tensor in ibot.state_dict().items() if not _finite(tensor)],
@@ -53,6 +56,8 @@ def diagnose(
             report["alone"].append(index)
     for hook in hooks:
         hook.remove()
+    for norm in synced:
+        norm.train()
     ibot.__dict__["student_call"] = call
     return report
 
