@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(DEVICES), default="h100")
     args = parser.parse_args()
     if args.precision == "bf16" and args.device == "v100":
-        parser.error("--precision bf16: a V100 has none; give fp16")
+        parser.error("--precision bf16: a V100 has no bf16; give fp16")
     console, device, images = plain_console(width=80), DEVICES[args.device], args.batch_size
     results: dict[str, Any] = {}
     for name, kernels in (("without kernels", False), ("with kernels", True)):

@@ -1,8 +1,8 @@
 """What all protocols share: options, features of both sets, and how scores are shown and kept.
 
-A protocol is a function from a `Task` to named scores. Its command prints a table, writes JSON
-beside the checkpoint and ends with a Markdown table of one line. Under torchrun all ranks compute
-features together; rank 0 does the rest.
+A protocol is a function from a `Task` to named scores. Its command prints a table, the headlines as
+Markdown if they fit the terminal, and writes JSON beside the checkpoint. Under torchrun all ranks
+compute features together; rank 0 does the rest.
 """
 
 import argparse
@@ -37,6 +37,8 @@ Columns = dict[str, dict[str, Scores]]  # network -> protocol -> scores
 _COUNTS = ("labels", "clusters", "epoch")
 _SETTINGS = ("lr", "strength")
 REPORT = b'{\n "checkpoint": '  # how a file of scores begins
+# Settings that may differ where a file is replaced; the precision follows the device.
+_MAY_DIFFER = {"checkpoint", "arch", "precision"}
 # Options that do not change what is measured, beside the number of networks
 _FREE = {"json", "cache", "workers", "batch_size", "device", "save_head", "untrained"}
 
@@ -200,8 +202,9 @@ def check_same_settings(path: Path, given: dict[str, Any]) -> None:
     except ValueError:
         before = {}
     before = before if isinstance(before, dict) else {}
-    now = json.loads(json.dumps(given | {"checkpoint": before.get("checkpoint")}))
-    if other := [flag(name) for name, value in now.items() if before.get(name) != value]:
+    now = {k: v for k, v in json.loads(json.dumps(given)).items() if k not in _MAY_DIFFER}
+    # Earlier versions wrote fewer settings.
+    if other := [flag(k) for k, v in now.items() if k in before and before[k] != v]:
         raise FileExistsError(
             f"{path} holds scores with other settings ({', '.join(other)}) and is not replaced:"
             " remove it, or give --json FILE"

@@ -29,7 +29,7 @@ _EXPLANATION = (
     "Measured figures beside those that the iBOT paper publishes for the same architecture,"
     " pre-trained and evaluated on full data sets (top-1 in percent where nothing else is said)."
     " Figures of other data, or of shorter runs, are not comparable with them. An empty cell means"
-    " that we know no published figure of this kind."
+    " that no published figure of this kind is known."
 )
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"

@@ -1,7 +1,7 @@
 """Commands on a frozen backbone whose data have a layout of their own: video, landmarks, copies.
 
-A `FrozenTask` reads its data, then scores one network after the other. Its command prints a table,
-writes the JSON that `evaluation.command` writes, and ends with a line of Markdown.
+A `FrozenTask` reads its data, then scores one network after the other. Its command prints
+and writes what `evaluation.command` does.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def usage() -> str:
     lines = "\n".join(f"  {name:<{width}}  {help}" for name, (_, help) in COMMANDS.items())
     return (
         f"usage: ibeton COMMAND [OPTIONS]\n\n{lines}\n\n`ibeton COMMAND --help` lists options;"
-        " `ibeton --version` tells the versions."
+        " `ibeton --version` prints the versions."
     )
 
 

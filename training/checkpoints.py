@@ -12,7 +12,7 @@ the one being written.
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -169,29 +169,27 @@ def clean(folder: Path) -> None:
 
 def _step_aside(newest: Path, keep_last: int) -> None:
     """Shift the rolling checkpoints by one: checkpoint.pt to checkpoint-1.pt, and so on."""
+    rolling = _numbered(newest.parent, _ROLLING)
+    for number in sorted(rolling, reverse=True):
+        if number >= keep_last - 1:
+            rolling[number].unlink()
+        else:
+            os.replace(rolling[number], newest.with_name(f"checkpoint-{number + 1}.pt"))
+    try:
+        os.link(newest, newest.with_name("checkpoint-1.pt"))  # never missing, as it may be read
+    except OSError:  # a file system without links, on which a copy would need more space
+        os.replace(newest, newest.with_name("checkpoint-1.pt"))
 
-    def make_room() -> None:
-        rolling = _numbered(newest.parent, _ROLLING)
-        for number in sorted(rolling, reverse=True):
-            if number >= keep_last - 1:
-                rolling[number].unlink()
-            else:
-                os.replace(rolling[number], newest.with_name(f"checkpoint-{number + 1}.pt"))
 
-    _put(newest, newest.with_name("checkpoint-1.pt"), make_room)
-
-
-def _put(source: Path, target: Path, make_room: Callable[[], None] = lambda: None) -> None:
-    """Link `target` to `source`, or copy it if the file system has no links; call `make_room` once
-    nothing can fail for lack of space. `source` is never missing meanwhile, as another process may
-    be reading it."""
+def _put(source: Path, target: Path) -> None:
+    """Link `target` to `source`, or copy it if the file system has no links. `source` is never
+    missing meanwhile, as another process may be reading it."""
     partial = partial_name(target)
     try:
         try:
             os.link(source, partial)
         except OSError:
             shutil.copyfile(source, partial)
-        make_room()
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

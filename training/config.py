@@ -96,7 +96,9 @@ class RunConfig:
         "", "labeled photos for k-NN: training set (.beton or folder)", path=True
     )
     eval_val: str = option("", "labeled photos for k-NN: queries (.beton or folder)", path=True)
-    eval_every: int = option(0, "evaluate k-NN before training and every so many epochs (0: never)")
+    eval_every: int = option(
+        0, "epochs between k-NN evaluations; also one before training (0: none)"
+    )
     eval_k: int = option(20, "neighbors in those evaluations")
 
     def problems(self) -> Iterator[str]:
@@ -179,7 +181,8 @@ def from_values(values: dict[str, Any], preset: dict[str, Any] | None = None) ->
     """
     base, values = _with_data(preset or {}), _with_data(values)
     refuse(wrong_types({**base, **values}, *_PARTS))
-    if values.get("arch"):  # another than that of the preset's recipe, perhaps
+    # The preset's recipe may be of another architecture, or of another version.
+    if values.get("arch") or base.get("recipe") not in (*RECIPES, SMALL):
         base.pop("recipe", None)
     name = values.get("recipe") or values.get("arch")
     name = name or base.get("recipe") or base.get("arch", "vit_s")

@@ -35,10 +35,11 @@ from ibeton.training.log.run_log import RunLog
 from ibeton.training.run_folder import changed, check_unused, identity
 from ibeton.workers import end_with_parent
 
-# Settings that may change when a run resumes: they do not change what is computed.
+# Settings that may change when a run resumes: they do not change what is computed. The precision
+# does, but an evaluation that overflows must be repeatable with another.
 _FREE = {
     *("output_dir", "resume", "device", "workers", "save_steps", "log_steps", "eval_every"),
-    *("pictures", "max_hours", "data", "checkpoint"),
+    *("pictures", "max_hours", "data", "checkpoint", "precision"),
 }
 
 LEAST_SCALE = 2.0**-10  # of losses: it starts at 2**16, and halves with each overflow
@@ -173,7 +174,8 @@ class Training:
             )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
+        if content["scaler"]:  # empty where the run had another precision
+            self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
         self.note = "; ".join([*damaged, f"resumed at step {self.step} from {path}"])
 

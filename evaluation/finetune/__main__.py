@@ -30,6 +30,7 @@ from ibeton.training.problems import check_output_dir, explain
 from ibeton.training.run_folder import RunFolder
 
 FAILED = 1  # exit status of a run that failed on the way
+DIVERGED = -1  # of a run that diverged: a sweep goes on, else it is FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status = _sweep(config, content, here, stops)
             else:
                 status, _ = _run(config, content, here, stops)
+                status = FAILED if status == DIVERGED else status
         except Exception as error:
             message = refusal(error)
             if not message:
@@ -103,7 +105,8 @@ def _train(run: FinetuneRun, folder: RunFolder | None, stops: StopSignals) -> in
         message = explain(error)
         if not message:
             raise
-        state, status = f"failed: {message.splitlines()[0]}", FAILED
+        state = f"failed: {message.splitlines()[0]}"
+        status = DIVERGED if isinstance(error, Diverged) else FAILED
         print(f"error: {message}", file=sys.stderr)
         if run.here.rank == 0:
             print(resume_advice(run.folder), file=sys.stderr)
@@ -170,8 +173,7 @@ def _sweep(
     config: FinetuneConfig, content: dict[str, Any], here: Processes, stops: StopSignals
 ) -> int:
     """A run for each learning rate, in folders of their own; the best by its last epoch, chosen on
-    the validation set as published, is reported. A rate that fails, as one that is too high, is
-    noted; 1 where all do."""
+    the validation set as published, is reported. A rate that diverges is noted; 1 where all do."""
     folder = Path(config.output_dir)
     reports: dict[float, dict[str, Any]] = {}
     for rate in config.sweep:
@@ -179,7 +181,7 @@ def _sweep(
             config, lr=rate, sweep=(), output_dir=str(folder / f"lr-{rate:g}")
         )
         status, found = _run(own, content, here, stops)
-        if status == FAILED:
+        if status == DIVERGED:
             continue
         if status or not found:
             return status
@@ -193,7 +195,7 @@ def _sweep(
         write_json({**reports[best], "sweep": tried}, folder / "finetune.json")
     print("| learning rate | top-1 |\n| --- | --- |")
     for rate in config.sweep:
-        text = f"{top1[rate]:.2f}" if rate in top1 else "failed"
+        text = f"{top1[rate]:.2f}" if rate in top1 else "diverged"
         print(f"| {rate:g} | {text}{' (best)' if rate == best else ''} |")
     return 0 if reports else FAILED
 

@@ -126,20 +126,21 @@ def _new_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap
         _reserve(path)
     except OSError as error:
         raise ValueError(
-            f"{path.parents[2]}: {path.stem} of the photos takes"
+            f"{path.parents[2]}: the feature {path.stem} takes"
             f" {math.prod(shape) * dtype.itemsize:,} bytes ({error.strerror}): make room, or give"
-            " --cache another folder"
+            " another folder with --cache"
         ) from error
     return array
 
 
 def _reserve(path: Path) -> None:
-    """Reserve the space of a file with holes, on a file system that can."""
+    """Reserve the space of a file with holes, on a file system that can. Raises OSError if there is
+    too little."""
     with open(path, "r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
 
 

@@ -30,7 +30,7 @@ from ibeton.pipeline.convert.stored import StoredPhoto, Unopened, checksum, stor
 from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
 from ibeton.pipeline.store.beton import sidecar_path
 from ibeton.pipeline.store.beton_writer import BetonWriter
-from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source, read_bytes
+from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source
 from ibeton.progress import progress
 from ibeton.workers import cores, in_order, in_threads
 
@@ -140,9 +140,11 @@ def check_destination(dst: Path, overwrite: bool) -> None:
     if not dst.parent.is_dir():
         raise FileNotFoundError(f"the folder {dst.parent} does not exist; make it first")
     longest = partial_name(sidecar_path(dst)).name  # of the names to come
-    excess = len(os.fsencode(longest)) - os.pathconf(dst.parent, "PC_NAME_MAX")
-    if excess > 0:
-        raise ValueError(f"the name {dst.name} is too long by {amount(excess, 'byte')}")
+    length, limit = len(os.fsencode(longest)), 0
+    with suppress(OSError):
+        limit = os.pathconf(dst.parent, "PC_NAME_MAX")
+    if 0 < limit < length:  # some file systems say 0 or -1: unknown
+        raise ValueError(f"the name {dst.name} is too long by {amount(length - limit, 'byte')}")
     if dst.is_dir():
         raise ValueError(f"{dst} is a folder; give the name of a file")
     if not os.access(dst.parent, os.W_OK):
@@ -185,7 +187,9 @@ def _is_there(folder: str, good: Photo | None) -> bool:
     with suppress(OSError):
         os.statvfs(folder)  # asks the server, while a photo may come from memory
         if good is not None:
-            return bool(read_bytes(good))
+            path = good.path if good.size is not None else os.path.join(good.path, good.name)
+            with open(path, "rb") as file:
+                return bool(file.read(1))
         with os.scandir(folder) as entries:
             return any(entries)
     return False

@@ -14,13 +14,16 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 _JPEG = (".jpg", ".jpeg", ".jpe")
 EXTENSIONS = (*_JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 UNLABELED = -1
+_FEW = 1000
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _MOST_LINKS = 10  # one after the other
 _KAGGLE = os.path.join("Data", "CLS-LOC", "train")  # ImageNet as Kaggle packs it
@@ -93,10 +96,13 @@ def read_bytes(photo: Photo) -> bytes:
 
 
 def _near(path: str) -> str:
-    """A hint at the file or folder beside `path` whose name is most like its own, if any is."""
+    """A hint at the file or folder beside `path` whose name is most like its own, if any is; not
+    among more than _FEW."""
     folder, name = os.path.split(path)
-    there = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else []
-    near = difflib.get_close_matches(name, there, 1)
+    there: list[str] = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        there = [entry.name for entry in islice(entries, _FEW + 1)]
+    near = difflib.get_close_matches(name, there, 1) if len(there) <= _FEW else []
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -14,7 +14,7 @@ import pytest
         ("graph", "--cases tiny:fp32:0", "--cases tiny:fp32:0: expected at least 1 image"),
         ("graph", "--cases swin_t7:fp32:1", "with a model of vit_t, vit_s"),
         ("budget", "--precision fp32", "invalid choice: 'fp32'"),
-        ("budget", "--precision bf16 --device v100", "--precision bf16: a V100 has none"),
+        ("budget", "--precision bf16 --device v100", "--precision bf16: a V100 has no bf16"),
         ("budget", "--batch-size 0", "argument --batch-size: 0 is below 1"),
         ("kernels", "--images 0", "argument --images: 0 is below 1"),
         ("model", "--batch-size 0", "argument --batch-size: 0 is below 1"),

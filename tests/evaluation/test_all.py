@@ -121,7 +121,11 @@ def test_scores_of_other_settings_or_data_are_not_replaced(checkpoint, folders, 
         assert "give --json FILE" in said
         assert len(said.splitlines()) == 1
     assert scores.read_text() == kept
-    assert knn.main([*given, "3", "--json", str(tmp_path / "three.json")]) == 0
+    older = {"checkpoint": str(copy), "precision": "auto"}  # as earlier versions wrote it
+    older |= {name: json.loads(kept)[name] for name in ("train", "val", "scores")}
+    scores.write_text(json.dumps(older, indent=1))
+    assert knn.main([*given, "3"]) == 0
+    assert knn.main([*given, "5", "--json", str(tmp_path / "three.json")]) == 0
 
 
 @pytest.fixture(scope="module")

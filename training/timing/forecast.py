@@ -80,8 +80,8 @@ def checkpoint_bytes(ibot: IBOT, optimizer: str) -> float:
 def disk_line(checkpoint: float, to_come: int, free: float) -> str:
     """Whether `to_come` checkpoints and the one being written fit."""
     need = checkpoint * (to_come + 1)
-    stay = f"{amount(to_come, 'checkpoint')} to keep and " if to_come else ""
-    what = f"{stay}one being written, {gib(checkpoint)} each"
+    stay = f"{amount(to_come, 'checkpoint')} and " if to_come else ""
+    what = f"{stay}the one being written, {gib(checkpoint)} each"
     fits = "fits" if need <= free else "will not fit; keep fewer with --keep-every, --keep-last"
     return f"{gib(need)} for {what}, {gib(free)} free: {fits}"
 

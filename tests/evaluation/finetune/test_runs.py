@@ -1,6 +1,7 @@
 """Fine-tuning as people run it: it learns, is killed and resumes, runs on two processes, and says
 in one sentence what it cannot do."""
 
+import gc
 import json
 import os
 import random
@@ -169,10 +170,10 @@ def test_a_rate_that_diverges_is_noted_and_the_next_one_tried(given, tmp_path, c
     report = json.loads((folder / "finetune.json").read_text())
     assert report["sweep"] == {"1e+09": None, "0.003": scores(folder)["top1"]}
     said = capsys.readouterr()
-    assert "| 1e+09 | failed |\n| 0.003 | " in said.out
+    assert "| 1e+09 | diverged |\n| 0.003 | " in said.out
     assert "lower --lr" in said.err
     assert main(given(tmp_path / "none", "--sweep", "1e9", "1e8")) == 1
-    assert "| 1e+09 | failed |\n| 1e+08 | failed |" in capsys.readouterr().out
+    assert "| 1e+09 | diverged |\n| 1e+08 | diverged |" in capsys.readouterr().out
     assert not (tmp_path / "none" / "finetune.json").exists()
 
 
@@ -184,12 +185,33 @@ def test_two_processes_go_on_to_the_next_rate_too(start, tmp_path):
     assert json.loads((folder / "finetune.json").read_text())["sweep"]["1e+09"] is None
 
 
+def test_a_failure_of_one_rank_ends_the_sweep_of_all(start, tmp_path):
+    fault = """
+from ibeton.evaluation.finetune import train
+from ibeton.training.health.nonfinite_guard import RunError
+def full(*arguments):
+    raise RunError("no checkpoint could be written (No space left on device)")
+train.save = full
+"""
+    first, second = two_ranks()
+    options = ("--sweep", "1e-3", "3e-3")
+    ranks = [
+        start(tmp_path / "run", *options, environment=first, fault=fault),
+        start(tmp_path / "run", *options, environment=second),
+    ]
+    assert ranks[0].wait() == 1, ranks[0].said()[-3000:]
+    assert ranks[1].wait() != 0
+    assert "No space left on device" in ranks[0].said()
+    assert not (tmp_path / "run" / "lr-0.003").exists(), "the next rate"
+
+
 def test_a_sweep_holds_one_run_at_a_time(given, tmp_path, monkeypatch):
     """Two at a time may not fit the GPU."""
     held: list[weakref.ref] = []
     before = []
 
     def counted(*arguments):
+        gc.collect()
         before.append(sum(one() is not None for one in held))
         classifier = build_classifier(*arguments)
         held.append(weakref.ref(classifier))

@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_sentence_with_status_2_and_leaves_nothing(
     assert stopped.value.code == 2
     size = 24 * 32 * 4  # of class tokens
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert f"{tmp_path}: cls of the photos takes {size:,} bytes (No space left on device)" in said
+    assert f"{tmp_path}: the feature cls takes {size:,} bytes (No space left on device)" in said
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     assert list(tmp_path.rglob(".partial-*")) == []
 

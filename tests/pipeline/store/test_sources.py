@@ -172,6 +172,9 @@ def test_what_is_no_source_is_refused_in_one_sentence(tmp_path: Path) -> None:
     put(tmp_path, "photos.beton")
     with pytest.raises(FileNotFoundError, match=r"a tar \(did you mean photos\.beton\?\)"):
         open_source(tmp_path / "photos.betn")
+    put(tmp_path / "many", *(f"photo{i}.jpg" for i in range(1001)))
+    with pytest.raises(FileNotFoundError, match=r"a tar$"):  # no search among many
+        open_source(tmp_path / "many" / "photo.jpg")
     with pytest.raises(ValueError, match="holds no photos"):
         open_source(put(tmp_path / "empty", ".hidden.jpg", "readme.txt"))
     with pytest.raises(ValueError, match=r"a\.txt is neither a folder nor a whole, uncompressed"):

@@ -87,7 +87,7 @@ def test_lines_on_cache_and_disk() -> None:
     assert "every epoch reads from disk" in cache_line(129 * GIB, 64 * GIB)
     assert disk_line(2 * GIB, 9, 20 * GIB).endswith("20 GiB free: fits"), "nine, and one partial"
     assert "will not fit" in disk_line(2 * GIB, 10, 20 * GIB)
-    assert disk_line(2 * GIB, 0, 20 * GIB).startswith("2 GiB for one being written, 2 GiB each")
+    assert disk_line(2 * GIB, 0, 20 * GIB).startswith("2 GiB for the one being written, 2 GiB each")
 
 
 def test_times_beside_each_other_have_one_unit() -> None:
@@ -117,7 +117,7 @@ def test_a_run_tells_what_it_will_take(start: Start, tmp_path: Path) -> None:
     assert "page cache:" in text
     assert "read from disk only once" in text
     disk = next(line for line in text.splitlines() if line.startswith("disk:"))
-    assert re.search(r"for 2 checkpoints to keep and one being written, [\d.]+ MiB", disk), (
+    assert re.search(r"for 2 checkpoints and the one being written, [\d.]+ MiB", disk), (
         "two epochs, not 100,000"
     )
     (line,) = (line for line in text.splitlines() if "forecast from the first steps" in line)
