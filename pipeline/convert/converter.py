@@ -30,7 +30,7 @@ from ibeton.pipeline.convert.stored import StoredPhoto, Unopened, checksum, stor
 from ibeton.pipeline.convert.verify import BLOCK, verify, verify_existing
 from ibeton.pipeline.store.beton import sidecar_path
 from ibeton.pipeline.store.beton_writer import BetonWriter
-from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, open_source
+from ibeton.pipeline.store.sources import UNLABELED, Photo, Source, is_readable, open_source
 from ibeton.progress import progress
 from ibeton.workers import cores, in_order, in_threads
 
@@ -187,9 +187,7 @@ def _is_there(folder: str, good: Photo | None) -> bool:
     with suppress(OSError):
         os.statvfs(folder)  # asks the server, while a photo may come from memory
         if good is not None:
-            path = good.path if good.size is not None else os.path.join(good.path, good.name)
-            with open(path, "rb") as file:
-                return bool(file.read(1))
+            return is_readable(good)
         with os.scandir(folder) as entries:
             return any(entries)
     return False

@@ -95,6 +95,14 @@ def read_bytes(photo: Photo) -> bytes:
     return data
 
 
+def is_readable(photo: Photo) -> bool:
+    """Whether a byte of the photo's file can be read now."""
+    path = photo.path if photo.size is not None else os.path.join(photo.path, photo.name)
+    with suppress(OSError), open(path, "rb") as file:
+        return bool(file.read(1))
+    return False
+
+
 def _near(path: str) -> str:
     """A hint at the file or folder beside `path` whose name is most like its own, if any is; not
     among more than _FEW."""

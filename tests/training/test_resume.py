@@ -72,14 +72,15 @@ KILL_IN_WRITE = """
 import os, signal
 from ibeton.model.checkpoint import files
 from ibeton.training import checkpoints
-replace = os.replace
-def die(source, target):
-    if str(target).endswith({name!r}) and {moment!r} == "before":
-        os.killpg(0, signal.SIGKILL)
-    replace(source, target)
-    if str(target).endswith({name!r}):
-        os.killpg(0, signal.SIGKILL)
-os.replace = die
+def deadly(act):
+    def die(source, target):
+        if str(target).endswith({name!r}) and {moment!r} == "before":
+            os.killpg(0, signal.SIGKILL)
+        act(source, target)
+        if str(target).endswith({name!r}):
+            os.killpg(0, signal.SIGKILL)
+    return die
+os.replace, os.link = deadly(os.replace), deadly(os.link)
 """
 
 
@@ -94,6 +95,7 @@ def test_kills_between_the_renames_of_a_checkpoint_lose_nothing(
     for name, moment in (
         ("/checkpoint.pt", "before"),
         ("/checkpoint.pt", "after"),
+        ("/checkpoint-1.pt", "before"),
         ("/checkpoint-1.pt", "after"),
     ):
         process = start(folder, *options, fault=KILL_IN_WRITE.format(name=name, moment=moment))

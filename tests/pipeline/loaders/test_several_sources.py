@@ -101,6 +101,6 @@ def test_one_path_opens_as_before_and_bad_ones_are_named(sources: list[str]) -> 
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         open_all((sources[0], "/nowhere"))
     with pytest.raises(
-        ValueError, match=r"--loader ffcv reads \.beton files only; .*convert \S+/b "
+        ValueError, match=r"--loader ffcv reads \.beton files only: .*convert \S+/b "
     ):
         build_loader(replace(CONFIG, data=(sources[1], sources[2]), loader="ffcv"))
