@@ -1,15 +1,16 @@
-"""Measures how fast training is, where the time goes, what limits it and what to change.
+"""Measure how fast training is, where the time goes, what limits it, what to change.
 
-    python benchmarks/throughput.py                                    # works anywhere, in minutes
-    python benchmarks/throughput.py --arch vit_s --data imagenet.beton   # or any option of train.py
-    python benchmarks/throughput.py --arch vit_s --data imagenet.beton --baseline
-    torchrun --nproc_per_node 8 benchmarks/throughput.py --arch vit_s --data imagenet.beton
-    python benchmarks/throughput.py --compare before.json after.json
+    ibeton throughput                                      # anywhere, in minutes
+    ibeton throughput --arch vit_s --data imagenet.beton   # any option of train.py
+    ibeton throughput --arch vit_s --data imagenet.beton --baseline
+    ibeton throughput --compare before.json after.json
+    torchrun --nproc_per_node 8 benchmarks/throughput.py --data imagenet.beton
 
-Measures the loader alone, the model alone and both together, with the functions and the clock of
-train.py, in alternating rounds; then the machine's own limits. Writes throughput.json, .png and
-.html, which opens offline. Without --data it generates photos and takes a ViT that suits the
-machine. With several processes, the figures are rank 0's, with one line per rank below.
+The loader alone, the model alone and both together run in alternating rounds,
+with the functions and the clock of train.py; then the machine's own limits are
+measured. Writes throughput.json, .png and .html, which opens offline. Without
+--data it generates photos and takes a ViT that suits the machine. With several
+processes, the figures are rank 0's, with one line per rank below.
 """
 
 from ibeton.workers import before_torch, cores
@@ -247,7 +248,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Options of this file, and those of train.py."""
     parser = Parser(
         description=__doc__,
-        epilog="All other options are those of train.py, see `python train.py --help`.",
+        epilog="All other options are those of train.py, see `ibeton train --help`.",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns per side")
     parser.add_argument("--steps", type=int, default=0, help="steps per turn (0: 1, on GPUs 20)")

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run_command(lambda: compare(first, second, args.png), writes=False)
     parser = Parser(
         prog="python -m training.runs",
-        description="List runs and their state; `compare A B` shows what differs between two.",
+        description="List runs and their state. `ibeton runs compare A B` compares two.",
     )
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), help="of runs, or of one run"

@@ -1,12 +1,12 @@
 """Any source of photos -> one .beton file.
 
-    python -m pipeline.convert SRC DST.beton       SRC: photo folder, tar, tar of class tars
-    python -m pipeline.convert DST.beton --verify  read an existing file back
+    ibeton convert SRC DST.beton       SRC: photo folder, tar, tar of class tars
+    ibeton convert DST.beton --verify  read an existing file back
 
 JPEGs are stored unchanged if their structure is complete. Unreadable photos are left out and
 listed, with reasons, in DST.beton.json. The file appears only when it is complete; after an
 interrupt, a failure or `kill -9` the same command resumes. `--shard 2/8` converts the second of
-eight parts; `python -m pipeline.convert.merge` combines them.
+eight parts; `ibeton merge` combines them.
 """
 
 import os

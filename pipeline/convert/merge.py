@@ -1,4 +1,4 @@
-"""Combine the .beton files of `pipeline.convert --shard` into the file that one conversion writes.
+"""Combine the .beton files of `ibeton convert --shard` into that of one conversion.
 
     ibeton merge A.beton B.beton ... OUT.beton
 
