@@ -4,6 +4,7 @@ documented, and nothing of the user's changed."""
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]  # minutes alone, hours 
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("user")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("written")
     write_user_files(root)
     return root
+
+
+@pytest.fixture
+def files(written: Path, tmp_path: Path) -> Path:
+    """A copy for each command: some lines name a folder of photos as the folder of a run."""
+    return Path(shutil.copytree(written, tmp_path / "user", symlinks=True))
 
 
 def digests(root: Path) -> dict[Path, str]:
