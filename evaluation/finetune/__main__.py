@@ -18,8 +18,7 @@ from ibeton.distributed import join_processes, leave_group, union_of_ranks
 from ibeton.evaluation.command import write_json
 from ibeton.evaluation.finetune.config import FinetuneConfig, from_values, parse
 from ibeton.evaluation.finetune.run import BEST, FinetuneRun, Processes, lock_run_folder
-from ibeton.evaluation.finetune.score import Diverged
-from ibeton.evaluation.finetune.train import build_monitor, report, train
+from ibeton.evaluation.finetune.train import Diverged, build_monitor, report, train
 from ibeton.model.checkpoint import load_checkpoint
 from ibeton.progress import announce
 from ibeton.training.checkpoints import NEWEST, resume_advice

@@ -15,10 +15,6 @@ from ibeton.training.health.nonfinite_guard import RunError
 TOP = 5
 
 
-class Diverged(RunError):
-    """A run has diverged, and all ranks know: each of them raises it."""
-
-
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """How often the right class [B] is first, and among the first five, by logits [B, K]: int64
     [2]. Of equal logits the lower class comes first; a photo with one that is not finite counts as

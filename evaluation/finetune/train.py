@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ibeton.distributed import without_reduction
 from ibeton.evaluation.finetune.loader import Batch
 from ibeton.evaluation.finetune.run import FinetuneRun, save
-from ibeton.evaluation.finetune.score import Diverged, score
+from ibeton.evaluation.finetune.score import score
 from ibeton.evaluation.finetune.steps import soft_cross_entropy
 from ibeton.evaluation.frozen.features import Extraction
 from ibeton.evaluation.trainable import seed_all
 from ibeton.stages import stage
+from ibeton.training.health.nonfinite_guard import RunError
 from ibeton.training.health.stop_signals import StopSignals
 from ibeton.training.log.metrics import DelayedMetrics
 from ibeton.training.log.run_log import RunLog
@@ -31,6 +32,10 @@ def build_monitor(run: FinetuneRun) -> StepMonitor:
     own = cores_a_process(cores())
     resources = LoaderResources(None, run.loader.threads, own, on_gpu=False)
     return StepMonitor(images, here.rank, here.world_size, here.device, run.dtype, resources)
+
+
+class Diverged(RunError):
+    """A run has diverged, and all ranks know: each of them raises it."""
 
 
 def train(run: FinetuneRun, log: RunLog | None, monitor: StepMonitor, stops: StopSignals) -> bool:
